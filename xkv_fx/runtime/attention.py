@@ -1,0 +1,133 @@
+"""The forms of attention that a budgeted model needs, in plain torch; every one also returns its log-sum-exp.
+
+Shapes: queries `[rows, query_heads, S, key_dim]`, keys `[rows, kv_heads, N, key_dim]`, values
+`[rows, kv_heads, N, value_dim]`; query head h reads KV head `h // (query_heads // kv_heads)`. K/V are never repeated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Queries handled at once where no flash kernel applies; bounds the logits to BLOCK x N per head.
+BLOCK = 256
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of S queries over their own S keys.
+
+    Returns:
+        the output `[rows, query_heads, S, value_dim]` and the log-sum-exp `[rows, query_heads, S]`, float32, of the
+        logits without the sinks.
+    """
+    windowed = sliding_window is not None and k.shape[2] > sliding_window
+    if _flash_applies(q, k, v) and softcap is None and not windowed:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    else:
+        out, lse = _causal_in_blocks(q, k, v, scale, sliding_window if windowed else None, softcap)
+    return apply_sinks(out, lse, sinks), lse
+
+
+def slot_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of S queries over the kept slots of a cache, all of them earlier than every query.
+
+    Args:
+        mask: bool, broadcastable to `[rows, kv_heads, S, slots]`; True where a slot may be attended to.
+
+    Returns:
+        as `causal_attention`; a query without any slot gets output 0 and a log-sum-exp of minus infinity.
+    """
+    empty = ~mask.any(-1)
+    per_head = mask.shape[1] != 1
+    if _flash_applies(q, k, v) and softcap is None and not per_head:
+        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=bias, scale=scale
+        )
+    else:
+        blocks = [
+            _softmax_block(part, k, v, scale, _rows_of(mask, start, start + BLOCK), softcap)
+            for start, part in _blocks(q)
+        ]
+        out, lse = (torch.cat(parts, 2) for parts in zip(*blocks, strict=True))
+    group = q.shape[1] // k.shape[1]
+    empty = empty.expand(-1, k.shape[1], q.shape[2]).repeat_interleave(group, 1)
+    return out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, float("-inf"))
+
+
+def merge_attention(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from the outputs and log-sum-exps over each."""
+    (out_a, lse_a), (out_b, lse_b) = first, second
+    lse = torch.logaddexp(lse_a, lse_b)
+    weight_a, weight_b = (torch.exp(part - lse)[..., None] for part in (lse_a, lse_b))
+    return (out_a.float() * weight_a + out_b.float() * weight_b).to(out_a.dtype), lse
+
+
+def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """Add one learned logit per head, `sinks` `[query_heads]`, to the softmax's denominator (gpt-oss)."""
+    if sinks is None:
+        return out
+    keep = torch.sigmoid(lse - sinks.float()[None, :, None])
+    return (out.float() * keep[..., None]).to(out.dtype)
+
+
+def soft_cap(logits: Tensor, softcap: float | None) -> Tensor:
+    """Bound logits to (-softcap, softcap) by a scaled tanh (Gemma 2)."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def group_logits(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
+    """Logits `[rows, kv_heads, group, S, N]` in float32, the query group kept beside its KV head."""
+    rows, heads, length, dim = q.shape
+    grouped = q.reshape(rows, k.shape[1], heads // k.shape[1], length, dim)
+    return soft_cap(torch.matmul(grouped.float(), k.float().transpose(-1, -2)[:, :, None]) * scale, softcap)
+
+
+def _softmax_block(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    logits = group_logits(q, k, scale, softcap).masked_fill_(~mask[:, :, None], float("-inf"))
+    lse = torch.logsumexp(logits, -1)
+    weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    out = torch.matmul(weights, v.float()[:, :, None])
+    return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
+
+
+def _causal_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, sliding_window: int | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    outs, lses = [], []
+    for start, part in _blocks(q):
+        stop = start + part.shape[2]
+        first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
+        query = torch.arange(start, stop, device=q.device)[:, None]
+        key = torch.arange(first, stop, device=q.device)[None]
+        mask = key <= query
+        if sliding_window is not None:
+            mask &= key > query - sliding_window
+        out, lse = _softmax_block(part, k[:, :, first:stop], v[:, :, first:stop], scale, mask[None, None], softcap)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def _blocks(q: Tensor) -> list[tuple[int, Tensor]]:
+    return [(start, q[:, :, start : start + BLOCK]) for start in range(0, q.shape[2], BLOCK)]
+
+
+def _rows_of(mask: Tensor, start: int, stop: int) -> Tensor:
+    return mask if mask.shape[2] == 1 else mask[:, :, start:stop]
+
+
+def _flash_applies(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return q.device.type == "cpu" and k.shape[-1] == v.shape[-1]

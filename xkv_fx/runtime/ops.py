@@ -1,0 +1,239 @@
+"""The budgeted ops, under the `torch.library` namespace `xkv`; importing this module registers them.
+
+Every op declares what it mutates, takes no strings and has a fake kernel. Its kernel is plain torch, so that a lowering
+may trace through it (`DECOMPOSITIONS`); `reference.py` holds an independent, slow statement of each.
+
+Shapes: new tokens `q [rows, query_heads, S, key_dim]`, `k [rows, kv_heads, S, key_dim]`,
+`v [rows, kv_heads, S, value_dim]`; a layer's buffers `k_cache [rows, kv_heads, slots, key_dim]`,
+`v_cache [rows, kv_heads, slots, value_dim]`, `positions [rows, kv_heads, slots]` int32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xkv_fx.budgets import EVICTIONS
+from xkv_fx.runtime.attention import apply_sinks as _apply_sinks
+from xkv_fx.runtime.attention import causal_attention, group_logits, merge_attention, slot_attention
+from xkv_fx.runtime.selection import write_survivors
+from xkv_fx.runtime.slots import SlotPlan
+
+
+@torch.library.custom_op("xkv::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: int,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of S tokens over themselves; what a model's attention becomes when it is captured.
+
+    Args:
+        layer: which layer calls it, for the passes; no effect on the result.
+        scale: factor on the logits.
+        sliding_window: attend to the newest so many tokens only, the query's own included.
+        softcap: bound on the logits' size.
+        sinks: `[query_heads]`, one more logit per head in the softmax's denominator.
+
+    Returns:
+        `[rows, query_heads, S, value_dim]`.
+    """
+    return causal_attention(q, k, v, scale, sliding_window, softcap, sinks)[0].contiguous()
+
+
+@attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: int,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    return _like_output(q, v)
+
+
+@torch.library.custom_op("xkv::extend_attention", mutates_args=())
+def extend_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    mask: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of S new tokens over the kept slots and causally over themselves, merged by log-sum-exp.
+
+    Args:
+        mask: bool `[rows, kv_heads or 1, S or 1, slots]`, slots that a query may attend to.
+
+    Returns:
+        `[rows, query_heads, S, value_dim]`.
+    """
+    among_new = causal_attention(q, k, v, scale, sliding_window, softcap)
+    over_slots = slot_attention(q, k_cache, v_cache, mask, scale, softcap)
+    out, lse = merge_attention(among_new, over_slots)
+    return _apply_sinks(out, lse, sinks).contiguous()
+
+
+@extend_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    mask: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    return _like_output(q, v)
+
+
+@torch.library.custom_op("xkv::keep", mutates_args=("k_cache", "v_cache", "positions"))
+def keep(
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    length: Tensor,
+    seen: Tensor,
+    base: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    capacity: int,
+    recent: int,
+    sinks: int,
+    eviction: int,
+    sliding_window: int | None,
+    fresh: bool,
+) -> Tensor:
+    """Fill a layer's buffers with the `capacity` survivors of its old slots and the new tokens.
+
+    Args:
+        scores: float32 `[rows, kv_heads, S]` when `fresh`, else `[rows, kv_heads, slots + S]`.
+        length: int64 `[rows]`, valid ones among the S new tokens; they come first.
+        seen, base: int64 `[rows]`, tokens seen before these, and by the last prefill.
+        capacity, recent, sinks, sliding_window: as in `SlotPlan`.
+        eviction: index into `xkv_fx.budgets.EVICTIONS`.
+        fresh: the buffers count as empty, whatever they hold.
+
+    Returns:
+        the survivors' scores, float32 `[rows, kv_heads, slots]`.
+    """
+    plan = SlotPlan(capacity, k_cache.shape[2], recent, sinks, EVICTIONS[eviction], sliding_window)  # type: ignore[arg-type]
+    return write_survivors(k, v, scores, length, seen, base, k_cache, v_cache, positions, plan, fresh)
+
+
+@keep.register_fake
+def _(
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    length: Tensor,
+    seen: Tensor,
+    base: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    capacity: int,
+    recent: int,
+    sinks: int,
+    eviction: int,
+    sliding_window: int | None,
+    fresh: bool,
+) -> Tensor:
+    return scores.new_empty(positions.shape)
+
+
+@torch.library.custom_op("xkv::decode_attention", mutates_args=("k_cache", "v_cache"))
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Write one token a row into its slot, then attend to every valid slot.
+
+    Args:
+        q, k, v: one token, S = 1.
+        slot: int64 `[rows]`, the slot that the token takes.
+        mask: additive, q's dtype, `[rows, kv_heads or 1, 1, slots]`: 0 for a valid slot, minus infinity otherwise.
+
+    Returns:
+        `[rows, query_heads, 1, value_dim]`.
+    """
+    return _decode(q, k, v, k_cache, v_cache, slot, mask, scale, softcap, sinks)
+
+
+@decode_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    return _like_output(q, v)
+
+
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    rows, kv_heads = k.shape[:2]
+    row = torch.arange(rows, device=k.device)[:, None]
+    head = torch.arange(kv_heads, device=k.device)
+    k_cache.index_put_((row, head, slot[:, None]), k[:, :, 0])
+    v_cache.index_put_((row, head, slot[:, None]), v[:, :, 0])
+    grouped = q.reshape(rows, kv_heads, -1, q.shape[-1])  # the query group takes the place of the query length
+    if softcap is None and sinks is None:
+        out = torch.nn.functional.scaled_dot_product_attention(grouped, k_cache, v_cache, attn_mask=mask, scale=scale)
+        return out.reshape(rows, -1, 1, v.shape[-1])
+    logits = group_logits(q, k_cache, scale, softcap)[:, :, :, 0] + mask
+    lse = torch.logsumexp(logits, -1, keepdim=True)
+    out = torch.matmul(torch.exp(logits - lse).to(v.dtype), v_cache).reshape(rows, -1, 1, v.shape[-1])
+    return _apply_sinks(out, lse.reshape(rows, -1, 1), sinks)
+
+
+def _like_output(q: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty((*q.shape[:3], v.shape[-1]))
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {torch.ops.xkv.decode_attention.default: _decode}
+"""What a lowering may put in place of an op: a function of plain aten ops, for ops whose shapes are all static."""

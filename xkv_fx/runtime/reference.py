@@ -1,0 +1,331 @@
+"""A plain and slow statement of every op, by loops and in float64: the oracle that each faster form is tested against.
+
+It shares no code with what it checks. Shapes, dtypes and arguments are those of `xkv_fx.runtime.ops`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xkv_fx.budgets import EVICTIONS
+from xkv_fx.errors import BudgetError, CapacityError
+from xkv_fx.runtime.slots import EMPTY, SlotPlan
+
+Reach = Callable[[int, int, int], list[int]]
+"""The keys that a query reads: `(row, kv_head, query)` -> indices into the keys."""
+
+
+class Token(NamedTuple):
+    """A candidate for a slot of one row and KV head."""
+
+    ordinal: int
+    score: float
+    key: Tensor
+    value: Tensor
+
+
+# Attention
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reach: Reach,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention in which each query reads the keys that `reach` names.
+
+    Args:
+        q: `[rows, query_heads, S, key_dim]`.
+        k, v: `[rows, kv_heads, N, key_dim]` and `[rows, kv_heads, N, value_dim]`.
+        scale, softcap, sinks: as in `attention`.
+
+    Returns:
+        the output `[rows, query_heads, S, value_dim]` and the log-sum-exp `[rows, query_heads, S]` of the logits
+        without the sinks, both float64; 0 and minus infinity for a query that reads no key.
+    """
+    rows, query_heads, length = q.shape[:3]
+    group = query_heads // k.shape[1]
+    out = torch.zeros(rows, query_heads, length, v.shape[-1], dtype=torch.float64)
+    lse = torch.full((rows, query_heads, length), float("-inf"), dtype=torch.float64)
+    for row, head, query in itertools.product(range(rows), range(query_heads), range(length)):
+        keys = reach(row, head // group, query)
+        if not keys:
+            continue
+        logits = k[row, head // group, keys].double() @ q[row, head, query].double() * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        lse[row, head, query] = torch.logsumexp(logits, 0)
+        denominator = logits if sinks is None else torch.cat((logits, sinks[head].double()[None]))
+        weights = torch.exp(logits - torch.logsumexp(denominator, 0))
+        out[row, head, query] = weights @ v[row, head // group, keys].double()
+    return out, lse
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: int,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`xkv::attention`: query i reads the keys up to i, of a sliding window the newest ones only."""
+    out, _ = attend(q, k, v, lambda _row, _head, query: _causal(query, sliding_window), scale, softcap, sinks)
+    return out.to(q.dtype)
+
+
+def extend_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    mask: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`xkv::extend_attention`: one softmax over the slots that `mask` allows and the new keys up to the query's own."""
+    slots = k_cache.shape[2]
+    allowed = mask.expand(q.shape[0], k.shape[1], q.shape[2], slots)
+
+    def reach(row: int, kv_head: int, query: int) -> list[int]:
+        old = [slot for slot, may in enumerate(allowed[row, kv_head, query].tolist()) if may]
+        return old + [slots + key for key in _causal(query, sliding_window)]
+
+    out, _ = attend(q, torch.cat((k_cache, k), 2), torch.cat((v_cache, v), 2), reach, scale, softcap, sinks)
+    return out.to(q.dtype)
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`xkv::decode_attention`: write one token a row into its slot, then read every slot whose mask is 0."""
+    rows, kv_heads, slots = k_cache.shape[:3]
+    for row, kv_head in itertools.product(range(rows), range(kv_heads)):
+        k_cache[row, kv_head, int(slot[row])] = k[row, kv_head, 0]
+        v_cache[row, kv_head, int(slot[row])] = v[row, kv_head, 0]
+    added = mask.expand(rows, kv_heads, 1, slots)
+
+    def reach(row: int, kv_head: int, query: int) -> list[int]:
+        return [place for place, value in enumerate(added[row, kv_head, query].tolist()) if value == 0.0]
+
+    out, _ = attend(q, k_cache, v_cache, reach, scale, softcap, sinks)
+    return out.to(q.dtype)
+
+
+def _causal(query: int, sliding_window: int | None) -> list[int]:
+    return [key for key in range(query + 1) if sliding_window is None or query - key < sliding_window]
+
+
+# Slots
+
+
+def reference_slot(held: Sequence[int], plan: SlotPlan) -> int:
+    """The slot that the next decoded token takes, when slot s holds the token with ordinal `held[s]`.
+
+    Raises:
+        CapacityError: every slot is taken and the plan may not evict.
+        BudgetError: the plan evicts by score, which cannot be told from the ordinals.
+    """
+    if EMPTY in held:
+        return held.index(EMPTY)
+    if plan.eviction == "ring":
+        oldest_of_recent = sorted(held)[-plan.recent]
+        return held.index(oldest_of_recent)
+    if plan.eviction == "scored":
+        raise BudgetError("eviction='scored' chooses by accumulated scores; this reference knows ordinals only")
+    raise CapacityError(f"all {len(held)} slots are taken and eviction={plan.eviction!r} never overwrites one")
+
+
+def reference_ordinals(positions: Sequence[int], seen: int, base: int, plan: SlotPlan) -> list[int]:
+    """What each slot of one row and KV head holds, `EMPTY` for nothing, by decoding token after token again.
+
+    Args:
+        positions: what the last prefill wrote, and for `"scored"` decode too; one ordinal for each of `plan.slots`.
+        seen: valid tokens that the row has seen.
+        base: how many of them it had seen by the end of the last prefill.
+    """
+    if plan.eviction == "scored":
+        return [ordinal if slot < seen else EMPTY for slot, ordinal in enumerate(positions)]
+    prefilled = min(base, plan.capacity)
+    held = [positions[slot] if slot < prefilled else EMPTY for slot in range(plan.slots)]
+    for token in range(base, seen):
+        held[reference_slot(held, plan)] = token
+    return held
+
+
+# Selection
+
+
+def keep(
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    length: Tensor,
+    seen: Tensor,
+    base: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    capacity: int,
+    recent: int,
+    sinks: int,
+    eviction: int,
+    sliding_window: int | None,
+    fresh: bool,
+) -> Tensor:
+    """`xkv::keep`: of a layer's slots and the new tokens, `capacity` survive in each row and KV head.
+
+    K/V of a free slot are left as they were; what they hold means nothing. Of tokens that left the sliding window,
+    which nothing will read again, any may survive where room is left; here it is those of the best score.
+    """
+    slots = k_cache.shape[2]
+    plan = SlotPlan(capacity, slots, recent, sinks, EVICTIONS[eviction], sliding_window)  # type: ignore[arg-type]
+    gained = torch.zeros(positions.shape, dtype=torch.float32)
+    for row, head in itertools.product(range(k.shape[0]), range(k.shape[1])):
+        before = 0 if fresh else int(seen[row])
+        arrived = int(length[row])
+        total = before + arrived
+        score = ([0.0] * slots if fresh else []) + scores[row, head].tolist()
+        held = [EMPTY] * slots
+        if not fresh:
+            held = reference_ordinals(positions[row, head].tolist(), before, int(base[row]), plan)
+        old = {
+            slot: Token(ordinal, score[slot], k_cache[row, head, slot].clone(), v_cache[row, head, slot].clone())
+            for slot, ordinal in enumerate(held)
+            if ordinal != EMPTY
+        }
+        new = [
+            Token(before + index, score[slots + index], k[row, head, index], v[row, head, index])
+            for index in range(arrived)
+        ]
+        if arrived == 0 and not fresh:
+            for slot, token in old.items():
+                gained[row, head, slot] = token.score
+            continue
+        survivors = _survivors([*old.values(), *new], total, plan)
+        positions[row, head] = torch.arange(slots)
+        for slot, token in _layout(survivors, total, plan).items():
+            k_cache[row, head, slot] = token.key
+            v_cache[row, head, slot] = token.value
+            positions[row, head, slot] = token.ordinal
+            gained[row, head, slot] = token.score
+    return gained
+
+
+def _survivors(candidates: list[Token], total: int, plan: SlotPlan) -> list[Token]:
+    """At most `capacity` tokens, oldest first: the newest `recent`, the first `sinks`, the others by score."""
+    forced = [token for token in candidates if token.ordinal >= total - plan.recent or token.ordinal < plan.sinks]
+    others = [token for token in candidates if token.ordinal < total - plan.recent and token.ordinal >= plan.sinks]
+
+    def rank(token: Token) -> tuple[bool, float]:
+        out_of_window = plan.sliding_window is not None and token.ordinal <= total - plan.sliding_window
+        return out_of_window, -token.score
+
+    chosen = sorted(others, key=rank)[: plan.capacity - len(forced)]
+    return sorted(forced + chosen, key=lambda token: token.ordinal)
+
+
+def _layout(survivors: list[Token], total: int, plan: SlotPlan) -> dict[int, Token]:
+    """The slot of each survivor; they come oldest first."""
+    if plan.eviction != "ring" or total < plan.capacity:
+        return dict(enumerate(survivors))
+    placed = dict(enumerate(token for token in survivors if token.ordinal < total - plan.recent))
+    for token in survivors:
+        if token.ordinal >= total - plan.recent:
+            placed[plan.capacity - plan.recent + (token.ordinal - plan.capacity) % plan.recent] = token
+    return placed
+
+
+# Scores
+
+
+def snapkv_scores_reference(
+    q: Tensor,
+    k: Tensor,
+    length: Tensor,
+    scale: float,
+    seen: Tensor | None = None,
+    old_k: Tensor | None = None,
+    old_ordinals: Tensor | None = None,
+    observation_window: int = 8,
+    kernel: int = 7,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """SnapKV's score of each candidate: a layer's slots, if there are any, followed by the S new tokens.
+
+    The newest `observation_window` tokens ask: those of them that are new give the attention that they pay, which is
+    summed over them, averaged over the query heads of a KV head, and average-pooled along the tokens, oldest first,
+    with zeros beyond the ends. Tokens inside and before the observation window are pooled apart. SnapKV (arXiv
+    2404.14469, section 4), with XKV's numbers (arXiv 2412.05896).
+
+    Args:
+        q: `[rows, query_heads, S, key_dim]`.
+        k: `[rows, kv_heads, S, key_dim]`.
+        length: int64 `[rows]`, valid ones among the S tokens; they come first.
+        seen: int64 `[rows]`, tokens seen before these; 0 when None.
+        old_k: what the slots hold, `[rows, kv_heads, slots, key_dim]`; None in a fresh prefill.
+        old_ordinals: int64 `[rows, kv_heads, slots]`, `EMPTY` for a free slot; None in a fresh prefill.
+
+    Returns:
+        float64 `[rows, kv_heads, slots + S]`; 0 for a candidate that is not there.
+    """
+    rows, kv_heads, new = k.shape[:3]
+    group = q.shape[1] // kv_heads
+    keys = k if old_k is None else torch.cat((old_k, k), 2)
+    scores = torch.zeros(rows, kv_heads, keys.shape[2], dtype=torch.float64)
+    for row, head in itertools.product(range(rows), range(kv_heads)):
+        before = 0 if seen is None else int(seen[row])
+        arrived = int(length[row])
+        ordinals = [] if old_ordinals is None else old_ordinals[row, head].tolist()
+        ordinals += [before + index if index < arrived else EMPTY for index in range(new)]
+
+        mass = [0.0] * len(ordinals)
+        for index in range(max(0, arrived - observation_window), arrived):
+            query = before + index
+            reached = [n for n, key in enumerate(ordinals) if key != EMPTY and key <= query]
+            if sliding_window is not None:
+                reached = [n for n in reached if query - ordinals[n] < sliding_window]
+            for query_head in range(head * group, (head + 1) * group):
+                logits = keys[row, head, reached].double() @ q[row, query_head, index].double() * scale
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
+                denominator = logits if sinks is None else torch.cat((logits, sinks[query_head].double()[None]))
+                weights = torch.exp(logits - torch.logsumexp(denominator, 0))
+                for n, weight in zip(reached, weights.tolist(), strict=True):
+                    mass[n] += weight / group
+
+        first_observed = before + arrived - observation_window
+        there = sorted((n for n in range(len(ordinals)) if ordinals[n] != EMPTY), key=lambda n: ordinals[n])
+        for part in (
+            [n for n in there if ordinals[n] < first_observed],
+            [n for n in there if ordinals[n] >= first_observed],
+        ):
+            for place, n in enumerate(part):
+                neighbours = part[max(0, place - kernel // 2) : place + kernel // 2 + 1]
+                scores[row, head, n] = sum(mass[m] for m in neighbours) / kernel
+    return scores

@@ -1,0 +1,87 @@
+"""What a scorer may look at while one layer prefills: the new tokens, and what the layer held before them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+from torch import Tensor
+
+from xkv_fx.runtime.attention import apply_sinks, group_logits
+from xkv_fx.runtime.slots import EMPTY
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptView:
+    """The candidates of one layer: first the slots of the cache (none in a fresh prefill), then the S new tokens.
+
+    Attributes:
+        q: `[rows, query_heads, S, key_dim]`, rotated.
+        k: new keys `[rows, kv_heads, S, key_dim]`, rotated.
+        v: new values `[rows, kv_heads, S, value_dim]`; None for a scorer that does not read them.
+        length: int64 `[rows]`, valid new tokens; they come first.
+        scale: factor on the logits.
+        seen: int64 `[rows]`, tokens seen before these.
+        old_k, old_v: what the slots hold, `[rows, kv_heads, slots, ...]`; None in a fresh prefill.
+        old_ordinals: int64 `[rows, kv_heads, slots]`, -1 for a free slot; None in a fresh prefill.
+        sliding_window, softcap, sinks: as in the layer's attention.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    length: Tensor
+    scale: float
+    seen: Tensor
+    old_k: Tensor | None = None
+    old_v: Tensor | None = None
+    old_ordinals: Tensor | None = None
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @functools.cached_property
+    def ordinals(self) -> Tensor:
+        """int64 `[rows, kv_heads, N]`: the ordinal of every candidate, -1 where there is none."""
+        new = torch.arange(self.k.shape[2], device=self.k.device)
+        arrived = torch.where(new < self.length[:, None], self.seen[:, None] + new, EMPTY)
+        arrived = arrived[:, None].expand(-1, self.k.shape[1], -1)
+        return arrived if self.old_ordinals is None else torch.cat((self.old_ordinals, arrived), 2)
+
+    def attention_of_last(self, count: int) -> Tensor:
+        """Attention probabilities of the newest `count` valid queries.
+
+        Returns:
+            float32 `[rows, kv_heads, group, count, N]`, 0 for queries that do not exist and keys out of reach.
+        """
+        which = self.length[:, None] - count + torch.arange(count, device=self.q.device)
+        index = which.clamp(min=0)[:, None, :, None].expand(-1, self.q.shape[1], -1, self.q.shape[3])
+        queries = self.q.gather(2, index)
+        logits = group_logits(queries, self.k, self.scale, self.softcap)
+        if self.old_k is not None:
+            logits = torch.cat((group_logits(queries, self.old_k, self.scale, self.softcap), logits), -1)
+
+        query = (self.seen[:, None] + which)[:, None, :, None]
+        key = self.ordinals[:, :, None]
+        reach = (key != EMPTY) & (key <= query) & (which >= 0)[:, None, :, None]
+        if self.sliding_window is not None:
+            reach &= key > query - self.sliding_window
+        logits = logits.masked_fill_(~reach[:, :, None], float("-inf"))
+        lse = torch.logsumexp(logits, -1)
+        weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+        flat = apply_sinks(weights.flatten(1, 2), lse.flatten(1, 2), self.sinks)
+        return flat.view(weights.shape)
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """`values` `[rows, kv_heads, N]` with the candidates oldest first; ones that are not there come last."""
+        return values if self.old_ordinals is None else values.gather(2, self._order)
+
+    def back(self, values: Tensor) -> Tensor:
+        """The inverse of `in_order`."""
+        return values if self.old_ordinals is None else torch.zeros_like(values).scatter(2, self._order, values)
+
+    @functools.cached_property
+    def _order(self) -> Tensor:
+        last = torch.iinfo(torch.int64).max
+        return torch.argsort(torch.where(self.ordinals == EMPTY, last, self.ordinals), dim=2, stable=True)

@@ -1,0 +1,127 @@
+"""Which slot of a layer holds which token: pure functions of per-row counters, so they cost nothing to share.
+
+Every kept token has an *ordinal*: its place among the valid tokens that its row has seen, from 0. Under the eviction
+`"ring"` the last `recent` slots are a ring that holds the newest tokens, and the slots before it hold what prefill
+kept. With C slots, a ring of r, and t the ordinal of a token, the slot of a token that arrives in decode is
+
+    t                              while t < C (free slots are filled first)
+    C - r + (t - C) mod r          afterwards
+
+so slot and validity follow from the count of tokens seen alone, and prefill lays its survivors out to agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from xkv_fx.budgets import Budgets, Eviction, LayerSpec
+
+EMPTY = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotPlan:
+    """How one layer uses its slots; layers with equal plans share slot and mask in the decode graph.
+
+    Attributes:
+        capacity: slots that prefill fills at most.
+        slots: slots allocated; more than `capacity` only where generated tokens are appended.
+        recent: newest tokens that are always kept; the size of the ring.
+        sinks: first tokens that are always kept.
+        eviction: what happens when every slot is taken.
+        sliding_window: the layer's sliding window, None for a layer that attends to all tokens.
+    """
+
+    capacity: int
+    slots: int
+    recent: int
+    sinks: int
+    eviction: Eviction
+    sliding_window: int | None = None
+
+    @property
+    def masks_by_position(self) -> bool:
+        """Whether decode must mask slots by what they hold. A ring as large as the sliding window never holds a token
+        that has left it."""
+        return self.sliding_window is not None and self.recent < self.sliding_window
+
+    def count(self, seen: Tensor, base: Tensor) -> Tensor:
+        """Slots in use `[rows]`, after `seen` tokens `[rows]` of which `base` had been seen by the last prefill."""
+        if self.eviction == "append":
+            return torch.clamp(base, max=self.capacity) + (seen - base)
+        return torch.clamp(seen, max=self.slots)
+
+    def next_slot(self, seen: Tensor, base: Tensor) -> Tensor:
+        """The slot `[rows]` that the next decoded token takes. Not for `"scored"`, which looks at the scores."""
+        if self.eviction in ("append", "none"):
+            return self.count(seen, base)
+        ring = self.capacity - self.recent + (seen - self.capacity) % self.recent
+        return torch.where(seen < self.capacity, seen, ring)
+
+    def ordinals(self, positions: Tensor, seen: Tensor, base: Tensor) -> Tensor:
+        """The ordinal that each slot holds, `[rows, kv_heads, slots]`, `EMPTY` for a free slot.
+
+        Args:
+            positions: int32 `[rows, kv_heads, slots]`, as written by the last prefill, and for `"scored"` by decode.
+        """
+        slot = torch.arange(self.slots, device=positions.device)
+        seen, base = seen[:, None], base[:, None]
+        if self.eviction == "ring":
+            start = self.capacity - self.recent
+            newest = seen - 1 - torch.remainder(seen - 1 - self.capacity - (slot - start), self.recent)
+            turned = (seen >= self.capacity) & (slot >= start)
+            live = torch.where(turned[:, None], newest[:, None], positions.long())
+        elif self.eviction == "append":
+            appended = slot >= torch.clamp(base, max=self.capacity)
+            live = torch.where(
+                appended[:, None],
+                (slot - torch.clamp(base, max=self.capacity) + base)[:, None],
+                positions.long(),
+            )
+        else:
+            live = positions.long()
+        used = slot < self.count(seen[:, 0], base[:, 0])[:, None]
+        return torch.where(used[:, None], live, EMPTY)
+
+    def decode_mask(self, positions: Tensor, seen: Tensor, base: Tensor) -> Tensor:
+        """Slots that the next token attends to once it has taken its own: bool `[rows, kv_heads or 1, 1, slots]`."""
+        if self.sliding_window is None or not self.masks_by_position:
+            slot = torch.arange(self.slots, device=seen.device)
+            return (slot < self.count(seen + 1, base)[:, None])[:, None, None]
+        ordinals = self.ordinals(positions, seen + 1, base)
+        inside = ordinals > (seen - self.sliding_window)[:, None, None]
+        return ((ordinals != EMPTY) & inside)[:, :, None]
+
+    def extend_mask(self, positions: Tensor, seen: Tensor, base: Tensor, length: int) -> Tensor:
+        """Slots that each of the next `length` tokens attends to: bool `[rows, kv_heads or 1, length or 1, slots]`."""
+        if self.sliding_window is None:
+            slot = torch.arange(self.slots, device=seen.device)
+            return (slot < self.count(seen, base)[:, None])[:, None, None]
+        ordinals = self.ordinals(positions, seen, base)[:, :, None]
+        query = seen[:, None] + torch.arange(length, device=seen.device)
+        return (ordinals != EMPTY) & (ordinals > (query - self.sliding_window)[:, None, :, None])
+
+
+def slot_plans(budgets: Budgets, layers: tuple[LayerSpec, ...], max_new_tokens: int = 0) -> tuple[SlotPlan, ...]:
+    """One plan a layer. A layer that holds its whole sliding window is a ring of that size: nothing needed is lost."""
+    plans = []
+    policy = budgets.policy
+    for spec, planned, slots in zip(layers, budgets.capacities, budgets.slots(layers, max_new_tokens), strict=True):
+        capacity = spec.effective_capacity(planned)
+        if spec.sliding_window is not None and capacity == spec.sliding_window:
+            plans.append(SlotPlan(capacity, slots, capacity, 0, "ring", spec.sliding_window))
+            continue
+        plans.append(
+            SlotPlan(
+                capacity,
+                slots,
+                recent=policy.recent_for(capacity),
+                sinks=policy.sinks_for(capacity),
+                eviction=policy.eviction,
+                sliding_window=spec.sliding_window,
+            )
+        )
+    return tuple(plans)
