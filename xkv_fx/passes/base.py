@@ -1,0 +1,46 @@
+"""What a pass is: a graph goes in, the same graph comes out changed, and a record says what was done."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from torch.fx import GraphModule
+
+from xkv_fx.errors import PassError
+
+
+@dataclasses.dataclass(frozen=True)
+class PassRecord:
+    """What one pass did.
+
+    Attributes:
+        name: the pass.
+        matched: nodes that it looked for and found.
+        changed: nodes that it added, replaced or removed.
+        note: anything a reader of `describe()` should know.
+    """
+
+    name: str
+    matched: int
+    changed: int
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphPass:
+    """Base of all passes. A subclass sets `name`, implements `run`, and states in its docstring what must hold before
+    and after; cleaning up is done here."""
+
+    name: ClassVar[str] = ""
+
+    def run(self, module: GraphModule) -> PassRecord:
+        """Change `module.graph` in place."""
+        raise PassError(f"the pass {type(self).__name__} does not implement run()")
+
+    def __call__(self, module: GraphModule) -> PassRecord:
+        record = self.run(module)
+        module.graph.eliminate_dead_code()
+        module.graph.lint()
+        module.recompile()
+        return record

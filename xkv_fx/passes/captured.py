@@ -1,0 +1,46 @@
+"""A captured model: the two graphs that every pipeline starts from, and what is known about the model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Literal
+
+import torch
+from torch.fx import GraphModule
+
+from xkv_fx.budgets import LayerSpec
+from xkv_fx.errors import PassError
+
+
+@dataclasses.dataclass(frozen=True)
+class CapturedModel:
+    """One attention node a layer, K/V not repeated, no mask arithmetic; weights shared with the user's model.
+
+    Attributes:
+        prompt: graph of `(input_ids, position_ids)` `[rows, S]` -> logits `[rows, S, vocabulary]`, S dynamic.
+        token: the same for S = 1, all shapes static; None if it was not asked for.
+        layers: what each attention caches, in execution order.
+        fingerprint: identifies the model in plans and profiles.
+        rows: batch rows that the graphs are captured for.
+        dtype, device: of keys and values.
+        max_positions: the longest sequence that the model has positions for; None if unbounded.
+        vocabulary: size of the logits' last dimension.
+    """
+
+    prompt: GraphModule
+    token: GraphModule | None
+    layers: tuple[LayerSpec, ...]
+    fingerprint: str
+    rows: int
+    dtype: torch.dtype
+    device: torch.device
+    max_positions: int | None
+    vocabulary: int
+
+    def graph(self, kind: Literal["prompt", "token"]) -> GraphModule:
+        """A copy of a graph for passes to change; its weights are the very same tensors."""
+        module = self.prompt if kind == "prompt" else self.token
+        if module is None:
+            raise PassError("the model was captured without the graph of one token; capture it again with it")
+        return GraphModule(module, copy.deepcopy(module.graph))

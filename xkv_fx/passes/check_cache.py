@@ -1,0 +1,69 @@
+"""The last pass of every pipeline: it changes nothing and refuses a graph that is not what the plan says."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import torch
+from torch.fx import GraphModule, Node
+
+from xkv_fx.errors import PassError
+from xkv_fx.passes.base import GraphPass, PassRecord
+from xkv_fx.passes.graph import arguments, calls, placeholders
+from xkv_fx.runtime.state import CachePlan
+
+xkv = torch.ops.xkv
+aten = torch.ops.aten
+COPIES = (aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.copy.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckCache(GraphPass):
+    """After: every layer has exactly one op that writes its buffers, every capacity is the planned literal, no cache is
+    copied, and no mask over all pairs of tokens is left.
+
+    Raises:
+        PassError: naming the nodes that are wrong.
+    """
+
+    plan: CachePlan
+    kind: Literal["prefill", "extend", "decode"]
+    name: ClassVar[str] = "check_cache"
+
+    def run(self, module: GraphModule) -> PassRecord:
+        writer = xkv.decode_attention.default if self.kind == "decode" else xkv.keep.default
+        writes = calls(module, writer)
+        self._expect(len(writes) == len(self.plan.layers), f"{len(self.plan.layers)} writes of a cache", writes)
+        plain = calls(module, xkv.attention.default)
+        planned = len(self.plan.layers) if self.kind == "prefill" else 0
+        self._expect(len(plain) == planned, f"{planned} attentions without a cache", plain)
+        inputs = placeholders(module.graph)
+        for index, (node, slots) in enumerate(zip(writes, self.plan.slots, strict=True)):
+            named = arguments(node)
+            for kind in "kv":
+                cache = inputs[f"{kind}_{index}"]
+                self._expect(named[f"{kind}_cache"] is cache, f"layer {index} to write its own buffers", [node])
+                self._expect(
+                    cache.meta["val"].shape[2] == slots.slots, f"{slots.slots} slots in layer {index}", [cache]
+                )
+                copies = [user for user in cache.users if user.target in COPIES]
+                self._expect(not copies, f"no copy of the cache of layer {index}", copies)
+            if self.kind != "decode":
+                self._expect(named["capacity"] == slots.capacity, f"capacity {slots.capacity} in layer {index}", [node])
+        masks = [node for node in module.graph.nodes if self.kind != "decode" and _is_pair_mask(node)]
+        self._expect(not masks, "no mask over all pairs of tokens", masks)
+        return PassRecord(self.name, len(writes), 0)
+
+    def _expect(self, holds: bool, what: str, nodes: list[Node]) -> None:
+        if not holds:
+            names = ", ".join(node.name for node in nodes) or "none"
+            raise PassError(f"the {self.kind} graph is not as planned: expected {what}, found {names}")
+
+
+def _is_pair_mask(node: Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dim() < 2:
+        return False
+    rows, columns = value.shape[-2:]
+    return isinstance(rows, torch.SymInt) and isinstance(columns, torch.SymInt) and rows.node.expr == columns.node.expr

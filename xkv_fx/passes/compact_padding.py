@@ -1,0 +1,61 @@
+"""Padding as one more input: a row's valid tokens are moved to its front, where causal attention needs no mask."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from xkv_fx.passes.base import GraphPass, PassRecord
+from xkv_fx.passes.graph import add_input, at_end, at_start, inline, output_node, placeholders
+
+
+@dataclasses.dataclass(frozen=True)
+class CompactPadding(GraphPass):
+    """Before: inputs `input_ids, position_ids`. After: a third input `valid`, bool `[rows, S]`; the graph works on rows
+    whose valid tokens come first, so that no valid query ever reaches padding, and has a node `length`, the number of
+    each row's valid tokens.
+
+    Attributes:
+        restore_order: move the logits of every token back to where the token stood.
+    """
+
+    restore_order: bool
+    name: ClassVar[str] = "compact_padding"
+
+    def run(self, module: GraphModule) -> PassRecord:
+        graph = module.graph
+        ids, positions = placeholders(graph).values()
+        value = ids.meta["val"]
+        valid = add_input(graph, "valid", value.shape, torch.bool, value.device)
+        uses = {node: list(node.users) for node in (ids, positions)}
+        with at_start(graph):
+            length, place = inline(graph, _places, valid)
+            length._rename("length")
+            moved = {node: inline(graph, _move, node, place) for node in uses}
+        for node, users in uses.items():
+            for user in users:
+                user.replace_input_with(node, moved[node])
+        if self.restore_order:
+            output = output_node(graph)
+            logits: Any = output.args[0]
+            with at_end(graph):
+                output.args = (inline(graph, _back, logits, place),)
+        return PassRecord(self.name, 2, len(uses), "padding may stand before or after a row's tokens")
+
+
+def _places(valid: Tensor) -> tuple[Tensor, Tensor]:
+    length = valid.sum(1)
+    place = torch.where(valid, valid.long().cumsum(1), length[:, None] + (~valid).long().cumsum(1)) - 1
+    return length, place
+
+
+def _move(values: Tensor, place: Tensor) -> Tensor:
+    return torch.zeros_like(values).scatter(1, place, values)
+
+
+def _back(logits: Tensor, place: Tensor) -> Tensor:
+    return logits.gather(1, place[..., None].expand(-1, -1, logits.shape[2]))

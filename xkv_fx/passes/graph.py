@@ -1,0 +1,149 @@
+"""Small helpers for editing a captured graph while keeping every node's fake value (`meta["val"]`) true."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+
+from xkv_fx.errors import PassError
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """All arguments of a call to an operator by name, defaults included."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    named = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False))
+    named.update(node.kwargs)
+    for argument in schema.arguments:
+        if argument.name not in named and argument.has_default_value():
+            named[argument.name] = argument.default_value
+    return named
+
+
+def calls(module: GraphModule, target: Any) -> list[Node]:
+    """Every call of `target`, in execution order."""
+    return [node for node in module.graph.nodes if node.op == "call_function" and node.target is target]
+
+
+def output_node(graph: Graph) -> Node:
+    """The graph's output."""
+    output: Node = next(iter(reversed(graph.nodes)))
+    return output
+
+
+def named(graph: Graph, name: str) -> Node:
+    """The node of that name.
+
+    Raises:
+        PassError: there is none; a pass that adds it must run before.
+    """
+    found: Node | None = next((node for node in graph.nodes if node.name == name), None)
+    if found is not None:
+        return found
+    raise PassError(f"the graph has no node {name!r}; the pass that adds it has not run")
+
+
+def placeholders(graph: Graph) -> dict[str, Node]:
+    """The graph's inputs by name, in order."""
+    return {node.name: node for node in graph.nodes if node.op == "placeholder"}
+
+
+def fake_mode(graph: Graph) -> FakeTensorMode:
+    """The mode under which the graph was captured."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise PassError("the graph carries no fake values; capture it with torch.export")
+
+
+def add_input(
+    graph: Graph, name: str, shape: Sequence[int | torch.SymInt], dtype: torch.dtype, device: torch.device
+) -> Node:
+    """Add an input after the present ones."""
+    last = list(placeholders(graph).values())[-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    with fake_mode(graph):
+        node.meta["val"] = torch.empty(tuple(shape), dtype=dtype, device=device)
+    return node
+
+
+def emit(graph: Graph, target: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> Node:
+    """Add a call at the graph's insertion point, and compute its fake value."""
+    node = graph.create_node("call_function", target, args, kwargs, name=name)
+    node.meta["val"] = _run_fake(graph, target, args, kwargs)
+    return node
+
+
+def inline(graph: Graph, function: Callable[..., Any], *args: Node, name: str | None = None) -> Any:
+    """Trace a function of tensors to aten ops and add those at the insertion point.
+
+    Args:
+        name: what the resulting node is called, where it is a single one.
+
+    Returns:
+        the nodes that stand for what `function` returns, in the same structure.
+    """
+    mode = fake_mode(graph)
+    with mode, torch.no_grad():
+        traced = make_fx(lambda *values: function(*values))(*(arg.meta["val"] for arg in args))
+    copies: dict[Node, Node] = {}
+    inputs = iter(args)
+    result: Any = None
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = next(inputs)
+        elif node.op == "output":
+            result = map_arg(node.args[0], copies.__getitem__)
+        elif node.op == "call_function":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        else:
+            raise PassError(
+                f"cannot inline {function}: it needs the constant {node.target!r}; build it from its inputs"
+            )
+    if name is not None:
+        result._rename(name)
+    return result
+
+
+def propagate(graph: Graph, changed: Node) -> None:
+    """Recompute the fake values of everything that depends on `changed`."""
+    stale = {changed}
+    for node in graph.nodes:
+        if node.op == "call_function" and stale.intersection(node.all_input_nodes):
+            node.meta["val"] = _run_fake(graph, node.target, node.args, node.kwargs)
+            stale.add(node)
+
+
+@contextmanager
+def at_start(graph: Graph) -> Iterator[None]:
+    """Insert after the graph's inputs."""
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        yield
+
+
+@contextmanager
+def at_end(graph: Graph) -> Iterator[None]:
+    """Insert before the graph's output."""
+    with graph.inserting_before(output_node(graph)):
+        yield
+
+
+def _run_fake(graph: Graph, target: Any, args: Any, kwargs: Any) -> Any:
+    values = map_arg(args, _value_of), map_arg(kwargs, _value_of)
+    with fake_mode(graph), torch.no_grad():
+        return target(*values[0], **values[1])
+
+
+def _value_of(node: Node) -> Any:
+    if "val" not in node.meta:
+        raise PassError(f"the node {node.name!r} carries no fake value")
+    return node.meta["val"]

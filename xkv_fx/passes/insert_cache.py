@@ -1,0 +1,211 @@
+"""Giving every attention its cache: three passes, for a fresh prefill, for extending what is kept, and for decode.
+
+Each adds the state of the cache plan as graph inputs, which the graph mutates in place; a session owns the tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from xkv_fx.budgets import EVICTIONS
+from xkv_fx.errors import PassError
+from xkv_fx.passes.base import GraphPass, PassRecord
+from xkv_fx.passes.find_attention import AttentionSite, attention_sites
+from xkv_fx.passes.graph import add_input, at_end, at_start, emit, inline, named
+from xkv_fx.runtime.scorers import Scorer, rescore_tokens, score_tokens
+from xkv_fx.runtime.slots import SlotPlan
+from xkv_fx.runtime.state import CachePlan
+
+xkv = torch.ops.xkv
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class InsertPrefillCache(GraphPass):
+    """Before: `CompactPadding` has run. After: behind each attention, its tokens are scored and the survivors written
+    to that layer's buffers before the next layer runs; what the buffers held is forgotten."""
+
+    plan: CachePlan
+    scorer: Scorer
+    name: ClassVar[str] = "insert_prefill_cache"
+
+    def run(self, module: GraphModule) -> PassRecord:
+        graph = module.graph
+        sites = _sites(module, self.plan)
+        state = _add_state(graph, self.plan)
+        length = named(graph, "length")
+        for site, plan in zip(sites, self.plan.slots, strict=True):
+            with graph.inserting_after(site.node):
+                score = scoring(score_tokens, self.scorer, sliding_window=site.sliding_window, softcap=site.softcap)
+                scores = emit(
+                    graph, score, site.q, site.k, site.v if self.scorer.reads_values else None, length, None,
+                    site.scale, sinks=site.sinks, name=f"scores_{site.index}",
+                )  # fmt: skip
+            with graph.inserting_after(scores):
+                _keep(graph, site, plan, scores, length, state, fresh=True)
+        with at_end(graph):
+            emit(graph, aten.copy_.default, state["seen"], length)
+            emit(graph, aten.copy_.default, state["base"], length)
+        return PassRecord(self.name, len(sites), 2 * len(sites), f"scorer {self.scorer}")
+
+
+@dataclasses.dataclass(frozen=True)
+class InsertExtendCache(GraphPass):
+    """Before: `CompactPadding` has run. After: each attention also reaches the slots that its layer kept, and survivors
+    are chosen again among these slots and the new tokens. A row without new tokens keeps its state."""
+
+    plan: CachePlan
+    scorer: Scorer
+    name: ClassVar[str] = "insert_extend_cache"
+
+    def run(self, module: GraphModule) -> PassRecord:
+        graph = module.graph
+        sites = _sites(module, self.plan)
+        state = _add_state(graph, self.plan)
+        length, seen, base = named(graph, "length"), state["seen"], state["base"]
+        shared: dict[SlotPlan, Node] = {}
+        for site, plan in zip(sites, self.plan.slots, strict=True):
+            k_cache, v_cache, positions = _buffers(state, site.index)
+            with graph.inserting_before(site.node):
+                mask = shared.get(plan)
+                if mask is None:
+                    mask = inline(graph, _extend_mask(plan), positions, seen, base, site.q)
+                    if plan.sliding_window is None:
+                        shared[plan] = mask
+                attended = emit(
+                    graph, xkv.extend_attention.default, site.q, site.k, site.v, k_cache, v_cache, mask, site.scale,
+                    sliding_window=site.sliding_window, softcap=site.softcap, sinks=site.sinks,
+                    name=f"attention_{site.index}",
+                )  # fmt: skip
+                score = scoring(
+                    rescore_tokens, self.scorer, plan=plan, sliding_window=site.sliding_window,
+                    softcap=site.softcap,
+                )  # fmt: skip
+                scores = emit(
+                    graph, score, site.q, site.k, site.v, length, seen, base, k_cache, v_cache, positions, site.scale,
+                    sinks=site.sinks, name=f"scores_{site.index}",
+                )  # fmt: skip
+                _keep(graph, site, plan, scores, length, state, fresh=False)
+            site.node.replace_all_uses_with(attended)
+            graph.erase_node(site.node)
+        with at_end(graph):
+            new_seen, new_base = inline(graph, _extended_counters, seen, base, length)
+            emit(graph, aten.copy_.default, seen, new_seen)
+            emit(graph, aten.copy_.default, base, new_base)
+        return PassRecord(self.name, len(sites), 3 * len(sites), f"scorer {self.scorer}")
+
+
+@dataclasses.dataclass(frozen=True)
+class InsertDecodeCache(GraphPass):
+    """Before: a graph of one token, all shapes static. After: each attention writes its token into one slot of its
+    layer's buffers and attends to the valid ones. Slot and mask are computed once for all layers of equal plans."""
+
+    plan: CachePlan
+    name: ClassVar[str] = "insert_decode_cache"
+
+    def run(self, module: GraphModule) -> PassRecord:
+        graph = module.graph
+        sites = _sites(module, self.plan)
+        state = _add_state(graph, self.plan)
+        seen, base = state["seen"], state["base"]
+        with at_start(graph):
+            slots = self._shared_slots(graph, seen, base)
+            masks = self._shared_masks(graph, state)
+        for site, plan in zip(sites, self.plan.slots, strict=True):
+            k_cache, v_cache, positions = _buffers(state, site.index)
+            with graph.inserting_before(site.node):
+                mask = masks.get(plan)
+                if mask is None:
+                    mask = inline(graph, _decode_mask(plan, self.plan.dtype), positions, seen, base)
+                attended = emit(
+                    graph, xkv.decode_attention.default, site.q, site.k, site.v, k_cache, v_cache, slots[plan], mask,
+                    site.scale, softcap=site.softcap, sinks=site.sinks, name=f"attention_{site.index}",
+                )  # fmt: skip
+            site.node.replace_all_uses_with(attended)
+            graph.erase_node(site.node)
+        with at_end(graph):
+            emit(graph, aten.add_.Tensor, seen, 1)
+        return PassRecord(self.name, len(sites), len(sites), f"{len(slots)} groups of layers share slot and mask")
+
+    def _shared_slots(self, graph: Graph, seen: Node, base: Node) -> dict[SlotPlan, Node]:
+        return {
+            plan: inline(graph, plan.next_slot, seen, base, name=f"slot_of_{plan.slots}")
+            for plan in dict.fromkeys(self.plan.slots)
+        }
+
+    def _shared_masks(self, graph: Graph, state: dict[str, Node]) -> dict[SlotPlan, Node]:
+        """Masks that depend on counters alone. A slot's validity does not depend on how many slots follow it, so that
+        one mask as long as the largest layer serves every layer that starts to use its slots in order."""
+        plain = [plan for plan in dict.fromkeys(self.plan.slots) if not plan.masks_by_position]
+        inputs = (state["positions_0"], state["seen"], state["base"])
+        longest = max((plan for plan in plain if plan.eviction != "append"), key=lambda plan: plan.slots, default=None)
+        masks: dict[SlotPlan, Node] = {}
+        for plan in sorted(plain, key=lambda plan: -plan.slots):
+            name = f"mask_of_{plan.slots}"
+            if plan.eviction == "append" or plan == longest:
+                masks[plan] = inline(graph, _decode_mask(plan, self.plan.dtype), *inputs, name=name)
+            else:
+                masks[plan] = emit(graph, aten.slice.Tensor, masks[longest], 3, 0, plan.slots, name=name)  # type: ignore[index]
+        return masks
+
+
+def _sites(module: GraphModule, plan: CachePlan) -> tuple[AttentionSite, ...]:
+    sites = attention_sites(module)
+    if tuple(site.spec for site in sites) != plan.layers:
+        names = ", ".join(site.node.name for site in sites)
+        raise PassError(
+            f"the graph's {len(sites)} attention nodes ({names}) are not the {len(plan.layers)} planned layers"
+        )
+    return sites
+
+
+def _add_state(graph: Graph, plan: CachePlan) -> dict[str, Node]:
+    return {name: add_input(graph, name, *plan.shape_and_dtype(name), plan.device) for name in plan.names()}
+
+
+def _buffers(state: dict[str, Node], index: int) -> tuple[Node, Node, Node]:
+    return state[f"k_{index}"], state[f"v_{index}"], state[f"positions_{index}"]
+
+
+def _keep(
+    graph: Graph, site: AttentionSite, plan: SlotPlan, scores: Node, length: Node, state: dict[str, Node], fresh: bool
+) -> Node:
+    k_cache, v_cache, positions = _buffers(state, site.index)
+    return emit(
+        graph, xkv.keep.default, site.k, site.v, scores, length, state["seen"], state["base"], k_cache, v_cache,
+        positions, capacity=plan.capacity, recent=plan.recent, sinks=plan.sinks,
+        eviction=EVICTIONS.index(plan.eviction), sliding_window=plan.sliding_window, fresh=fresh,
+    )  # fmt: skip
+
+
+def scoring(function: Callable[..., Tensor], scorer: Scorer, **fixed: object) -> Callable[..., Tensor]:
+    """`function` with the scorer and what else the graph cannot hold fixed, under a name that the graph can print."""
+
+    def score(*args: object, **kwargs: object) -> Tensor:
+        return function(*args, scorer=scorer, **kwargs, **fixed)
+
+    score.__name__ = score.__qualname__ = f"{function.__name__}_by_{type(scorer).__name__}"
+    score.__module__ = function.__module__
+    return score
+
+
+def _extend_mask(plan: SlotPlan) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    return lambda positions, seen, base, q: plan.extend_mask(positions, seen, base, q.shape[2])
+
+
+def _decode_mask(plan: SlotPlan, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def mask(positions: Tensor, seen: Tensor, base: Tensor) -> Tensor:
+        valid = plan.decode_mask(positions, seen, base)
+        return torch.zeros(valid.shape, dtype=dtype, device=seen.device).masked_fill(~valid, float("-inf"))
+
+    return mask
+
+
+def _extended_counters(seen: Tensor, base: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    return seen + length, torch.where(length > 0, seen + length, base)

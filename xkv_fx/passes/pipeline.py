@@ -1,0 +1,63 @@
+"""The order of the passes, as data: lists that can be printed, extended and run one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch.fx import GraphModule
+
+from xkv_fx.passes.base import GraphPass, PassRecord
+from xkv_fx.passes.check_cache import CheckCache
+from xkv_fx.passes.clean_graph import CleanGraph
+from xkv_fx.passes.compact_padding import CompactPadding
+from xkv_fx.passes.insert_cache import InsertDecodeCache, InsertExtendCache, InsertPrefillCache
+from xkv_fx.passes.score_outputs import ScoreOutputs
+from xkv_fx.passes.select_last_logits import SelectLastLogits
+from xkv_fx.runtime.scorers import Scorer
+from xkv_fx.runtime.state import CachePlan
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformedGraph:
+    """A graph and what each pass did to it."""
+
+    module: GraphModule
+    records: tuple[PassRecord, ...]
+
+
+def prefill_pipeline(plan: CachePlan, scorer: Scorer, all_logits: bool = False) -> tuple[GraphPass, ...]:
+    """`(input_ids, position_ids)` -> `(input_ids, position_ids, valid, *state)`, starting from empty caches."""
+    return (
+        CleanGraph(),
+        CompactPadding(restore_order=all_logits),
+        *(() if all_logits else (SelectLastLogits(),)),
+        InsertPrefillCache(plan, scorer),
+        CheckCache(plan, "prefill"),
+    )
+
+
+def extend_pipeline(plan: CachePlan, scorer: Scorer, all_logits: bool = False) -> tuple[GraphPass, ...]:
+    """The same, going on from what the caches hold."""
+    return (
+        CleanGraph(),
+        CompactPadding(restore_order=all_logits),
+        *(() if all_logits else (SelectLastLogits(),)),
+        InsertExtendCache(plan, scorer),
+        CheckCache(plan, "extend"),
+    )
+
+
+def decode_pipeline(plan: CachePlan) -> tuple[GraphPass, ...]:
+    """`(input_ids, position_ids)` of one token a row -> `(input_ids, position_ids, *state)`."""
+    return (CleanGraph(), InsertDecodeCache(plan), CheckCache(plan, "decode"))
+
+
+def profile_pipeline(scorer: Scorer) -> tuple[GraphPass, ...]:
+    """`(input_ids, position_ids)` -> `(input_ids, position_ids, valid)` to the scores of every layer."""
+    return (CleanGraph(), CompactPadding(restore_order=False), ScoreOutputs(scorer))
+
+
+def run_pipeline(module: GraphModule, passes: Sequence[GraphPass]) -> TransformedGraph:
+    """Run passes in order on `module`, in place."""
+    return TransformedGraph(module, tuple(graph_pass(module) for graph_pass in passes))

@@ -1,0 +1,47 @@
+"""XKV's "lightweight variant" of the model: a graph that computes the scores of every layer and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from torch.fx import GraphModule
+
+from xkv_fx.passes.base import GraphPass, PassRecord
+from xkv_fx.passes.find_attention import attention_sites
+from xkv_fx.passes.graph import emit, named, output_node
+from xkv_fx.passes.insert_cache import scoring
+from xkv_fx.runtime.scorers import Scorer, score_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreOutputs(GraphPass):
+    """Before: `CompactPadding` has run. After: the graph returns each layer's scores, float32 `[rows, kv_heads, S]`,
+    and what no score needs is gone: the output projection, the last layer's attention and MLP, and its values' path.
+
+    XKV (arXiv 2412.05896): only what the scores need is run, and nothing after the last layer's scores.
+    """
+
+    scorer: Scorer
+    name: ClassVar[str] = "score_outputs"
+
+    def run(self, module: GraphModule) -> PassRecord:
+        graph = module.graph
+        length = named(graph, "length")
+        sites = attention_sites(module)
+        outputs = []
+        before = len(graph.nodes)
+        for site in sites:
+            score = scoring(score_tokens, self.scorer, sliding_window=site.sliding_window, softcap=site.softcap)
+            values = site.v if self.scorer.reads_values else None
+            with graph.inserting_after(site.node):
+                outputs.append(
+                    emit(
+                        graph, score, site.q, site.k, values, length, None, site.scale,
+                        sinks=site.sinks, name=f"scores_{site.index}",
+                    )
+                )  # fmt: skip
+        output_node(graph).args = (tuple(outputs),)
+        graph.eliminate_dead_code()
+        removed = before + len(outputs) - len(graph.nodes)
+        return PassRecord(self.name, len(sites), len(outputs), f"{removed} nodes that no score needs are gone")
