@@ -1,0 +1,72 @@
+"""Profiling: how much of the attention mass each layer would keep at every capacity, measured on sampled prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xkv_fx.budgets import Policy
+from xkv_fx.errors import BudgetError, PromptError
+from xkv_fx.passes.captured import CapturedModel
+from xkv_fx.passes.pipeline import profile_pipeline, run_pipeline
+from xkv_fx.planning.curves import retention_curve
+from xkv_fx.planning.profile_data import Profile
+from xkv_fx.runtime.scorers import scorer_of
+
+Progress = Callable[[int, int], None]
+
+
+def sample_prompts(prompts: Sequence[Tensor], sampling: float) -> tuple[Tensor, ...]:
+    """The first `sampling` share of the prompts, at least one (XKV, arXiv 2412.05896, samples 0.1 or 0.2).
+
+    Raises:
+        PromptError: there are no prompts.
+        BudgetError: `sampling` is not above 0 and at most 1.
+    """
+    if not prompts:
+        raise PromptError("there are no prompts to profile; give at least one")
+    if not (isinstance(sampling, int | float) and 0 < sampling <= 1):
+        raise BudgetError(f"sampling is the share of the prompts to profile, above 0 and at most 1; got {sampling!r}")
+    return tuple(prompts[: math.ceil(sampling * len(prompts) - 1e-9)])
+
+
+def measure_profile(
+    captured: CapturedModel, prompts: Sequence[Tensor], policy: Policy, progress: Progress | None = None
+) -> Profile:
+    """Run the score graph on each prompt and turn the scores into retention curves.
+
+    Args:
+        captured: a model captured for one row.
+        prompts: token ids, int64 `[1, S]`.
+        policy: scorer, recent and sinks that the plan will be served with.
+        progress: called as `progress(done, total)` after each prompt.
+
+    Raises:
+        PromptError: a prompt too short to rank, or longer than the model has positions for.
+    """
+    rows = [_check_prompt(index, prompt, captured) for index, prompt in enumerate(prompts)]
+    graph = run_pipeline(captured.graph("prompt"), profile_pipeline(scorer_of(policy))).module
+    curves = []
+    for done, ids in enumerate(rows, start=1):
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        with torch.no_grad():
+            scores = graph(ids, positions, torch.ones_like(ids, dtype=torch.bool))
+        curves.append(
+            np.stack([retention_curve(layer[0].cpu().numpy(), policy) for layer in scores]).astype(np.float32)
+        )
+        if progress is not None:
+            progress(done, len(rows))
+    return Profile(tuple(curves), policy, captured.layers, captured.fingerprint)
+
+
+def _check_prompt(index: int, ids: Tensor, captured: CapturedModel) -> Tensor:
+    if ids.shape[1] < 2:
+        raise PromptError(f"prompt {index} has {ids.shape[1]} tokens; a profile needs at least 2 to rank")
+    limit = captured.max_positions
+    if limit is not None and ids.shape[1] > limit:
+        raise PromptError(f"prompt {index} has {ids.shape[1]} tokens, more than the model's {limit} positions; cut it")
+    return ids.to(captured.device)
