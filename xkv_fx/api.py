@@ -1,0 +1,94 @@
+"""The public calls. Each is a few lines over the rooms that do the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from xkv_fx.budgets import Budgets, Policy
+from xkv_fx.errors import BudgetError, UnsupportedModelError
+from xkv_fx.planning.plan import solve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from xkv_fx.hf.generation import BudgetedLM
+    from xkv_fx.planning.profile_data import Profile
+
+__all__ = ["profile", "solve", "transform"]
+
+
+def profile(
+    model: Any,
+    prompts: Sequence[str | Tensor | Sequence[int]],
+    sampling: float = 1.0,
+    policy: Policy | None = None,
+    tokenizer: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Profile:
+    """Measure how much attention mass each layer keeps at every capacity (XKV, arXiv 2412.05896).
+
+    Only what the scores need is run: no decoding, no output projection, nothing after the last layer's scores.
+
+    Args:
+        model: a transformers causal language model; it is not changed.
+        prompts: strings, or token ids of shape `[S]` or `[1, S]`, like those the plan will serve.
+        sampling: the first share of the prompts to measure; the paper samples 0.1 or 0.2.
+        policy: the policy that the plan will be served with; the paper's scorer with a ring by default.
+        tokenizer: needed for strings.
+        progress: called as `progress(done, total)` after each prompt.
+
+    Raises:
+        PromptError: no prompts, an empty one, one too short to rank or too long for the model's positions.
+        UnsupportedModelError: the model cannot be captured exactly.
+        BudgetError: `sampling` out of range, or an unknown scorer.
+    """
+    from xkv_fx.hf.capture import capture
+    from xkv_fx.hf.prompts import tokenize
+    from xkv_fx.planning.profile import measure_profile, sample_prompts
+
+    sampled = sample_prompts(tokenize(prompts, tokenizer), sampling)
+    return measure_profile(capture(model, decode=False), sampled, policy or Policy(), progress)
+
+
+def transform(
+    model: Any,
+    budgets: Budgets,
+    batch_size: int = 1,
+    backend: str = "inductor",
+    max_new_tokens: int = 0,
+    check: bool = True,
+) -> BudgetedLM:
+    """Compile a causal language model with a KV cache of exactly the planned size.
+
+    Args:
+        model: a transformers causal language model. It is not changed, and its weights are shared, not copied.
+        budgets: capacities and policy; see `solve`, or `Budgets.full` for an exact cache.
+        batch_size: rows after expansion: batch x beams or return sequences.
+        backend: `"inductor"` compiles decode, `"eager"` runs the same graphs without a compiler.
+        max_new_tokens: room for generated tokens under `eviction="append"`.
+        check: compare the captured graph with the model on a short prompt before anything is built on it.
+
+    Raises:
+        BudgetError: the plan does not fit the model's layers.
+        ModelMismatchError: the plan was made for another model.
+        UnsupportedModelError: the model cannot be captured exactly.
+        BackendError: an unknown backend, or one that lacks its compiler.
+    """
+    from xkv_fx.hf.capture import capture
+    from xkv_fx.hf.generation import BudgetedLM
+    from xkv_fx.lowering.program import CompiledProgram, Graphs
+    from xkv_fx.runtime.scorers import scorer_of
+    from xkv_fx.runtime.slots import slot_plans
+    from xkv_fx.runtime.state import CachePlan
+
+    if isinstance(model, BudgetedLM):
+        raise UnsupportedModelError("this model was transformed already; transform the model that it was made from")
+    if not isinstance(budgets, Budgets):
+        raise BudgetError(f"budgets must be an xkv_fx.Budgets; got {type(budgets).__name__}")
+    scorer = scorer_of(budgets.policy)
+    captured = capture(model, rows=batch_size, check=check)
+    budgets.check_layers(captured.layers, captured.fingerprint)
+    slots = slot_plans(budgets, captured.layers, max_new_tokens)
+    plan = CachePlan(captured.layers, slots, batch_size, captured.dtype, captured.device)
+    return BudgetedLM(model, budgets, CompiledProgram(Graphs(captured, plan, scorer), backend))

@@ -1,0 +1,85 @@
+"""The session that `generate` sees: a transformers `Cache` around a runtime session."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from xkv_fx.errors import SessionError
+from xkv_fx.runtime.session import Program, Session
+
+
+class SessionCache(Cache):
+    """One conversation, or one batch of them, with K/V buffers of exactly the planned size.
+
+    Take one from `llm.new_session()` and pass it as `past_key_values`, with the whole conversation each time, as
+    transformers' own caches are used.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(layers=[])
+        self.session = Session(program)
+        self.fed = 0  # tokens a row, padding included: what transformers slices the conversation by
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens a row fed so far, evicted ones and padding included."""
+        return self.fed
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for K/V."""
+        return self.session.state.kv_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes allocated for positions and counters."""
+        return self.session.state.state_bytes
+
+    @property
+    def tokens_seen(self) -> Tensor:
+        """Valid tokens that each row has seen, int64 `[rows]`."""
+        return self.session.state["seen"].clone()
+
+    def kept_positions(self, layer: int) -> Tensor:
+        """Ordinals of the tokens that a layer keeps, int64 `[rows, kv_heads, slots]`, -1 for a free slot."""
+        return self.session.state.ordinals(layer)
+
+    def feed(self, ids: Tensor, position_ids: Tensor | None, valid: Tensor | None, all_logits: bool) -> Tensor:
+        """Prefill a prompt, a chunk of one, or a turn; see `Session.feed`."""
+        logits = self.session.feed(ids, position_ids, valid, all_logits)
+        self.fed += ids.shape[1]
+        return logits
+
+    def step(self, ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Decode one token a row; see `Session.step`."""
+        logits = self.session.step(ids, position_ids)
+        self.fed += 1
+        return logits
+
+    def reset(self) -> None:
+        """Forget every token; the buffers stay."""
+        self.session.reset()
+        self.fed = 0
+
+    def fork(self) -> SessionCache:
+        """An independent session with the same history."""
+        twin = SessionCache.__new__(SessionCache)
+        Cache.__init__(twin, layers=[])
+        twin.session, twin.fed = self.session.fork(), self.fed
+        return twin
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows follow the beams that were chosen."""
+        self.session.reorder(beam_idx)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        raise SessionError("a budgeted cache cannot be cropped: evicted tokens are gone; fork the session beforehand")
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise SessionError("this session belongs to a transformed model; pass it to llm.generate, not to another model")

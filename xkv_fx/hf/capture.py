@@ -1,0 +1,223 @@
+"""Capture: a transformers model becomes a graph with one `xkv::attention` node for each layer.
+
+The way in is transformers' own attention interface: an entry named `xkv` whose mask is None, so that no mask arithmetic
+enters the graph, and whose attention is our op.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.graph import CodeGen
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from xkv_fx.budgets import LayerSpec
+from xkv_fx.errors import UnsupportedModelError, XkvError
+from xkv_fx.hf.inspect import check_model, fingerprint, max_positions, shadow
+from xkv_fx.passes.captured import CapturedModel
+from xkv_fx.passes.find_attention import attention_sites
+from xkv_fx.passes.graph import output_node
+from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
+
+NAME = "xkv"
+PROBE_LENGTH = 24
+# Arguments that say nothing about the mathematics of attention once the mask is causal.
+_HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
+# Largest difference of logits, relative to their size, between a model and its captured graph.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    where = type(module).__name__
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{where} adds a mask of its own to attention; it cannot be captured exactly")
+    if not (getattr(module, "is_causal", True) and kwargs.get("is_causal") in (None, True)):
+        raise UnsupportedModelError(f"{where} does not attend causally; only causal attention has a KV cache to budget")
+    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _HARMLESS)
+    if unknown:
+        raise UnsupportedModelError(
+            f"{where} gives its attention {', '.join(unknown)}, which this version cannot carry over exactly"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise UnsupportedModelError(f"{where} has no layer_idx, so its cache cannot be told from those of other layers")
+    out = torch.ops.xkv.attention(query, key, value, layer, scale, sliding_window, softcap, s_aux)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The graphs mask by counting: padding is moved out of the way and causality is the op's own."""
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _no_mask)
+
+
+class _Entry(nn.Module):
+    """`(input_ids, position_ids)` -> logits of every token, without a cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        return logits
+
+
+def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) -> CapturedModel:
+    """Capture a transformers causal language model for `rows` batch rows.
+
+    Args:
+        model: it is not changed, and its weights are shared, not copied.
+        check: compare the graph's logits with the model's own on a short random prompt.
+        decode: capture the graph of one token too.
+
+    Raises:
+        UnsupportedModelError: the model cannot be captured exactly; the message says what stands in the way.
+    """
+    model = check_model(model)
+    twin = shadow(model, NAME)
+    layers = _probe_layers(twin)
+    _check_layer_count(model, layers)
+    entry = _Entry(twin)
+    device = model.device
+    ids = torch.zeros(rows, PROBE_LENGTH, dtype=torch.int64, device=device)
+    positions = torch.arange(PROBE_LENGTH, device=device).expand(rows, -1).contiguous()
+    length = torch.export.Dim("length", min=2, max=max_positions(model) or 2**20)
+    prompt = _export(entry, (ids, positions), {"input_ids": {1: length}, "position_ids": {1: length}})
+    token = _export(entry, (ids[:, :1].clone(), positions[:, :1].clone()), None) if decode else None
+    for graph in filter(None, (prompt, token)):
+        captured = tuple(site.spec for site in attention_sites(graph))
+        if captured != layers:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: export kept {len(captured)} attentions of the {len(layers)} that ran"
+            )
+    if check:
+        _check_parity(model, prompt, rows)
+    vocabulary = int(output_node(prompt.graph).args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
+    return CapturedModel(
+        prompt=prompt,
+        token=token,
+        layers=layers,
+        fingerprint=fingerprint(model),
+        rows=rows,
+        dtype=model.dtype,
+        device=device,
+        max_positions=max_positions(model),
+        vocabulary=vocabulary,
+    )
+
+
+def layers_of_model(model: Any) -> tuple[LayerSpec, ...]:
+    """What each layer of a transformers causal language model caches; runs it once on shapes alone.
+
+    Raises:
+        UnsupportedModelError: as `capture`.
+    """
+    model = check_model(model)
+    layers = _probe_layers(shadow(model, NAME))
+    _check_layer_count(model, layers)
+    return layers
+
+
+class _RecordAttention(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.layers: list[LayerSpec] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.xkv.attention.default:
+            q, k, v = args[:3]
+            window = args[5] if len(args) > 5 else None
+            self.layers.append(LayerSpec(q.shape[1], k.shape[1], k.shape[3], v.shape[3], k.dtype.itemsize, window))
+        return func(*args, **(kwargs or {}))
+
+
+def _probe_layers(twin: PreTrainedModel) -> tuple[LayerSpec, ...]:
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=twin.device)
+    with _refusing(twin), torch.no_grad(), _RecordAttention() as record:
+        _Entry(twin)(ids, torch.arange(2, device=twin.device)[None])
+    return tuple(record.layers)
+
+
+def _export(entry: _Entry, args: tuple[Tensor, Tensor], dynamic_shapes: Any) -> GraphModule:
+    with _refusing(entry.model), torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+        program = torch.export.export(entry, args, dynamic_shapes=dynamic_shapes, strict=False)
+        module = program.module(check_guards=False)
+    graph = module.graph
+    graph.set_codegen(CodeGen())  # plain positional inputs and one plain output, instead of pytrees
+    output = output_node(graph)
+    output.args = (cast(Any, output.args[0])[0],)
+    module.recompile()
+    return module
+
+
+@contextmanager
+def _refusing(model: nn.Module) -> Iterator[None]:
+    """Whatever goes wrong while a model is traced means that it cannot be captured."""
+    try:
+        yield
+    except XkvError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be captured: {reason[0]}") from error
+
+
+def _check_layer_count(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> None:
+    expected = model.config.get_text_config(decoder=True).num_hidden_layers
+    if not layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: no attention was captured; it does not call attention through transformers' "
+            "attention interface"
+        )
+    if len(layers) != expected:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {expected} layers but {len(layers)} calls of captured attention; models that "
+            "mix in other kinds of layers are not supported"
+        )
+
+
+def _check_parity(model: PreTrainedModel, graph: GraphModule, rows: int) -> None:
+    """Run the model and its graph on the same random tokens; a difference means that something was lost."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    length = min(PROBE_LENGTH, max_positions(model) or PROBE_LENGTH)
+    ids = torch.randint(vocabulary, (rows, length), generator=generator).to(model.device)
+    positions = torch.arange(length, device=model.device).expand(rows, -1).contiguous()
+    training = model.training
+    with torch.no_grad():
+        twin = shadow(model, model.config._attn_implementation) if training else model
+        expected = twin(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+        got = graph(ids, positions).float()
+    error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+    limit = _TOLERANCE.get(model.dtype, 1e-2)
+    if not error <= limit:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: the captured graph differs from the model by {error:.2g} of its largest logit "
+            f"(limit {limit:.0e}); its attention does something that was not captured"
+        )

@@ -1,0 +1,209 @@
+"""The transformed model: transformers' own `generate` over budgeted graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from xkv_fx.budgets import Budgets, LayerSpec
+from xkv_fx.errors import BackendError, PromptError, SessionError
+from xkv_fx.hf.cache import SessionCache
+from xkv_fx.lowering.program import CompiledProgram
+
+_CACHE_FIELD = next(
+    field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in ("past_key_values", "cache")
+)
+
+
+class BudgetedLM(nn.Module, GenerationMixin):
+    """What `xkv_fx.transform` returns. It shares the weights of the model that it was made from.
+
+    Attributes:
+        budgets: the plan it was made with.
+        layers: what each layer caches.
+        prefill, decode: readable graphs, `torch.fx.GraphModule`.
+    """
+
+    main_input_name = "input_ids"
+    _is_stateful = True  # generate then refuses assisted decoding, which would have to take tokens back
+    _supports_cache_class = True
+
+    def __init__(self, model: PreTrainedModel, budgets: Budgets, program: CompiledProgram) -> None:
+        super().__init__()
+        self.config = model.config
+        self.generation_config = model.generation_config
+        self.budgets = budgets
+        self.program = program
+        self.layers: tuple[LayerSpec, ...] = program.plan.layers
+        self.eval()
+
+    @property
+    def prefill(self) -> GraphModule:
+        """`(input_ids, position_ids, valid, *state)` -> logits `[rows, 1, vocabulary]` of each last valid token."""
+        return self.program.graphs.prefill
+
+    @property
+    def extend(self) -> GraphModule:
+        """As `prefill`, going on from what the state holds."""
+        return self.program.graphs.extend
+
+    @property
+    def decode(self) -> GraphModule:
+        """`(input_ids, position_ids, *state)` -> logits `[rows, 1, vocabulary]`."""
+        return self.program.graphs.decode
+
+    @property
+    def device(self) -> torch.device:
+        return self.program.plan.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.program.plan.dtype
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K/V that each session allocates."""
+        return self.program.plan.kv_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of positions and counters that each session allocates."""
+        return self.program.plan.state_bytes
+
+    def new_session(self) -> SessionCache:
+        """An empty session; any number of them share the weights and graphs."""
+        return SessionCache(self.program)
+
+    def describe(self) -> str:
+        """Layers, capacities, policy, lowering and every choice that was made, as text."""
+        return self.program.describe(self.budgets)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SessionCache | None = None,
+        cache: SessionCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        decoding: bool = False,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Feed tokens to a session.
+
+        Args:
+            input_ids: int64 `[rows, S]`, the new tokens.
+            attention_mask: `[rows, >= S]`, 0 for padding; its last S columns belong to `input_ids`.
+            position_ids: int64 `[rows, S]`; counted from the attention mask when None.
+            past_key_values, cache: the session, under either of transformers' names; a new one when None.
+            logits_to_keep: 0 for the logits of every token, 1 for each row's last valid one.
+            decoding: take `input_ids` as one decoded token a row instead of a prompt or a turn.
+
+        Raises:
+            PromptError, CapacityError: see `Session.feed`.
+            SessionError: a session of another model, or another kind of cache.
+        """
+        _refuse(kwargs, use_cache)
+        session = past_key_values if past_key_values is not None else cache
+        if session is None:
+            session = self.new_session()
+        if not isinstance(session, SessionCache):
+            raise SessionError(
+                f"a {type(session).__name__} has no bounded memory; pass a session from llm.new_session() instead"
+            )
+        session.session.check_owner(self.program)
+        if input_ids is None:
+            raise PromptError("give input_ids; inputs_embeds are not supported")
+        if logits_to_keep not in (0, 1):
+            raise PromptError(f"logits_to_keep must be 0 (all) or 1 (the last); got {logits_to_keep!r}")
+        input_ids = input_ids.to(self.device)
+        if decoding:
+            logits = session.step(input_ids, position_ids)
+        else:
+            valid = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].to(self.device) != 0
+            logits = session.feed(input_ids, position_ids, valid, all_logits=logits_to_keep == 0)
+        held: dict[str, Any] = {_CACHE_FIELD: session}
+        return CausalLMOutputWithPast(logits=cast(Any, logits), **held)
+
+    def prepare_inputs_for_generation(  # type: ignore[override]  # parameters differ between versions of transformers
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        is_first_iteration: bool = False,
+        logits_to_keep: int = 1,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """transformers' hook: slice what is new, and say whether it is a prompt or a decoded token."""
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:] if next_sequence_length > 0 else input_ids[:, :0]
+        length = input_ids.shape[1]
+        return {
+            **kwargs,
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": None if position_ids is None else position_ids[..., -length:],
+            "logits_to_keep": 1,
+            "decoding": not is_first_iteration,
+        }
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """transformers' hook: without a cache of the user's, start from an empty session."""
+        if generation_config.use_cache is False:
+            raise SessionError("use_cache=False makes no sense for a model that lives on its cache; leave it out")
+        if generation_config.cache_implementation is not None:
+            raise SessionError(
+                f"cache_implementation={generation_config.cache_implementation!r} cannot be chosen: the cache of a "
+                "transformed model is its budgets'"
+            )
+        given = model_kwargs.pop("past_key_values", None)
+        if given is None:
+            given = model_kwargs.pop("cache", None)
+        if given is None:
+            given = self.new_session()
+        elif not isinstance(given, SessionCache):
+            raise SessionError(
+                f"a {type(given).__name__} has no bounded memory; pass a session from llm.new_session() instead"
+            )
+        given.session.check_owner(self.program)
+        model_kwargs[_CACHE_FIELD] = given
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BudgetedLM:
+        raise BackendError("the graphs are made for one device and dtype; move or cast the model, then transform it")
+
+    def is_remote_code(self) -> bool:
+        """Part of what `GenerationMixin` asks of a model."""
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        """Part of what `GenerationMixin` asks of a model."""
+        return {}
+
+    def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Part of what `GenerationMixin` asks of a model; the graphs are fixed."""
+
+    def can_generate(self) -> bool:
+        """Part of what `GenerationMixin` asks of a model."""
+        return True
+
+
+def _refuse(kwargs: dict[str, Any], use_cache: bool | None) -> None:
+    if use_cache is False:
+        raise SessionError("use_cache=False makes no sense for a model that lives on its cache; leave it out")
+    for name in ("inputs_embeds", "output_attentions", "output_hidden_states", "labels", "head_mask"):
+        if kwargs.pop(name, None) not in (None, False):
+            raise PromptError(f"{name} is not supported by a transformed model")
+    unknown = sorted(name for name, value in kwargs.items() if value is not None)
+    if unknown:
+        raise PromptError(f"unknown arguments: {', '.join(unknown)}")

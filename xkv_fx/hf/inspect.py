@@ -1,0 +1,81 @@
+"""Reading facts off a transformers model without changing it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from xkv_fx.errors import UnsupportedModelError
+
+# What does not change which plan is right for a model.
+_VOLATILE = {
+    "_name_or_path",
+    "_attn_implementation",
+    "_commit_hash",
+    "attn_implementation",
+    "dtype",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
+
+
+def check_model(model: Any) -> PreTrainedModel:
+    """`model`, if it is a decoder-only transformers causal language model.
+
+    Raises:
+        UnsupportedModelError: it is something else; the message says what.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"expected a model, got {type(model).__name__}; load it first")
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model; its attention cannot be captured"
+        )
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder model; only decoders are supported")
+    return model
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Identifies a model by class and configuration; the same for every dtype and quantization of it."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
+    text = json.dumps(config, sort_keys=True, default=str)
+    digest = hashlib.sha256(f"{type(model).__name__} {text}".encode()).hexdigest()
+    return f"{type(model).__name__}:{digest[:16]}"
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence the model has positions for."""
+    config = model.config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def shadow(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """A copy of the modules of `model`, in evaluation mode, on the very same weights, with its own configuration.
+
+    The user's model is not touched.
+    """
+    weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, weights)
+    twin.eval()
+    try:
+        twin.set_attn_implementation(attention)
+    except (ValueError, ImportError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not let its attention be replaced ({error}); it cannot be captured"
+        ) from error
+    return twin

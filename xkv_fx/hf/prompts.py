@@ -1,0 +1,38 @@
+"""Prompts as users give them, strings or token ids, turned into token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xkv_fx.errors import PromptError
+
+
+def tokenize(prompts: Sequence[str | Tensor | Sequence[int]], tokenizer: Any = None) -> tuple[Tensor, ...]:
+    """Token ids int64 `[1, S]` of each prompt.
+
+    Raises:
+        PromptError: no prompts, an empty one, a string without a tokenizer, or something that is no prompt.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+        raise PromptError("prompts must be a list of at least one string or tensor of token ids")
+    return tuple(_tokenize(index, prompt, tokenizer) for index, prompt in enumerate(prompts))
+
+
+def _tokenize(index: int, prompt: str | Tensor | Sequence[int], tokenizer: Any) -> Tensor:
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise PromptError(f"prompt {index} is a string; pass the model's tokenizer too, or give token ids")
+        prompt = tokenizer(prompt)["input_ids"]
+    ids = torch.as_tensor(prompt)
+    ids = ids[None] if ids.dim() == 1 else ids
+    if ids.dim() != 2 or ids.shape[0] != 1:
+        raise PromptError(f"prompt {index} must be one row of token ids; got the shape {list(ids.shape)}")
+    if ids.shape[1] == 0:
+        raise PromptError(f"prompt {index} is empty; give at least one token")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise PromptError(f"prompt {index} must be token ids, whole numbers; got {ids.dtype}")
+    return ids.long()

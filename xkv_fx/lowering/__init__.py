@@ -1,0 +1,1 @@
+"""From readable graphs to what runs: one file a target."""

@@ -1,0 +1,127 @@
+"""A transformed model's graphs and what they were lowered to; built once, shared by all sessions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from xkv_fx.budgets import Budgets
+from xkv_fx.errors import BackendError
+from xkv_fx.lowering.eager import lower_eager
+from xkv_fx.lowering.inductor import lower_inductor
+from xkv_fx.passes.captured import CapturedModel
+from xkv_fx.passes.pipeline import (
+    TransformedGraph,
+    decode_pipeline,
+    extend_pipeline,
+    prefill_pipeline,
+    run_pipeline,
+)
+from xkv_fx.runtime.scorers import Scorer
+from xkv_fx.runtime.state import CachePlan
+
+Backend = Literal["inductor", "eager"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+Compiled = Callable[..., Tensor]
+_LOWERED = {"inductor": "one graph, compiled by Inductor, static shapes", "eager": "graph of torch kernels"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Graphs:
+    """The readable graphs of one captured model under one cache plan; rare ones are built on demand."""
+
+    captured: CapturedModel
+    plan: CachePlan
+    scorer: Scorer
+    _lock: threading.RLock = dataclasses.field(default_factory=threading.RLock, repr=False)
+    _built: dict[tuple[str, bool], TransformedGraph] = dataclasses.field(default_factory=dict, repr=False)
+
+    def get(self, kind: Literal["prefill", "extend", "decode"], all_logits: bool = False) -> TransformedGraph:
+        """The graph of that kind, and the records of the passes that made it."""
+        with self._lock:
+            key = (kind, all_logits)
+            if key not in self._built:
+                self._built[key] = self._build(kind, all_logits)
+            return self._built[key]
+
+    def _build(self, kind: str, all_logits: bool) -> TransformedGraph:
+        if kind == "decode":
+            return run_pipeline(self.captured.graph("token"), decode_pipeline(self.plan))
+        pipeline = prefill_pipeline if kind == "prefill" else extend_pipeline
+        return run_pipeline(self.captured.graph("prompt"), pipeline(self.plan, self.scorer, all_logits))
+
+    @property
+    def prefill(self) -> GraphModule:
+        return self.get("prefill").module
+
+    @property
+    def extend(self) -> GraphModule:
+        return self.get("extend").module
+
+    @property
+    def decode(self) -> GraphModule:
+        return self.get("decode").module
+
+
+class CompiledProgram:
+    """Lowered graphs; satisfies `runtime.session.Program`.
+
+    Prefill and extend run as graphs of torch's own kernels; decode is compiled by the backend.
+    """
+
+    def __init__(self, graphs: Graphs, backend: str) -> None:
+        if backend not in BACKENDS:
+            raise BackendError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+        self.graphs = graphs
+        self.backend = backend
+        self.plan = graphs.plan
+        self.max_positions = graphs.captured.max_positions
+        lower = lower_inductor if backend == "inductor" else lower_eager
+        self._decode = lower(graphs.decode)
+        self._prompt = functools.cache(self._lower_prompt)
+        self._prompt("prefill", False)
+
+    def prefill(self, all_logits: bool) -> Compiled:
+        return self._prompt("prefill", all_logits)
+
+    def extend(self, all_logits: bool) -> Compiled:
+        return self._prompt("extend", all_logits)
+
+    def decode(self) -> Compiled:
+        return self._decode
+
+    def _lower_prompt(self, kind: Literal["prefill", "extend"], all_logits: bool) -> Compiled:
+        return lower_eager(self.graphs.get(kind, all_logits).module)
+
+    def describe(self, budgets: Budgets) -> str:
+        """What was planned and what was done about it, as text."""
+        plan, policy = self.plan, budgets.policy
+        source = budgets.provenance
+        lines = [
+            f"model         {self.graphs.captured.fingerprint}",
+            f"plan          {source.allocator or 'by hand'}, {budgets.total_tokens} slots in {len(plan.layers)} layers",
+            f"policy        scorer {self.graphs.scorer}, eviction {policy.eviction}, recent "
+            f"{'min(64, C/4)' if policy.recent is None else policy.recent}, sinks {policy.sinks}",
+            f"rows          {plan.rows}",
+            f"dtype         {plan.dtype} on {plan.device}",
+            f"KV bytes      {plan.kv_bytes:,} a session, and {plan.state_bytes:,} for positions and counters",
+            f"prefill       graph of torch kernels, length dynamic, up to {self.max_positions} positions",
+            f"decode        {_LOWERED[self.backend]}",
+            "",
+            "layer  slots  recent  eviction  sliding window  bytes",
+        ]
+        for index, (spec, slots) in enumerate(zip(plan.layers, plan.slots, strict=True)):
+            size = slots.slots * spec.slot_bytes(plan.dtype) * plan.rows
+            window = "-" if spec.sliding_window is None else str(spec.sliding_window)
+            lines.append(f"{index:5}  {slots.slots:5}  {slots.recent:6}  {slots.eviction:8}  {window:>14}  {size:,}")
+        for kind in ("prefill", "decode"):
+            lines += ["", f"passes of the {kind} graph"]
+            for record in self.graphs.get(kind).records:
+                lines.append(f"  {record.name:22} matched {record.matched:5} changed {record.changed:5}  {record.note}")
+        return "\n".join(lines)
