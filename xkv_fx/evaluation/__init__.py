@@ -1,0 +1,1 @@
+"""Measuring plans: texts, tasks and metrics. Drives the public face only."""

@@ -1,0 +1,53 @@
+"""How far a model with budgets strays from the one with its full cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """Per-token difference of next-token distributions.
+
+    Attributes:
+        kl: Kullback-Leibler divergence from the full cache's distribution, nats, float64 `[T]`.
+        agree: whether both prefer the same token, bool `[T]`.
+    """
+
+    kl: Tensor
+    agree: Tensor
+
+    @property
+    def mean_kl(self) -> float:
+        return float(self.kl.mean())
+
+    @property
+    def top1_agreement(self) -> float:
+        return float(self.agree.double().mean())
+
+
+def divergence(full: Tensor, other: Tensor) -> Divergence:
+    """Compare logits `[T, vocabulary]` with those of the full cache, in float64."""
+    log_p = torch.log_softmax(full.double(), -1)
+    log_q = torch.log_softmax(other.double(), -1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0)
+    return Divergence(kl, full.argmax(-1) == other.argmax(-1))
+
+
+def forced_logits(llm: Any, prompt: Tensor, continuation: Tensor) -> Tensor:
+    """Logits `[T, vocabulary]` for each token of a given continuation, decoded one by one behind a prompt.
+
+    Args:
+        llm: a transformed model for one row.
+        prompt: int64 `[1, S]`.
+        continuation: int64 `[1, T]`.
+    """
+    session = llm.new_session()
+    logits = [llm(prompt, past_key_values=session, logits_to_keep=1).logits[:, -1]]
+    for token in torch.split(continuation[:, :-1], 1, dim=1):
+        logits.append(llm(token, past_key_values=session, decoding=True).logits[:, -1])
+    return torch.cat(logits)
