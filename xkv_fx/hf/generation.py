@@ -133,6 +133,19 @@ class BudgetedLM(nn.Module, GenerationMixin):
         held: dict[str, Any] = {_CACHE_FIELD: session}
         return CausalLMOutputWithPast(logits=cast(Any, logits), **held)
 
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own `GenerationMixin.generate`, every option of it.
+
+        `past_key_values` may be a session of this model, with the whole conversation as input each time; without one,
+        generation starts from an empty cache. Returns token ids int64 `[rows, prompt + new]`, or transformers' output
+        object with `return_dict_in_generate=True`.
+
+        Raises:
+            PromptError, CapacityError, SessionError: see `forward`.
+        """
+        return GenerationMixin.generate(self, *args, **kwargs)  # type: ignore[arg-type]
+
     def prepare_inputs_for_generation(  # type: ignore[override]  # parameters differ between versions of transformers
         self,
         input_ids: Tensor,

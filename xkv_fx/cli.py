@@ -1,0 +1,186 @@
+"""The command line: the public calls under the same names."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import xkv_fx
+from xkv_fx.errors import PromptError, XkvError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Per-layer KV cache budgets: measure, solve, generate, inspect."
+)
+_console = Console()
+_errors = Console(stderr=True)
+
+Model = Annotated[str, typer.Option(help="A model folder, a .gguf file, or the alias smollm2.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Plan = Annotated[Path, typer.Argument(help="A budgets file.")]
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one line and exit code 2."""
+    try:
+        app()
+    except (XkvError, OSError) as error:
+        _errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command()
+def profile(
+    out: Annotated[Path, typer.Option(help="Where to write the profile.")],
+    prompts: Annotated[list[Path], typer.Option(help="Text files, each of them a prompt; may be given repeatedly.")],
+    model: Model = "smollm2",
+    length: Annotated[int | None, typer.Option(help="Cut each text into prompts of so many tokens.", min=2)] = None,
+    sampling: Annotated[float, typer.Option(help="Share of the prompts to measure.")] = 1.0,
+    scorer: Annotated[str, typer.Option(help="How tokens are ranked.")] = "snapkv",
+    eviction: Annotated[str, typer.Option(help="ring, append or none.")] = "ring",
+    recent: Annotated[int | None, typer.Option(help="Newest tokens always kept; min(64, C/4) by default.")] = None,
+    sinks: Annotated[int, typer.Option(help="First tokens always kept.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Measure how much attention mass each layer keeps at every capacity."""
+    policy = xkv_fx.Policy(scorer=scorer, eviction=eviction, recent=recent, sinks=sinks)  # type: ignore[arg-type]
+    loaded, tokenizer = _load(model)
+    rows = _token_rows(prompts, tokenizer, length)
+    with _progress("profile") as advance:
+        measured = xkv_fx.profile(loaded, rows, sampling=sampling, policy=policy, progress=advance)
+    measured.save(out)
+    _show(
+        {
+            "profile": str(out),
+            "model": measured.model,
+            "layers": len(measured.layers),
+            "prompts": len(measured.lengths),
+            "longest": measured.context_default,
+        },
+        json_,
+    )
+
+
+@app.command()
+def solve(
+    profile: Annotated[Path, typer.Argument(help="A profile that `xkv-fx profile` wrote.")],
+    out: Annotated[Path, typer.Option(help="Where to write the budgets.")],
+    fraction: Annotated[float | None, typer.Option(help="Share of layers x context to keep.")] = None,
+    total_tokens: Annotated[int | None, typer.Option(help="Sum of the capacities.")] = None,
+    retention: Annotated[float | None, typer.Option(help="Mean share of attention mass to keep.")] = None,
+    kv_bytes: Annotated[int | None, typer.Option(help="Most bytes of KV cache.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows that --kv-bytes is for.", min=1)] = 1,
+    context: Annotated[int | None, typer.Option(help="Tokens to plan for; the longest prompt by default.")] = None,
+    allocator: Annotated[str, typer.Option(help="xkv or uniform.")] = "xkv",
+    multiple: Annotated[int, typer.Option(help="Round capacities to multiples of this.", min=1)] = 16,
+    json_: Json = False,
+) -> None:
+    """Solve how many slots each layer gets; give exactly one of the constraints."""
+    budgets = xkv_fx.solve(
+        xkv_fx.Profile.load(profile),
+        fraction=fraction,
+        total_tokens=total_tokens,
+        retention=retention,
+        kv_bytes=kv_bytes,
+        batch_size=batch_size,
+        context=context,
+        allocator=allocator,
+        multiple=multiple,
+    )
+    budgets.save(out)
+    _show_plan(budgets, json_)
+
+
+@app.command()
+def generate(
+    plan: Plan,
+    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A text file with the prompt.")] = None,
+    model: Model = "smollm2",
+    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate.", min=1)] = 64,
+    backend: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
+    json_: Json = False,
+) -> None:
+    """Generate with a plan's budgets, greedily."""
+    if (prompt is None) == (prompt_file is None):
+        raise PromptError("give either --prompt or --prompt-file")
+    text = prompt if prompt is not None else _read(prompt_file)
+    budgets = xkv_fx.Budgets.load(plan)
+    loaded, tokenizer = _load(model)
+    ids = tokenizer(text, return_tensors="pt")
+    llm = xkv_fx.transform(loaded, budgets, backend=backend, max_new_tokens=max_new_tokens)
+    output = llm.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False)
+    answer = tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    if json_:
+        _show({"text": answer, "prompt_tokens": ids["input_ids"].shape[1], "kv_bytes": llm.kv_bytes}, True)
+    else:
+        _console.print(answer, markup=False, highlight=False)
+
+
+@app.command()
+def inspect(plan: Plan, json_: Json = False) -> None:
+    """Show a budgets file: capacities, policy, and how it was made."""
+    _show_plan(xkv_fx.Budgets.load(plan), json_)
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    from xkv_fx.hf.models import load_model
+
+    return load_model(name)
+
+
+def _read(path: Path | None) -> str:
+    return "" if path is None else path.read_text(encoding="utf-8", errors="replace")
+
+
+def _token_rows(files: list[Path], tokenizer: Any, length: int | None) -> list[list[int]]:
+    rows = []
+    for file in files:
+        ids: list[int] = tokenizer(_read(file))["input_ids"]
+        step = len(ids) if length is None else length
+        rows += [ids[start : start + step] for start in range(0, max(len(ids) - step, 0) + 1, max(step, 1))]
+    return rows
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Any]:
+    with Progress(console=_errors) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        _console.print(f"{name:16} {value}", markup=False, highlight=False)
+
+
+def _show_plan(budgets: xkv_fx.Budgets, as_json: bool) -> None:
+    result = {
+        "capacities": list(budgets.capacities),
+        "total_tokens": budgets.total_tokens,
+        "policy": budgets.policy.to_dict(),
+        "provenance": budgets.provenance.to_dict(),
+    }
+    if as_json:
+        print(json.dumps(result))
+        return
+    _show({"total_tokens": budgets.total_tokens, **budgets.policy.to_dict(), **budgets.provenance.to_dict()}, False)
+    table = Table("layer", "capacity", "recent")
+    for layer, capacity in enumerate(budgets.capacities):
+        table.add_row(str(layer), str(capacity), str(budgets.policy.recent_for(capacity)))
+    _console.print(table)
+
+
+if __name__ == "__main__":
+    main()
