@@ -6,7 +6,7 @@ VENV_PYTHON := .venv/bin/python
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test lint format clean
+.PHONY: help .venv demo test test-exhaustive lint format clean
 
 help:  ## Say what each target does
 	@sed -n 's/^\([a-z.]*\):.*  ## /\1\t/p' Makefile | expand -t 10
@@ -36,6 +36,9 @@ demo: .venv/.installed  ## Run the demonstration on a small real model
 test: lint  ## Run linter, type checker and tests
 	$(VENV_PYTHON) -m mypy
 	$(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS)
+
+test-exhaustive: .venv/.installed  ## Run the long forms of the tests on the real model
+	XKV_FX_EXHAUSTIVE=1 $(VENV_PYTHON) -m pytest tests/test_smollm2.py
 
 lint: .venv/.installed  ## Check style and format
 	$(VENV_PYTHON) -m ruff check .

@@ -7,7 +7,8 @@ import math
 import operator
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -16,18 +17,45 @@ from xkv_fx.errors import FileFormatError
 MAX_FILE_BYTES = 16 * 1024 * 1024
 
 
-def write_json(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
-    """Write JSON beside `path` and rename it into place, so that no half-written file is ever taken for a whole one."""
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a path to write to; what is there at the end takes the place of `path`, or nothing does.
+
+    No half-written file is ever taken for a whole one.
+    """
     target = Path(path)
     temporary = target.parent / f".{secrets.token_hex(8)}.part"  # unlike tempfile's, readable by whom the umask lets
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            json.dump(data, file, indent=2, allow_nan=False)
-            file.write("\n")
+        yield temporary
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
+    """Write JSON; the file appears whole or not at all."""
+    with written_whole(path) as temporary, open(temporary, "x", encoding="utf-8") as file:
+        json.dump(data, file, indent=2, allow_nan=False)
+        file.write("\n")
+
+
+def check_format(header: Any, kind: str, newest: int) -> dict[str, Any]:
+    """The header of a file, if it is a JSON object whose `format` is `kind` and whose `version` is at most `newest`.
+
+    Raises:
+        FileFormatError: it is not; the message does not name the file.
+    """
+    if not isinstance(header, dict) or header.get("format") != kind:
+        raise FileFormatError(f"not a {kind} file")
+    version = header.get("version")
+    if not is_int(version) or version < 1:
+        raise FileFormatError(f"its version {version!r} is not a whole number of at least 1")
+    if version > newest:
+        raise FileFormatError(
+            f"format version {version} is newer than {newest}, the newest that is read here; upgrade xkv_fx"
+        )
+    return header
 
 
 def read_json(path: str | os.PathLike[str], kind: str, newest: int) -> dict[str, Any]:
@@ -45,16 +73,24 @@ def read_json(path: str | os.PathLike[str], kind: str, newest: int) -> dict[str,
         data = json.loads(raw, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{name}: not valid JSON ({error}); was it cut off? Make it again.") from error
-    if not isinstance(data, dict) or data.get("format") != kind:
-        raise FileFormatError(f"{name}: not a {kind} file")
-    version = data.get("version")
-    if not is_int(version) or version < 1:
-        raise FileFormatError(f"{name}: its version {version!r} is not a whole number of at least 1")
-    if version > newest:
-        raise FileFormatError(
-            f"{name}: format version {version} is newer than {newest}, the newest that is read here; upgrade xkv_fx"
-        )
-    return data
+    try:
+        return check_format(data, kind, newest)
+    except FileFormatError as error:
+        raise FileFormatError(f"{name}: {error}") from error
+
+
+def check_safetensors_size(path: str | os.PathLike[str], largest: int) -> None:
+    """Refuse, before anything is read, a safetensors file or a header in it that is too large.
+
+    Raises:
+        FileFormatError: it is; the message does not name the file.
+    """
+    if os.stat(path).st_size > largest:
+        raise FileFormatError(f"larger than {largest} bytes")
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+    if header_bytes > MAX_FILE_BYTES:
+        raise FileFormatError(f"its header claims to be larger than {MAX_FILE_BYTES} bytes")
 
 
 def _refuse_constant(name: str) -> None:

@@ -285,12 +285,12 @@ def test_other_safetensors_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "format version 2 is newer than 1, the newest that this xkv_fx reads; upgrade"),
+        ({"version": 2}, "format version 2 is newer than 1, the newest that is read here; upgrade"),
         ({"version": 0}, "version 0 is not a whole number"),
         ({"version": True}, "version True is not a whole number"),
         ({"version": "1"}, "version '1' is not a whole number"),
         ({"version": ...}, "version None is not a whole number"),
-        ({"format": "xkv_fx.budgets"}, "format is not xkv_fx.profile"),
+        ({"format": "xkv_fx.budgets"}, "not a xkv_fx.profile file"),
         ({"surprise": 1}, "its fields are"),
         ({"policy": ...}, "its fields are"),
         ({"model": 3}, "field 'model' has the wrong type: 3"),

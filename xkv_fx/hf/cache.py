@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from xkv_fx.errors import SessionError
 from xkv_fx.runtime.session import Program, Session
+from xkv_fx.runtime.session_file import load_session, save_session
 
 
 class SessionCache(Cache):
@@ -66,6 +69,25 @@ class SessionCache(Cache):
         """Forget every token; the buffers stay."""
         self.session.reset()
         self.fed = 0
+
+    def reset_rows(self, rows: Sequence[int]) -> None:
+        """Forget the tokens of some rows of a batch, so that they can be filled again while the others go on.
+
+        Feed the new prompts with `llm(ids, attention_mask=..., past_key_values=session)`, the mask 0 in all other rows.
+        """
+        self.session.reset(rows)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the conversation's cache to a safetensors file."""
+        save_session(self.session, path, self.fed)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take over a cache that `save` wrote for the same model, budgets and batch size.
+
+        Raises:
+            SessionError, FileFormatError: see `load_session`; the session is then as it was.
+        """
+        self.fed = load_session(self.session, path)
 
     def fork(self) -> SessionCache:
         """An independent session with the same history."""

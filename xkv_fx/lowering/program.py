@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import threading
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -82,6 +83,8 @@ class CompiledProgram:
         self.backend = backend
         self.plan = graphs.plan
         self.max_positions = graphs.captured.max_positions
+        made_for = (graphs.captured.fingerprint, self.plan.layers, self.plan.slots, self.plan.rows, self.plan.dtype)
+        self.key = hashlib.sha256(repr((*made_for, graphs.scorer)).encode()).hexdigest()
         lower = lower_inductor if backend == "inductor" else lower_eager
         self._decode = lower(graphs.decode)
         self._prompt = functools.cache(self._lower_prompt)

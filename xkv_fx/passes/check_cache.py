@@ -15,6 +15,7 @@ from xkv_fx.runtime.state import CachePlan
 
 xkv = torch.ops.xkv
 aten = torch.ops.aten
+DECODE_OPS = (xkv.decode_attention.default, xkv.decode_scored.default)
 COPIES = (aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.copy.default)
 
 
@@ -32,8 +33,8 @@ class CheckCache(GraphPass):
     name: ClassVar[str] = "check_cache"
 
     def run(self, module: GraphModule) -> PassRecord:
-        writer = xkv.decode_attention.default if self.kind == "decode" else xkv.keep.default
-        writes = calls(module, writer)
+        writers = DECODE_OPS if self.kind == "decode" else (xkv.keep.default,)
+        writes = [node for node in module.graph.nodes if node.target in writers]
         self._expect(len(writes) == len(self.plan.layers), f"{len(self.plan.layers)} writes of a cache", writes)
         plain = calls(module, xkv.attention.default)
         planned = len(self.plan.layers) if self.kind == "prefill" else 0

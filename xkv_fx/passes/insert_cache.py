@@ -48,7 +48,9 @@ class InsertPrefillCache(GraphPass):
                     site.scale, sinks=site.sinks, name=f"scores_{site.index}",
                 )  # fmt: skip
             with graph.inserting_after(scores):
-                _keep(graph, site, plan, scores, length, state, fresh=True)
+                kept = _keep(graph, site, plan, scores, length, state, fresh=True)
+            with graph.inserting_after(kept):
+                _remember_scores(graph, site, kept, state)
         with at_end(graph):
             emit(graph, aten.copy_.default, state["seen"], length)
             emit(graph, aten.copy_.default, state["base"], length)
@@ -91,7 +93,10 @@ class InsertExtendCache(GraphPass):
                     graph, score, site.q, site.k, site.v, length, seen, base, k_cache, v_cache, positions, site.scale,
                     sinks=site.sinks, name=f"scores_{site.index}",
                 )  # fmt: skip
-                _keep(graph, site, plan, scores, length, state, fresh=False)
+                kept = _keep(graph, site, plan, scores, length, state, fresh=False)
+                if plan.eviction == "scored":
+                    kept = inline(graph, _scores_of_rows_with_tokens, kept, state[f"scores_{site.index}"], length)
+                _remember_scores(graph, site, kept, state)
             site.node.replace_all_uses_with(attended)
             graph.erase_node(site.node)
         with at_end(graph):
@@ -118,31 +123,47 @@ class InsertDecodeCache(GraphPass):
             slots = self._shared_slots(graph, seen, base)
             masks = self._shared_masks(graph, state)
         for site, plan in zip(sites, self.plan.slots, strict=True):
-            k_cache, v_cache, positions = _buffers(state, site.index)
             with graph.inserting_before(site.node):
-                mask = masks.get(plan)
-                if mask is None:
-                    mask = inline(graph, _decode_mask(plan, self.plan.dtype), positions, seen, base)
-                attended = emit(
-                    graph, xkv.decode_attention.default, site.q, site.k, site.v, k_cache, v_cache, slots[plan], mask,
-                    site.scale, softcap=site.softcap, sinks=site.sinks, name=f"attention_{site.index}",
-                )  # fmt: skip
+                if plan.eviction == "scored":
+                    attended = self._decode_scored(graph, site, plan, state)
+                else:
+                    attended = self._decode(graph, site, slots[plan], masks.get(plan), plan, state)
             site.node.replace_all_uses_with(attended)
             graph.erase_node(site.node)
         with at_end(graph):
             emit(graph, aten.add_.Tensor, seen, 1)
-        return PassRecord(self.name, len(sites), len(sites), f"{len(slots)} groups of layers share slot and mask")
+        return PassRecord(self.name, len(sites), len(sites), f"{len(slots)} groups of layers share a slot")
+
+    def _decode(
+        self, graph: Graph, site: AttentionSite, slot: Node, mask: Node | None, plan: SlotPlan, state: dict[str, Node]
+    ) -> Node:
+        k_cache, v_cache, positions = _buffers(state, site.index)
+        if mask is None:
+            mask = inline(graph, _decode_mask(plan, self.plan.dtype), positions, state["seen"], state["base"])
+        return emit(
+            graph, xkv.decode_attention.default, site.q, site.k, site.v, k_cache, v_cache, slot, mask, site.scale,
+            softcap=site.softcap, sinks=site.sinks, name=f"attention_{site.index}",
+        )  # fmt: skip
+
+    def _decode_scored(self, graph: Graph, site: AttentionSite, plan: SlotPlan, state: dict[str, Node]) -> Node:
+        return emit(
+            graph, xkv.decode_scored.default, site.q, site.k, site.v, *_buffers(state, site.index),
+            state[f"scores_{site.index}"], state["seen"], site.scale, recent=plan.recent, sink_tokens=plan.sinks,
+            sliding_window=plan.sliding_window, softcap=site.softcap, sinks=site.sinks, name=f"attention_{site.index}",
+        )  # fmt: skip
 
     def _shared_slots(self, graph: Graph, seen: Node, base: Node) -> dict[SlotPlan, Node]:
         return {
             plan: inline(graph, plan.next_slot, seen, base, name=f"slot_of_{plan.slots}")
             for plan in dict.fromkeys(self.plan.slots)
+            if plan.eviction != "scored"
         }
 
     def _shared_masks(self, graph: Graph, state: dict[str, Node]) -> dict[SlotPlan, Node]:
         """Masks that depend on counters alone. A slot's validity does not depend on how many slots follow it, so that
         one mask as long as the largest layer serves every layer that starts to use its slots in order."""
-        plain = [plan for plan in dict.fromkeys(self.plan.slots) if not plan.masks_by_position]
+        shared = (plan for plan in dict.fromkeys(self.plan.slots) if plan.eviction != "scored")
+        plain = [plan for plan in shared if not plan.masks_by_position]
         inputs = (state["positions_0"], state["seen"], state["base"])
         longest = max((plan for plan in plain if plan.eviction != "append"), key=lambda plan: plan.slots, default=None)
         masks: dict[SlotPlan, Node] = {}
@@ -184,6 +205,13 @@ def _keep(
     )  # fmt: skip
 
 
+def _remember_scores(graph: Graph, site: AttentionSite, kept: Node, state: dict[str, Node]) -> None:
+    """Under `"scored"`, decode goes on from the scores with which the survivors were chosen."""
+    scores = state.get(f"scores_{site.index}")
+    if scores is not None:
+        emit(graph, aten.copy_.default, scores, kept)
+
+
 def scoring(function: Callable[..., Tensor], scorer: Scorer, **fixed: object) -> Callable[..., Tensor]:
     """`function` with the scorer and what else the graph cannot hold fixed, under a name that the graph can print."""
 
@@ -205,6 +233,10 @@ def _decode_mask(plan: SlotPlan, dtype: torch.dtype) -> Callable[[Tensor, Tensor
         return torch.zeros(valid.shape, dtype=dtype, device=seen.device).masked_fill(~valid, float("-inf"))
 
     return mask
+
+
+def _scores_of_rows_with_tokens(kept: Tensor, held: Tensor, length: Tensor) -> Tensor:
+    return torch.where((length > 0)[:, None, None], kept, held)
 
 
 def _extended_counters(seen: Tensor, base: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,7 @@ import hashlib
 import json
 import operator
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 
 from xkv_fx.budgets import LayerSpec, Policy
 from xkv_fx.errors import BudgetError, FileFormatError
-from xkv_fx.files import MAX_FILE_BYTES, is_int
+from xkv_fx.files import check_format, check_safetensors_size, is_int, written_whole
 from xkv_fx.planning.curves import rescale
 from xkv_fx.planning.solve import mean_retention
 
@@ -145,15 +143,8 @@ class Profile:
             **json.loads(self._description()),
         }
         tensors = {_tensor_name(prompt): np.asarray(curves) for prompt, curves in enumerate(self.curves)}
-        target = Path(path)
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-        os.close(descriptor)
-        try:
+        with written_whole(path) as temporary:
             safetensors.numpy.save_file(tensors, temporary, {_HEADER: json.dumps(header)})
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -164,7 +155,7 @@ class Profile:
             FileNotFoundError: no such file.
         """
         try:
-            _check_size(Path(path))
+            check_safetensors_size(path, MAX_PROFILE_BYTES)
             with safetensors.safe_open(os.fspath(path), framework="np") as file:
                 header = _read_header(file.metadata())
                 curves = _read_curves(file, len(header["layers"]))
@@ -216,31 +207,13 @@ def _tensor_name(prompt: int) -> str:
     return f"curves.{prompt}"
 
 
-def _check_size(path: Path) -> None:
-    """Refuse, before anything is read, a file or a header too large to be a profile's."""
-    if path.stat().st_size > MAX_PROFILE_BYTES:
-        raise FileFormatError(f"larger than {MAX_PROFILE_BYTES} bytes")
-    with open(path, "rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-    if header_bytes > MAX_FILE_BYTES:
-        raise FileFormatError(f"its header claims to be larger than {MAX_FILE_BYTES} bytes")
-
-
 def _read_header(metadata: dict[str, str] | None) -> dict[str, Any]:
     """Our JSON from the file's metadata, with format, version and the types of its fields checked."""
     try:
         header = json.loads((metadata or {}).get(_HEADER, ""))
     except (ValueError, RecursionError) as error:
         raise FileFormatError("its metadata holds no JSON of a profile") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise FileFormatError(f"its format is not {FORMAT}")
-    version = header.get("version")
-    if not is_int(version) or version < 1:
-        raise FileFormatError(f"its version {version!r} is not a whole number of at least 1")
-    if version > FORMAT_VERSION:
-        raise FileFormatError(
-            f"format version {version} is newer than {FORMAT_VERSION}, the newest that this xkv_fx reads; upgrade it"
-        )
+    header = check_format(header, FORMAT, FORMAT_VERSION)
     kinds = {"format": str, "version": int, "sha256": str, "model": str, "policy": dict, "layers": list}
     if set(header) != set(kinds):
         raise FileFormatError(f"its fields are {', '.join(sorted(header))} instead of {', '.join(sorted(kinds))}")

@@ -231,9 +231,98 @@ def _decode(
     return _apply_sinks(out, lse.reshape(rows, -1, 1), sinks)
 
 
+@torch.library.custom_op("xkv::decode_scored", mutates_args=("k_cache", "v_cache", "positions", "scores"))
+def decode_scored(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    scores: Tensor,
+    seen: Tensor,
+    scale: float,
+    recent: int,
+    sink_tokens: int,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """As `decode_attention`, each KV head choosing its own slot, and each slot's attention added to its score (H2O,
+    arXiv 2306.14048, section 4): the mean over the query group.
+
+    Args:
+        scores: float32 `[rows, kv_heads, slots]`.
+        seen: int64 `[rows]`, tokens seen before this one.
+        recent, sink_tokens: newest and first tokens that are not evicted.
+    """
+    return _decode_scored(
+        q, k, v, k_cache, v_cache, positions, scores, seen, scale, recent, sink_tokens, sliding_window, softcap, sinks
+    )
+
+
+@decode_scored.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    scores: Tensor,
+    seen: Tensor,
+    scale: float,
+    recent: int,
+    sink_tokens: int,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    return _like_output(q, v)
+
+
+def _decode_scored(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    scores: Tensor,
+    seen: Tensor,
+    scale: float,
+    recent: int,
+    sink_tokens: int,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    rows, kv_heads, slots = positions.shape
+    plan = SlotPlan(slots, slots, recent, sink_tokens, "scored", sliding_window)
+    slot = plan.evicted_slot(positions, scores, seen)
+    row = torch.arange(rows, device=k.device)[:, None]
+    head = torch.arange(kv_heads, device=k.device)
+    k_cache.index_put_((row, head, slot), k[:, :, 0])
+    v_cache.index_put_((row, head, slot), v[:, :, 0])
+    positions.index_put_((row, head, slot), seen[:, None].expand(-1, kv_heads).to(positions.dtype))
+    scores.index_put_((row, head, slot), scores.new_zeros(rows, kv_heads))
+
+    valid = plan.decode_mask(positions, seen, seen)
+    logits = group_logits(q, k_cache, scale, softcap)[:, :, :, 0].masked_fill(~valid, float("-inf"))
+    lse = torch.logsumexp(logits, -1, keepdim=True)
+    weights = torch.exp(logits - lse)
+    out = torch.matmul(weights.to(v.dtype), v_cache).reshape(rows, -1, 1, v.shape[-1])
+    lse = lse.reshape(rows, -1, 1)
+    scores.add_(_apply_sinks(weights.flatten(1, 2)[:, :, None], lse, sinks).view(weights.shape).mean(2))
+    return _apply_sinks(out, lse, sinks)
+
+
 def _like_output(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty((*q.shape[:3], v.shape[-1]))
 
 
-DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {torch.ops.xkv.decode_attention.default: _decode}
+DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.xkv.decode_attention.default: _decode,
+    torch.ops.xkv.decode_scored.default: _decode_scored,
+}
 """What a lowering may put in place of an op: a function of plain aten ops, for ops whose shapes are all static."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -28,6 +28,11 @@ class Program(Protocol):
 
     @property
     def max_positions(self) -> int | None: ...
+
+    @property
+    def key(self) -> str:
+        """Identifies model, plan and batch size; a saved session fits programs of the same key."""
+        ...
 
     def prefill(self, all_logits: bool) -> Graph: ...
 
@@ -116,10 +121,21 @@ class Session:
         self._steps_left -= 1
         return logits
 
-    def reset(self) -> None:
-        """Forget every token; the buffers stay."""
-        self.state.reset()
-        self.seen = self._base = (0,) * self.program.plan.rows
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Forget every token, or those of some rows, which may then be filled again while the others go on.
+
+        To fill a row again, feed its prompt with `valid` False in all other rows.
+
+        Raises:
+            PromptError: a row that does not exist.
+        """
+        chosen = range(self.program.plan.rows) if rows is None else rows
+        wrong = [row for row in chosen if not 0 <= row < self.program.plan.rows]
+        if wrong:
+            raise PromptError(f"there is no row {wrong[0]}; this session has {self.program.plan.rows} rows")
+        self.state.reset(rows)
+        self.seen = tuple(0 if row in chosen else count for row, count in enumerate(self.seen))
+        self._base = tuple(0 if row in chosen else count for row, count in enumerate(self._base))
         self._steps_left = self._count_steps_left()
 
     def fork(self) -> Session:
@@ -134,6 +150,14 @@ class Session:
         chosen = rows.tolist()
         self.seen = tuple(self.seen[row] for row in chosen)
         self._base = tuple(self._base[row] for row in chosen)
+        self._steps_left = self._count_steps_left()
+
+    def restore(self, state: State) -> None:
+        """Take over the content of another state of the same plan; the buffers stay."""
+        for tensor, content in zip(self.state.tensors, state.tensors, strict=True):
+            tensor.copy_(content)
+        self.seen = tuple(state["seen"].tolist())
+        self._base = tuple(state["base"].tolist())
         self._steps_left = self._count_steps_left()
 
     def check_owner(self, program: Program) -> None:

@@ -61,6 +61,25 @@ class SlotPlan:
         ring = self.capacity - self.recent + (seen - self.capacity) % self.recent
         return torch.where(seen < self.capacity, seen, ring)
 
+    def evicted_slot(self, positions: Tensor, scores: Tensor, seen: Tensor) -> Tensor:
+        """Under `"scored"`, the slot `[rows, kv_heads]` that the next decoded token takes.
+
+        A free one while there is one; then one that has left the sliding window, else the one of the lowest score that
+        is neither among the newest `recent` tokens, the new one counted, nor a sink.
+
+        Args:
+            positions: int32 `[rows, kv_heads, slots]`.
+            scores: accumulated attention, float32 `[rows, kv_heads, slots]`.
+            seen: int64 `[rows]`, tokens seen before the new one.
+        """
+        seen = seen[:, None, None]
+        ordinals = positions.long()
+        protected = (ordinals > seen - self.recent) | (ordinals < self.sinks)
+        rank = scores.masked_fill(protected, float("inf"))
+        if self.sliding_window is not None:
+            rank = rank.masked_fill(ordinals <= seen - self.sliding_window, float("-inf"))
+        return torch.where(seen[:, :, 0] < self.capacity, seen[:, :, 0], rank.argmin(2))
+
     def ordinals(self, positions: Tensor, seen: Tensor, base: Tensor) -> Tensor:
         """The ordinal that each slot holds, `[rows, kv_heads, slots]`, `EMPTY` for a free slot.
 

@@ -1,9 +1,10 @@
-"""The tensors that a session owns and the graphs mutate: K/V buffers, positions and counters."""
+"""The tensors that a session owns and the graphs mutate: K/V buffers, positions, scores and counters."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,7 +36,11 @@ class CachePlan:
 
     def names(self) -> tuple[str, ...]:
         """Names of the state tensors, in the order in which every graph takes them."""
-        per_layer = (f"{kind}_{layer}" for layer in range(len(self.layers)) for kind in ("k", "v", "positions"))
+        per_layer = (
+            f"{kind}_{layer}"
+            for layer, plan in enumerate(self.slots)
+            for kind in ("k", "v", "positions", *(("scores",) if plan.eviction == "scored" else ()))
+        )
         return (*per_layer, *COUNTERS)
 
     def allocate(self) -> State:
@@ -57,7 +62,7 @@ class CachePlan:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of positions and counters."""
+        """Bytes of positions, scores and counters."""
         shapes = (self.shape_and_dtype(name) for name in self.names())
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes) - self.kv_bytes
 
@@ -70,6 +75,8 @@ class CachePlan:
         shape = (self.rows, spec.kv_heads, slots)
         if kind == "positions":
             return shape, torch.int32
+        if kind == "scores":
+            return shape, torch.float32
         return (*shape, spec.key_dim if kind == "k" else spec.value_dim), self.dtype
 
     def _empty(self, name: str) -> Tensor:
@@ -96,19 +103,21 @@ class State:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of everything else: positions and counters."""
+        """Bytes of everything else: positions, scores and counters."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors) - self.kv_bytes
 
     def _bytes(self, kind: str) -> int:
         pairs = zip(self.plan.names(), self.tensors, strict=True)
         return sum(tensor.untyped_storage().nbytes() for name, tensor in pairs if name.startswith(f"{kind}_"))
 
-    def reset(self) -> None:
-        """Forget every token. Buffers stay where they are, so that compiled graphs and CUDA graphs stay valid."""
-        for counter in COUNTERS:
-            self[counter].zero_()
-        for layer, plan in enumerate(self.plan.slots):
-            self[f"positions_{layer}"].copy_(torch.arange(plan.slots, dtype=torch.int32))
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Forget every token, or those of some rows. Buffers stay where they are, so that graphs stay valid."""
+        chosen = slice(None) if rows is None else list(rows)
+        for name, tensor in zip(self.plan.names(), self.tensors, strict=True):
+            if name.startswith("positions_"):
+                tensor[chosen] = torch.arange(tensor.shape[2], dtype=tensor.dtype, device=tensor.device)
+            elif name in COUNTERS or name.startswith("scores_"):
+                tensor[chosen] = 0
 
     def clone(self) -> State:
         """An independent copy."""

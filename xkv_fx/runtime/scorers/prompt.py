@@ -8,6 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
+from xkv_fx.errors import BudgetError
 from xkv_fx.runtime.attention import apply_sinks, group_logits
 from xkv_fx.runtime.slots import EMPTY
 
@@ -49,6 +50,27 @@ class PromptView:
         arrived = arrived[:, None].expand(-1, self.k.shape[1], -1)
         return arrived if self.old_ordinals is None else torch.cat((self.old_ordinals, arrived), 2)
 
+    @functools.cached_property
+    def there(self) -> Tensor:
+        """bool `[rows, kv_heads, N]`: False for a free slot and for padding."""
+        return self.ordinals != EMPTY
+
+    @functools.cached_property
+    def keys(self) -> Tensor:
+        """`[rows, kv_heads, N, key_dim]`; where no candidate is there, anything."""
+        return self.k if self.old_k is None else torch.cat((self.old_k, self.k), 2)
+
+    @functools.cached_property
+    def values(self) -> Tensor:
+        """`[rows, kv_heads, N, value_dim]`; where no candidate is there, anything.
+
+        Raises:
+            BudgetError: the scorer's class does not say that it reads values.
+        """
+        if self.v is None:
+            raise BudgetError("this scorer was not given the values; set reads_values = True on its class")
+        return self.v if self.old_v is None else torch.cat((self.old_v, self.v), 2)
+
     def attention_of_last(self, count: int) -> Tensor:
         """Attention probabilities of the newest `count` valid queries.
 
@@ -57,14 +79,29 @@ class PromptView:
         """
         which = self.length[:, None] - count + torch.arange(count, device=self.q.device)
         index = which.clamp(min=0)[:, None, :, None].expand(-1, self.q.shape[1], -1, self.q.shape[3])
-        queries = self.q.gather(2, index)
-        logits = group_logits(queries, self.k, self.scale, self.softcap)
+        return self._attention(self.q.gather(2, index), which, self.k.shape[2])
+
+    def attention_of_block(self, start: int, stop: int) -> Tensor:
+        """Attention probabilities of the new queries from `start` to before `stop`, which reach no later token.
+
+        Returns:
+            float32 `[rows, kv_heads, group, stop - start, N - S + stop]`: the slots and the first `stop` new tokens; 0
+            for queries that are padding and keys out of reach.
+        """
+        which = torch.arange(start, stop, device=self.q.device).expand(self.q.shape[0], -1)
+        return self._attention(self.q[:, :, start:stop], which, stop)
+
+    def _attention(self, queries: Tensor, which: Tensor, new: int) -> Tensor:
+        """Attention of `queries` over the slots and the first `new` new tokens; row r's query i is its new token
+        `which[r, i]`, where there is one."""
+        logits = group_logits(queries, self.k[:, :, :new], self.scale, self.softcap)
         if self.old_k is not None:
             logits = torch.cat((group_logits(queries, self.old_k, self.scale, self.softcap), logits), -1)
 
         query = (self.seen[:, None] + which)[:, None, :, None]
-        key = self.ordinals[:, :, None]
-        reach = (key != EMPTY) & (key <= query) & (which >= 0)[:, None, :, None]
+        key = self.ordinals[:, :, None, : logits.shape[-1]]
+        exists = (which >= 0) & (which < self.length[:, None])
+        reach = (key != EMPTY) & (key <= query) & exists[:, None, :, None]
         if self.sliding_window is not None:
             reach &= key > query - self.sliding_window
         logits = logits.masked_fill_(~reach[:, :, None], float("-inf"))

@@ -1,0 +1,617 @@
+"""The scorers besides SnapKV: each against its formula by loops, and what is then kept against a plain choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runtime_inputs import HEADS, random_qkv
+from torch import Tensor
+
+from xkv_fx.errors import BudgetError
+from xkv_fx.runtime import scorers
+from xkv_fx.runtime.reference import snapkv_scores_reference
+from xkv_fx.runtime.scorers import (
+    H2O,
+    TOVA,
+    KeyDiff,
+    KeyNorm,
+    PromptView,
+    Random,
+    Scorer,
+    SnapKV,
+    Streaming,
+    ValueNorm,
+    accumulated,
+    base,
+    make_scorer,
+    register_scorer,
+    rescore_tokens,
+    score_tokens,
+    scorer_names,
+)
+from xkv_fx.runtime.selection import select_survivors
+from xkv_fx.runtime.slots import EMPTY, SlotPlan
+
+SCALE = 0.35
+DIMS = (8, 6)
+ATTENTIONS: list[dict[str, Any]] = [
+    {},
+    {"softcap": 1.5},
+    {"sliding_window": 5},
+    {"sinks": True},
+    {"softcap": 1.5, "sliding_window": 12, "sinks": True},
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What a scorer is given, in the plainest form: the slots and their ordinals, and the new tokens."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    length: Tensor
+    seen: Tensor
+    old_k: Tensor
+    old_v: Tensor
+    old_ordinals: Tensor
+    attention: dict[str, Any]
+
+    @property
+    def keys(self) -> Tensor:
+        return torch.cat((self.old_k, self.k), 2).double()
+
+    @property
+    def values(self) -> Tensor:
+        return torch.cat((self.old_v, self.v), 2).double()
+
+    def ordinals(self, row: int, head: int) -> dict[int, int]:
+        """The candidates that are there: their places and ordinals."""
+        held = dict(enumerate(self.old_ordinals[row, head].tolist()))
+        slots, before = len(held), int(self.seen[row])
+        new = {slots + index: before + index for index in range(int(self.length[row]))}
+        return {place: ordinal for place, ordinal in {**held, **new}.items() if ordinal != EMPTY}
+
+    def paid(self, row: int, query_head: int, index: int) -> dict[int, float]:
+        """What the new token of that index pays to each place that it reaches."""
+        head = query_head // (self.q.shape[1] // self.k.shape[1])
+        query = int(self.seen[row]) + index
+        sliding_window = self.attention.get("sliding_window") or math.inf
+        reached = [
+            place
+            for place, ordinal in self.ordinals(row, head).items()
+            if ordinal <= query and query - ordinal < sliding_window
+        ]
+        logits = self.keys[row, head, reached] @ self.q[row, query_head, index].double() * SCALE
+        softcap, sinks = self.attention.get("softcap"), self.attention.get("sinks")
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        raised = torch.exp(logits)
+        total = raised.sum() if sinks is None else raised.sum() + math.exp(sinks[query_head])
+        return dict(zip(reached, (raised / total).tolist(), strict=True))
+
+    def each_head(self) -> itertools.product[tuple[int, int]]:
+        return itertools.product(range(self.k.shape[0]), range(self.k.shape[1]))
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self.keys.shape[:3], dtype=torch.float64)
+
+
+# Oracles: float64 `[rows, kv_heads, slots + S]`
+
+
+def h2o(layer: Layer) -> Tensor:
+    scores = layer.zeros()
+    group = layer.q.shape[1] // layer.k.shape[1]
+    for row, head in layer.each_head():
+        for query_head in range(head * group, (head + 1) * group):
+            for index in range(int(layer.length[row])):
+                for place, weight in layer.paid(row, query_head, index).items():
+                    scores[row, head, place] += weight / group
+    return scores
+
+
+def tova(layer: Layer) -> Tensor:
+    scores = layer.zeros()
+    heads, group = layer.q.shape[1], layer.q.shape[1] // layer.k.shape[1]
+    for row in range(layer.q.shape[0]):
+        of_token: dict[int, float] = {}
+        for query_head in range(heads if layer.length[row] > 0 else 0):
+            ordinals = layer.ordinals(row, query_head // group)
+            for place, weight in layer.paid(row, query_head, int(layer.length[row]) - 1).items():
+                of_token[ordinals[place]] = of_token.get(ordinals[place], 0.0) + weight / heads
+        for head in range(layer.k.shape[1]):
+            for place, ordinal in layer.ordinals(row, head).items():
+                scores[row, head, place] = of_token.get(ordinal, 0.0)
+    return scores
+
+
+def streaming(layer: Layer, sinks: int = 4) -> Tensor:
+    scores = layer.zeros()
+    for row, head in layer.each_head():
+        for place, ordinal in layer.ordinals(row, head).items():
+            total = int(layer.seen[row] + layer.length[row])
+            scores[row, head, place] = ordinal if ordinal >= sinks else total + sinks - ordinal
+    return scores
+
+
+def key_norm(layer: Layer) -> Tensor:
+    scores = layer.zeros()
+    for row, head in layer.each_head():
+        for place in layer.ordinals(row, head):
+            scores[row, head, place] = -math.hypot(*layer.keys[row, head, place].tolist())
+    return scores
+
+
+def key_diff(layer: Layer) -> Tensor:
+    scores = layer.zeros()
+    for row, head in layer.each_head():
+        keys = {place: layer.keys[row, head, place] for place in layer.ordinals(row, head)}
+        mean = sum((key / math.hypot(*key.tolist()) for key in keys.values()), torch.zeros(DIMS[0]).double())
+        mean = mean / max(1, len(keys))
+        for place, key in keys.items():
+            cosine = float(key @ mean) / math.hypot(*key.tolist()) / math.hypot(*mean.tolist())
+            scores[row, head, place] = -cosine
+    return scores
+
+
+def chance(layer: Layer, seed: int = 0) -> Tensor:
+    def mix(number: int) -> int:
+        number = (number + 0x9E3779B9) % 2**32
+        number = ((number ^ number >> 16) * 0x2C1B3C6D) % 2**32
+        number = ((number ^ number >> 15) * 0x297A2D39) % 2**32
+        return number ^ number >> 16
+
+    scores = layer.zeros()
+    for row, head in layer.each_head():
+        for place, ordinal in layer.ordinals(row, head).items():
+            scores[row, head, place] = mix(mix(mix(seed) ^ head) ^ ordinal) // 256 / 2**24
+    return scores
+
+
+def snapkv(layer: Layer) -> Tensor:
+    return snapkv_scores_reference(
+        layer.q, layer.k, layer.length, SCALE, layer.seen, layer.old_k, layer.old_ordinals, **layer.attention
+    )
+
+
+def value_norm(layer: Layer, of: Callable[[Layer], Tensor] = snapkv, power: int = 1) -> Tensor:
+    scores = of(layer)
+    for row, head in layer.each_head():
+        for place in layer.ordinals(row, head):
+            sizes = [abs(element) ** power for element in layer.values[row, head, place].tolist()]
+            scores[row, head, place] *= sum(sizes) ** (1 / power)
+    return scores
+
+
+CASES: dict[str, tuple[Scorer, Callable[[Layer], Tensor]]] = {
+    "h2o": (H2O(), h2o),
+    "tova": (TOVA(), tova),
+    "streaming": (Streaming(), streaming),
+    "streaming without sinks": (Streaming(0), lambda layer: streaming(layer, 0)),
+    "key_norm": (KeyNorm(), key_norm),
+    "key_diff": (KeyDiff(), key_diff),
+    "random": (Random(), chance),
+    "random of another seed": (Random(2**32 - 1), lambda layer: chance(layer, 2**32 - 1)),
+    "value_norm": (ValueNorm(), value_norm),
+    "value_norm of tova, L2": (ValueNorm("tova", 2), lambda layer: value_norm(layer, tova, 2)),
+}
+each_case = pytest.mark.parametrize("case", CASES)
+
+
+# Inputs
+
+
+def make_layer(
+    heads: tuple[int, int],
+    length: Tensor,
+    seen: Tensor,
+    old_ordinals: Tensor,
+    attention: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    padding: int = 0,
+) -> Layer:
+    """Random tensors. Free slots and padding hold what no score may be made of."""
+    rows, new = len(length), max(1, int(length.max())) + padding
+    q, k, v = random_qkv(heads, new, DIMS, rows, dtype)
+    _, old_k, old_v = random_qkv(heads, 1, DIMS, rows, dtype, keys=old_ordinals.shape[2])
+    behind = (torch.arange(new) >= length[:, None])[:, None, :, None]
+    free = (old_ordinals == EMPTY)[..., None]
+    q, k, v = (tensor.masked_fill(behind, float("nan")) for tensor in (q, k, v))
+    old_k, old_v = (tensor.masked_fill(free, float("inf")) for tensor in (old_k, old_v))
+    if attention.get("sinks"):
+        attention = {**attention, "sinks": torch.randn(heads[0])}
+    return Layer(q, k, v, length, seen, old_k, old_v, old_ordinals, attention)
+
+
+def prefilled(first: Tensor, plan: SlotPlan, kv_heads: int) -> Tensor:
+    """Positions after a prefill of `first` tokens whose scores were random, other ones in each head."""
+    new = max(plan.capacity, int(first.max()))
+    ordinals = torch.full((len(first), kv_heads, plan.slots), EMPTY)
+    scores = torch.rand(len(first), kv_heads, plan.slots + new)
+    _, kept = select_survivors(scores, ordinals, torch.zeros_like(first), first, plan)
+    positions = torch.arange(plan.slots).expand(ordinals.shape).clone()
+    positions[:, :, : plan.capacity] = torch.where(kept == EMPTY, positions[:, :, : plan.capacity], kept)
+    return positions.int()
+
+
+# Comparisons
+
+
+def assert_scores(got: Tensor, expected: Tensor, layer: Layer) -> None:
+    """Compare candidates that are there; others may have any finite score, since they are never kept."""
+    assert got.dtype == torch.float32
+    assert got.shape == expected.shape
+    assert got.isfinite().all()
+    for row, head in layer.each_head():
+        there = list(layer.ordinals(row, head))
+        torch.testing.assert_close(got[row, head, there].double(), expected[row, head, there], rtol=1e-5, atol=1e-6)
+
+
+def assert_kept(got: Tensor, expected: Tensor, layer: Layer, plan: SlotPlan) -> None:
+    """The tokens that the runtime keeps by the scores `got` are those that a plain choice keeps by `expected`."""
+    _, kept = select_survivors(got, layer.old_ordinals, layer.seen, layer.length, plan)
+    for row, head in layer.each_head():
+        if layer.length[row] == 0:
+            continue  # such a row stays as it is, whatever the scores
+        total = int(layer.seen[row] + layer.length[row])
+        candidates = layer.ordinals(row, head)
+        always = {n for n in candidates.values() if n >= total - plan.recent or n < plan.sinks}
+        useful = {n for n in candidates.values() if plan.sliding_window is None or n > total - plan.sliding_window}
+        best = sorted(candidates, key=lambda place: -float(expected[row, head, place]))
+        ranked = [candidates[place] for place in best if candidates[place] in useful - always]
+        chosen = always | set(ranked[: plan.capacity - len(always)])
+        held = set(kept[row, head].tolist()) - {EMPTY}
+        assert held & (useful | always) == chosen, (row, head)
+        assert len(held) == min(plan.capacity, len(candidates))
+
+
+# Each scorer against its formula
+
+
+@each_case
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
+@pytest.mark.parametrize(("lengths", "padding"), [([1, 1], 0), ([17, 17], 0), ([6, 0, 14], 3)], ids=str)
+def test_fresh_prompt(
+    case: str, heads: tuple[int, int], attention: dict[str, Any], lengths: list[int], padding: int
+) -> None:
+    scorer, oracle = CASES[case]
+    length = torch.tensor(lengths)
+    none = torch.full((len(lengths), heads[1], 0), EMPTY)
+    layer = make_layer(heads, length, torch.zeros_like(length), none, attention, padding=padding)
+    got = score_tokens(
+        layer.q, layer.k, layer.v if scorer.reads_values else None, length, None, SCALE, scorer, **layer.attention
+    )
+    expected = oracle(layer)
+    assert_scores(got, expected, layer)
+    if layer.k.shape[2] >= 8:
+        assert_kept(got, expected, layer, SlotPlan(8, 8, 2, 1, "ring", attention.get("sliding_window")))
+
+
+@each_case
+@given(
+    heads=st.sampled_from(HEADS),
+    attention=st.sampled_from(ATTENTIONS),
+    plan=st.sampled_from(
+        [
+            SlotPlan(11, 11, 3, 0, "ring"),
+            SlotPlan(7, 12, 2, 1, "append"),
+            SlotPlan(9, 9, 9, 0, "ring"),
+            SlotPlan(8, 8, 3, 2, "scored"),
+        ]
+    ),
+    turns=st.lists(st.tuples(st.integers(0, 25), st.integers(0, 4), st.integers(0, 14)), min_size=1, max_size=3),
+    padding=st.integers(0, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=25)
+def test_old_slots_and_new_tokens(
+    case: str,
+    heads: tuple[int, int],
+    attention: dict[str, Any],
+    plan: SlotPlan,
+    turns: list[tuple[int, int, int]],
+    padding: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """Each row has seen so many tokens at its last prefill, decoded so many since, and gains so many."""
+    torch.manual_seed(seed)
+    scorer, oracle = CASES[case]
+    sliding_window = attention.get("sliding_window")
+    if sliding_window is not None:
+        plan = dataclasses.replace(plan, sliding_window=max(sliding_window, plan.capacity))
+        attention = {**attention, "sliding_window": plan.sliding_window}
+    first, decoded, gained = (torch.tensor(column) for column in zip(*turns, strict=True))
+    if plan.eviction == "scored":
+        decoded = torch.zeros_like(decoded)  # which slot it takes, the scores decide
+    positions, seen = prefilled(first, plan, heads[1]), first + decoded
+    layer = make_layer(heads, gained, seen, plan.ordinals(positions, seen, first), attention, dtype, padding)
+    got = rescore_tokens(
+        layer.q, layer.k, layer.v, gained, seen, first, layer.old_k, layer.old_v, positions, SCALE, scorer, plan,
+        **layer.attention,
+    )  # fmt: skip
+    expected = oracle(layer)
+    assert_scores(got, expected, layer)
+    assert_kept(got, expected, layer, plan)
+
+
+@each_case
+def test_half_precision(case: str) -> None:
+    scorer, oracle = CASES[case]
+    length = torch.tensor([21, 13])
+    none = torch.full((2, 2, 0), EMPTY)
+    layer = make_layer((4, 2), length, torch.zeros_like(length), none, {}, torch.bfloat16)
+    got = score_tokens(layer.q, layer.k, layer.v, length, None, SCALE, scorer)
+    expected = oracle(layer)
+    assert_scores(got, expected, layer)
+    assert_kept(got, expected, layer, SlotPlan(7, 7, 2, 0, "ring"))
+
+
+@each_case
+def test_row_does_not_depend_on_its_batch(case: str) -> None:
+    scorer = CASES[case][0]
+    q, k, v = random_qkv((4, 2), 15, DIMS, rows=3)
+    length = torch.tensor([15, 4, 9])
+    together = score_tokens(q, k, v, length, None, SCALE, scorer)
+    for row, count in enumerate(length.tolist()):
+        q_, k_, v_ = (tensor[row : row + 1, :, :count] for tensor in (q, k, v))
+        alone = score_tokens(q_, k_, v_, length[row : row + 1], None, SCALE, scorer)
+        torch.testing.assert_close(together[row, :, :count], alone[0])
+
+
+# H2O
+
+
+@pytest.mark.parametrize("block", [1, 4, 5, 16, 17])
+def test_h2o_in_blocks(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(accumulated, "BLOCK", block)
+    length, seen = torch.tensor([16, 9, 0]), torch.tensor([0, 4, 30])
+    plan = SlotPlan(6, 6, 2, 0, "ring", 12)
+    positions = prefilled(seen, plan, 2)
+    old = plan.ordinals(positions, seen, seen)
+    layer = make_layer((4, 2), length, seen, old, {"sliding_window": 12, "sinks": True})
+    got = rescore_tokens(
+        layer.q, layer.k, layer.v, length, seen, seen, layer.old_k, layer.old_v, positions, SCALE, H2O(), plan,
+        **layer.attention,
+    )  # fmt: skip
+    assert_scores(got, h2o(layer), layer)
+
+
+def test_h2o_holds_one_block_of_weights_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    attention_of_block = PromptView.attention_of_block
+
+    def watched(self: PromptView, start: int, stop: int) -> Tensor:
+        paid = attention_of_block(self, start, stop)
+        shapes.append(tuple(paid.shape))
+        return paid
+
+    monkeypatch.setattr(accumulated, "BLOCK", 8)
+    monkeypatch.setattr(PromptView, "attention_of_block", watched)
+    q, k, _ = random_qkv((4, 2), 20, DIMS, rows=1)
+    score_tokens(q, k, None, torch.tensor([20]), None, SCALE, H2O())
+    assert shapes == [(1, 2, 2, 8, 8), (1, 2, 2, 8, 16), (1, 2, 2, 4, 20)]
+
+
+def test_h2o_written_down() -> None:
+    """All logits equal: the query at i gives 1 / (i + 1) to each of i + 1 tokens."""
+    q, k = torch.zeros(1, 1, 4, 8), torch.randn(1, 1, 4, 8)
+    got = score_tokens(q, k, None, torch.tensor([4]), None, SCALE, H2O())
+    expected = [1 + 1 / 2 + 1 / 3 + 1 / 4, 1 / 2 + 1 / 3 + 1 / 4, 1 / 3 + 1 / 4, 1 / 4]
+    torch.testing.assert_close(got[0, 0], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("scorer", [H2O(), TOVA()], ids=str)
+def test_attention_sums_to_the_number_of_queries(scorer: Scorer) -> None:
+    q, k, _ = random_qkv((6, 2), 19, DIMS)
+    length = torch.tensor([19, 7])
+    mass = score_tokens(q, k, None, length, None, SCALE, scorer).sum(2)
+    queries = length if scorer == H2O() else torch.ones(2)
+    torch.testing.assert_close(mass, queries[:, None].expand(-1, 2).float())
+
+
+# TOVA
+
+
+def test_tova_keeps_the_same_tokens_in_every_head() -> None:
+    q, k, _ = random_qkv((6, 3), 19, DIMS)
+    length = torch.tensor([19, 12])
+    scores = score_tokens(q, k, None, length, None, SCALE, TOVA())
+    assert (scores == scores[:, :1]).all()
+    nothing = torch.full((2, 3, 0), EMPTY)
+    _, kept = select_survivors(scores, nothing, torch.zeros(2, dtype=torch.int64), length, SlotPlan(7, 7, 2, 0, "ring"))
+    assert (kept == kept[:, :1]).all()
+
+
+def test_tova_of_heads_that_hold_different_tokens() -> None:
+    """All logits equal: each of three reached tokens is paid a third by its head; token 5 is held by both heads."""
+    old = torch.tensor([[[2, 5], [5, 3]]])
+    q, k, v = torch.zeros(1, 2, 1, 8), torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 6)
+    view = PromptView(
+        q, k, v, torch.tensor([1]), SCALE, torch.tensor([6]), torch.randn(1, 2, 2, 8), torch.randn(1, 2, 2, 6), old
+    )
+    torch.testing.assert_close(TOVA()(view), torch.tensor([[[1 / 6, 1 / 3, 1 / 3], [1 / 3, 1 / 6, 1 / 3]]]))
+
+
+# Streaming
+
+
+@pytest.mark.parametrize(("sinks", "kept"), [(0, [15, 16, 17, 18, 19]), (2, [0, 1, 17, 18, 19]), (9, [0, 1, 2, 3, 19])])
+def test_streaming_keeps_sinks_and_the_newest(sinks: int, kept: list[int]) -> None:
+    q, k, _ = random_qkv((4, 2), 20, DIMS, rows=1)
+    length, none = torch.tensor([20]), torch.tensor([0])
+    scores = score_tokens(q, k, None, length, None, SCALE, Streaming(sinks))
+    _, held = select_survivors(scores, torch.full((1, 2, 0), EMPTY), none, length, SlotPlan(5, 5, 1, 0, "append"))
+    assert held.tolist() == [[kept, kept]]
+
+
+def test_streaming_counts_on_from_what_was_seen() -> None:
+    q, k, v = random_qkv((4, 2), 2, DIMS, rows=1)
+    plan = SlotPlan(3, 3, 1, 0, "ring")
+    positions = torch.tensor([[[0, 8, 9]] * 2], dtype=torch.int32)
+    _, k_cache, v_cache = random_qkv((4, 2), 1, DIMS, rows=1, keys=3)
+    seen, length = torch.tensor([10]), torch.tensor([2])
+    got = rescore_tokens(q, k, v, length, seen, seen, k_cache, v_cache, positions, SCALE, Streaming(2), plan)
+    assert got[0, 0].tolist() == [14.0, 8.0, 9.0, 10.0, 11.0]
+
+
+# Keys
+
+
+def test_key_norm_and_key_diff_written_down() -> None:
+    q, k = torch.randn(1, 1, 3, 2), torch.tensor([[[[3.0, 4.0], [0.0, 1.0], [9.0, 0.0]]]])
+    norm = score_tokens(q, k, None, torch.tensor([2]), None, SCALE, KeyNorm())
+    assert norm[0, 0, :2].tolist() == [-5.0, -1.0]
+    diff = score_tokens(q, k, None, torch.tensor([2]), None, SCALE, KeyDiff())
+    both = math.cos(math.acos(0.8) / 2)  # the mean of two unit vectors halves the angle between them
+    torch.testing.assert_close(diff[0, 0, :2], torch.tensor([-both, -both]))
+
+
+def test_key_diff_ranks_the_odd_one_out_first() -> None:
+    k = torch.ones(1, 1, 6, 8) + 0.1 * torch.randn(1, 1, 6, 8)
+    k[0, 0, 3] = -5.0
+    scores = score_tokens(torch.randn(1, 1, 6, 8), k, None, torch.tensor([6]), None, SCALE, KeyDiff())
+    assert int(scores[0, 0].argmax()) == 3
+
+
+# Random
+
+
+def test_random_keeps_a_tokens_score_when_the_prompt_is_extended() -> None:
+    q, k, v = random_qkv((4, 2), 5, DIMS, rows=1)
+    plan = SlotPlan(4, 4, 1, 0, "ring")
+    positions = torch.tensor([[[0, 3, 7, 9]] * 2], dtype=torch.int32)
+    _, k_cache, v_cache = random_qkv((4, 2), 1, DIMS, rows=1, keys=4)
+    seen, length = torch.tensor([10]), torch.tensor([5])
+    extended = rescore_tokens(q, k, v, length, seen, seen, k_cache, v_cache, positions, SCALE, Random(3), plan)
+    q, k, _ = random_qkv((4, 2), 15, DIMS, rows=1)
+    fresh = score_tokens(q, k, None, torch.tensor([15]), None, SCALE, Random(3))
+    assert torch.equal(extended, fresh[:, :, [0, 3, 7, 9, *range(10, 15)]])
+
+
+def test_random_is_even_and_differs_between_heads_and_seeds() -> None:
+    q, k = torch.zeros(1, 4, 4096, 1), torch.zeros(1, 4, 4096, 1)
+    drawn = [score_tokens(q, k, None, torch.tensor([4096]), None, SCALE, Random(seed))[0] for seed in (0, 1, 2**31)]
+    sequences = torch.cat(drawn)
+    assert ((sequences >= 0) & (sequences < 1)).all()
+    correlation = torch.corrcoef(torch.cat((sequences, sequences.roll(1, 1))))
+    assert (correlation - torch.eye(24)).abs().max() < 0.07  # 0.016 is one standard deviation
+    for sequence in sequences:
+        counts = torch.histc(sequence, 16, 0, 1)
+        assert float(((counts - 256) ** 2 / 256).sum()) < 45  # chi squared of 15 degrees of freedom: p is 1e-4
+    before = torch.get_rng_state()
+    score_tokens(q, k, None, torch.tensor([4096]), None, SCALE, Random())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Value norm
+
+
+def test_value_norm_follows_its_base() -> None:
+    assert ValueNorm() == make_scorer("value_norm", {}) == ValueNorm("snapkv", 1)
+    assert ValueNorm("snapkv").looks_at_question is SnapKV.looks_at_question is True
+    assert ValueNorm("h2o").looks_at_question is H2O.looks_at_question is False
+    assert ValueNorm("h2o").reads_values is True
+
+
+def test_value_norm_refuses_bases_that_cannot_be_weighted() -> None:
+    with pytest.raises(BudgetError, match="cannot be its own base"):
+        ValueNorm("value_norm")
+    with pytest.raises(BudgetError, match=r"unknown scorer 'snap'; registered are .*snapkv"):
+        ValueNorm("snap")
+    for signed in ("key_norm", "key_diff"):
+        with pytest.raises(BudgetError, match=f"the scores of '{signed}' may be negative.*choose one of h2o, "):
+            ValueNorm(signed)
+    with pytest.raises(BudgetError, match="base must be the name of a registered scorer; got 3"):
+        ValueNorm(3)  # type: ignore[arg-type]
+    for norm in (0, 3, 1.0, True, "1", math.inf):
+        with pytest.raises(BudgetError, match="norm must be 1 or 2"):
+            ValueNorm(norm=norm)  # type: ignore[arg-type]
+
+
+def test_value_norm_takes_every_scorer_that_is_never_negative() -> None:
+    q, k, v = random_qkv((4, 2), 12, DIMS)
+    length = torch.tensor([12, 5])
+    for name in set(scorer_names()) - {"value_norm", "key_norm", "key_diff"}:
+        plain = score_tokens(q, k, v, length, None, SCALE, make_scorer(name, {}))
+        weighted = score_tokens(q, k, v, length, None, SCALE, ValueNorm(name))
+        there = (torch.arange(12) < length[:, None])[:, None].expand_as(plain)
+        assert (plain[there] >= 0).all()
+        torch.testing.assert_close(weighted[there], (plain * v.abs().sum(3))[there])
+
+
+def test_value_norm_of_a_users_own_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_scorers", dict(base._scorers))
+
+    @register_scorer("first half")
+    @dataclasses.dataclass(frozen=True)
+    class FirstHalf:
+        paper: ClassVar[str] = "http://example.org"
+        looks_at_question: ClassVar[bool] = False
+        reads_values: ClassVar[bool] = False
+
+        def __call__(self, prompt: PromptView) -> Tensor:
+            return (prompt.ordinals < 2).float()
+
+    with pytest.raises(BudgetError, match="or a scorer with never_negative = True"):
+        ValueNorm("first half")
+    FirstHalf.never_negative = True  # type: ignore[attr-defined]
+    q, k, v = random_qkv((2, 1), 4, DIMS, rows=1)
+    got = score_tokens(q, k, v, torch.tensor([4]), None, SCALE, ValueNorm("first half"))
+    torch.testing.assert_close(got[0, 0, :2], v[0, 0, :2].abs().sum(1))
+    assert got[0, 0, 2:].tolist() == [0.0, 0.0]
+
+
+def test_values_that_were_not_asked_for_are_refused() -> None:
+    q, k, _ = random_qkv((4, 2), 3, DIMS)
+    view = PromptView(q, k, None, torch.tensor([3, 3]), SCALE, torch.tensor([0, 0]))
+    with pytest.raises(BudgetError, match="set reads_values = True on its class"):
+        _ = view.values
+
+
+# Registry and options
+
+
+def test_all_are_registered_and_listed() -> None:
+    kinds = {
+        "h2o": H2O, "key_diff": KeyDiff, "key_norm": KeyNorm, "random": Random, "snapkv": SnapKV,
+        "streaming": Streaming, "tova": TOVA, "value_norm": ValueNorm,
+    }  # fmt: skip
+    assert set(kinds) <= set(scorer_names())
+    for name, kind in kinds.items():
+        assert make_scorer(name, {}) == kind()
+        assert f"\n{name} " in str(scorers.__doc__)
+        assert kind.__name__ in scorers.__all__
+
+
+@pytest.mark.parametrize("bad", [-1, 1.0, "4", True, None], ids=repr)
+def test_streaming_refuses_sinks(bad: Any) -> None:
+    with pytest.raises(BudgetError, match="sinks must be a whole number of at least 0"):
+        Streaming(bad)
+
+
+@pytest.mark.parametrize("bad", [-1, 2**32, 1.0, "4", True, None], ids=repr)
+def test_random_refuses_seed(bad: Any) -> None:
+    with pytest.raises(BudgetError, match="seed must be a whole number from 0 to 4294967295"):
+        Random(bad)
+
+
+def test_options_take_whole_numbers_of_any_kind() -> None:
+    assert Streaming(np.int64(3)) == Streaming(3)  # type: ignore[arg-type]
+    assert ValueNorm(norm=np.int32(2)) == ValueNorm(norm=2)  # type: ignore[arg-type]
+    q, k, _ = random_qkv((2, 1), 3, DIMS)
+    length = torch.tensor([3, 3])
+    numpys, pythons = (score_tokens(q, k, None, length, None, SCALE, Random(seed)) for seed in (np.int64(7), 7))  # type: ignore[arg-type]
+    assert torch.equal(numpys, pythons)

@@ -1,0 +1,60 @@
+"""VATP's score: another scorer's, weighted by how large the value is that the token adds to the output."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from xkv_fx.errors import BudgetError
+from xkv_fx.files import is_int
+from xkv_fx.runtime.scorers.base import make_scorer, register_scorer
+from xkv_fx.runtime.scorers.prompt import PromptView
+
+_NEVER_NEGATIVE = frozenset({"h2o", "random", "snapkv", "streaming", "tova"})
+
+
+@register_scorer("value_norm")
+@dataclasses.dataclass(frozen=True)
+class ValueNorm:
+    """The score of `base`, with that scorer's default options, times the norm of the token's value.
+
+    VATP (arXiv 2406.12335): attention times the L1 norm of the value. Attention sinks, whose values are small, the
+    paper keeps apart from the score; that is `Policy(sinks=...)`.
+
+    Attributes:
+        base: name of another scorer, whose scores are never negative: a larger value must not make a token worth less.
+            A scorer of your own says so by a class attribute `never_negative = True`.
+        norm: 1 for the L1 norm, the paper's; 2 for the L2 norm.
+        looks_at_question: as `base`.
+
+    Raises:
+        BudgetError: another norm, or a base that is unknown, may be negative, or is this scorer itself.
+    """
+
+    base: str = "snapkv"
+    norm: int = 1
+    paper: ClassVar[str] = "VATP, arXiv 2406.12335"
+    looks_at_question: ClassVar[bool] = True
+    reads_values: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not is_int(self.norm) or self.norm not in (1, 2):
+            raise BudgetError(f"norm must be 1 or 2; got {self.norm!r}")
+        if not isinstance(self.base, str):
+            raise BudgetError(f"base must be the name of a registered scorer; got {self.base!r}")
+        if self.base == "value_norm":
+            raise BudgetError("value_norm cannot be its own base; name another scorer, such as 'snapkv'")
+        scorer = make_scorer(self.base, {})
+        if self.base not in _NEVER_NEGATIVE and not getattr(scorer, "never_negative", False):
+            raise BudgetError(
+                f"the scores of {self.base!r} may be negative, and then a larger value would make a token worth less; "
+                f"choose one of {', '.join(sorted(_NEVER_NEGATIVE))}, or a scorer with never_negative = True"
+            )
+        object.__setattr__(self, "looks_at_question", scorer.looks_at_question)
+
+    def __call__(self, prompt: PromptView) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(prompt.values, self.norm, dim=-1, dtype=torch.float32)
+        return make_scorer(self.base, {})(prompt) * norm.masked_fill(~prompt.there, 0.0)

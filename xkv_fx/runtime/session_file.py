@@ -1,0 +1,102 @@
+"""Keeping a session in a file, to go on with the conversation later. The file is safetensors and read as untrusted."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from xkv_fx.errors import FileFormatError, SessionError
+from xkv_fx.files import check_format, check_safetensors_size, is_int, written_whole
+from xkv_fx.runtime.session import Session
+from xkv_fx.runtime.state import COUNTERS, State
+
+FORMAT = "xkv_fx.session"
+FORMAT_VERSION = 1
+_HEADER = "xkv_fx"
+_HEADER_ROOM = 1 << 20
+
+
+def save_session(session: Session, path: str | os.PathLike[str], fed: int) -> None:
+    """Write a session's tensors; the file appears whole or not at all.
+
+    Args:
+        fed: tokens a row that were fed, padding included.
+    """
+    header = {"format": FORMAT, "version": FORMAT_VERSION, "program": session.program.key, "fed": fed}
+    names = session.program.plan.names()
+    tensors = {name: tensor.contiguous() for name, tensor in zip(names, session.state.tensors, strict=True)}
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, {_HEADER: json.dumps(header)})
+
+
+def load_session(session: Session, path: str | os.PathLike[str]) -> int:
+    """Fill a session from a file that `save_session` wrote; the session is untouched unless the whole file is good.
+
+    Returns:
+        tokens a row that had been fed, padding included.
+
+    Raises:
+        SessionError: a session of another model, budgets or batch size.
+        FileFormatError: not a session file, damaged, cut off, or of a newer format.
+    """
+    plan = session.program.plan
+    try:
+        check_safetensors_size(path, plan.kv_bytes + plan.state_bytes + _HEADER_ROOM)
+        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+            header = _header(file.metadata())
+            if header["program"] != session.program.key:
+                raise SessionError(
+                    f"{os.fspath(path)}: a session of another model, other budgets or another batch size; transform "
+                    "with those that it was saved with"
+                )
+            if set(file.keys()) != set(plan.names()):
+                raise FileFormatError("its tensors are not those of a session")
+            state = State(plan, tuple(file.get_tensor(name).to(plan.device) for name in plan.names()))
+        _check_state(state)
+    except safetensors.SafetensorError as error:
+        raise FileFormatError(f"{os.fspath(path)}: not a whole safetensors file ({error}); was it cut off?") from error
+    except FileFormatError as error:
+        raise FileFormatError(f"{os.fspath(path)}: {error}") from error
+    session.restore(state)
+    fed: int = header["fed"]
+    return fed
+
+
+def _header(metadata: dict[str, str] | None) -> dict[str, Any]:
+    try:
+        header = json.loads((metadata or {}).get(_HEADER, ""))
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError("its metadata holds no JSON of a session") from error
+    header = check_format(header, FORMAT, FORMAT_VERSION)
+    if not is_int(header.get("fed")) or header["fed"] < 0 or not isinstance(header.get("program"), str):
+        raise FileFormatError("its metadata lacks what a session needs")
+    return header
+
+
+def _check_state(state: State) -> None:
+    """Shapes, dtypes, and that counters and positions can be true: a wrong position would silently mask wrongly."""
+    for name, tensor in zip(state.plan.names(), state.tensors, strict=True):
+        shape, dtype = state.plan.shape_and_dtype(name)
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise FileFormatError(
+                f"{name} is {tensor.dtype} of {list(tensor.shape)} instead of {dtype} of {list(shape)}"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise FileFormatError(f"{name} holds numbers that are not finite")
+    seen, base = (state[counter] for counter in COUNTERS)
+    if bool((base < 0).any() or (base > seen).any()):
+        raise FileFormatError("its counters contradict each other")
+    for layer in range(len(state.plan.slots)):
+        if not _positions_are_possible(state[f"positions_{layer}"], seen, state.plan.slots[layer].slots):
+            raise FileFormatError(f"the positions of layer {layer} are not those of a session")
+
+
+def _positions_are_possible(positions: Tensor, seen: Tensor, slots: int) -> bool:
+    highest = seen.clamp(min=slots)[:, None, None]
+    return bool(((positions >= 0) & (positions < highest)).all())
