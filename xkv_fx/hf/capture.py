@@ -114,9 +114,11 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
             raise UnsupportedModelError(
                 f"{type(model).__name__}: export kept {len(captured)} attentions of the {len(layers)} that ran"
             )
+    logits = cast(Any, output_node(prompt.graph).args[0]).meta["val"]
+    if logits.dim() != 3:
+        raise UnsupportedModelError(f"{type(model).__name__} gives no logits for each token; it is no language model")
     if check:
         _check_parity(model, prompt, rows)
-    vocabulary = int(output_node(prompt.graph).args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
     return CapturedModel(
         prompt=prompt,
         token=token,
@@ -126,7 +128,7 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
         dtype=model.dtype,
         device=device,
         max_positions=max_positions(model),
-        vocabulary=vocabulary,
+        vocabulary=int(logits.shape[2]),
     )
 
 

@@ -14,9 +14,8 @@ from xkv_fx.passes.graph import arguments, calls, placeholders
 from xkv_fx.runtime.state import CachePlan
 
 xkv = torch.ops.xkv
-aten = torch.ops.aten
 DECODE_OPS = (xkv.decode_attention.default, xkv.decode_scored.default)
-COPIES = (aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.copy.default)
+READERS = (*DECODE_OPS, xkv.extend_attention.default, xkv.keep.default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +41,15 @@ class CheckCache(GraphPass):
         inputs = placeholders(module.graph)
         for index, (node, slots) in enumerate(zip(writes, self.plan.slots, strict=True)):
             named = arguments(node)
+            for kind in ("k_cache", "v_cache", "positions"):
+                if kind in named:
+                    cache = inputs[f"{kind.removesuffix('_cache')}_{index}"]
+                    self._expect(named[kind] is cache, f"layer {index} to write its own buffers", [node])
+                    self._expect(
+                        cache.meta["val"].shape[2] == slots.slots, f"{slots.slots} slots in layer {index}", [cache]
+                    )
             for kind in "kv":
-                cache = inputs[f"{kind}_{index}"]
-                self._expect(named[f"{kind}_cache"] is cache, f"layer {index} to write its own buffers", [node])
-                self._expect(
-                    cache.meta["val"].shape[2] == slots.slots, f"{slots.slots} slots in layer {index}", [cache]
-                )
-                copies = [user for user in cache.users if user.target in COPIES]
+                copies = [user for user in inputs[f"{kind}_{index}"].users if not _leaves_in_place(user)]
                 self._expect(not copies, f"no copy of the cache of layer {index}", copies)
             if self.kind != "decode":
                 self._expect(named["capacity"] == slots.capacity, f"capacity {slots.capacity} in layer {index}", [node])
@@ -67,4 +68,11 @@ def _is_pair_mask(node: Node) -> bool:
     if not isinstance(value, torch.Tensor) or value.dim() < 2:
         return False
     rows, columns = value.shape[-2:]
-    return isinstance(rows, torch.SymInt) and isinstance(columns, torch.SymInt) and rows.node.expr == columns.node.expr
+    if not isinstance(rows, torch.SymInt) or not isinstance(columns, torch.SymInt):
+        return False
+    return bool(rows.node.expr.free_symbols & columns.node.expr.free_symbols)
+
+
+def _leaves_in_place(user: Node) -> bool:
+    """Whether a node that takes a cache is one of ours; anything else might copy it."""
+    return user.target in READERS or getattr(user.target, "reads_cache", False)

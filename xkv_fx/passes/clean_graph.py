@@ -12,7 +12,14 @@ from xkv_fx.passes.base import GraphPass, PassRecord
 
 aten = torch.ops.aten
 CHECKS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
-NO_OPS = (aten.to.dtype, aten.to.dtype_layout, aten.detach.default, aten.alias.default, aten.dropout.default)
+NO_OPS = (
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.detach.default,
+    aten.alias.default,
+    aten.dropout.default,
+)
 
 
 @dataclasses.dataclass(frozen=True)

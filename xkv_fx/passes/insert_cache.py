@@ -220,6 +220,7 @@ def scoring(function: Callable[..., Tensor], scorer: Scorer, **fixed: object) ->
 
     score.__name__ = score.__qualname__ = f"{function.__name__}_by_{type(scorer).__name__}"
     score.__module__ = function.__module__
+    score.reads_cache = True  # type: ignore[attr-defined]  # for the check that nothing else does
     return score
 
 

@@ -22,8 +22,6 @@ class H2O:
     of a question at the end no more than others.
 
     In an extend only the new queries are summed: what earlier queries paid to the tokens in the slots is not added.
-
-    The queries are taken `BLOCK` at a time, so that no more than `[rows, query_heads, BLOCK, N]` weights exist at once.
     """
 
     paper: ClassVar[str] = "H2O, arXiv 2306.14048"
@@ -31,9 +29,73 @@ class H2O:
     reads_values: ClassVar[bool] = False
 
     def __call__(self, prompt: PromptView) -> Tensor:
-        mass = torch.zeros(prompt.ordinals.shape, dtype=torch.float32, device=prompt.q.device)
-        new = prompt.q.shape[2]
-        for start in range(0, new, BLOCK):
-            paid = prompt.attention_of_block(start, min(start + BLOCK, new))
-            mass[:, :, : paid.shape[-1]] += paid.sum(3).mean(2)
-        return mass
+        return accumulated_attention(
+            prompt.q,
+            prompt.k,
+            prompt.length,
+            prompt.scale,
+            prompt.seen,
+            prompt.old_k,
+            prompt.old_ordinals,
+            prompt.sliding_window,
+            prompt.softcap,
+            prompt.sinks,
+        )
+
+
+# An op, since the loop needs the number of queries, which is a symbol while a graph is built.
+@torch.library.custom_op("xkv::accumulated_attention", mutates_args=())
+def accumulated_attention(
+    q: Tensor,
+    k: Tensor,
+    length: Tensor,
+    scale: float,
+    seen: Tensor,
+    old_k: Tensor | None = None,
+    old_ordinals: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention that each candidate is paid by all valid new queries; the arguments are fields of `PromptView`.
+
+    The queries are taken `BLOCK` at a time, so that no more than `[rows, query_heads, BLOCK, N]` weights exist at once.
+
+    Returns:
+        float32 `[rows, kv_heads, N]`, summed over queries, mean over the query group.
+    """
+    prompt = PromptView(
+        q,
+        k,
+        None,
+        length,
+        scale,
+        seen,
+        old_k,
+        old_ordinals=old_ordinals,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    mass = torch.zeros(prompt.ordinals.shape, dtype=torch.float32, device=q.device)
+    for start in range(0, q.shape[2], BLOCK):
+        paid = prompt.attention_of_block(start, min(start + BLOCK, q.shape[2]))
+        mass[:, :, : paid.shape[-1]] += paid.sum(3).mean(2)
+    return mass
+
+
+@accumulated_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    length: Tensor,
+    scale: float,
+    seen: Tensor,
+    old_k: Tensor | None = None,
+    old_ordinals: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    slots = 0 if old_k is None else old_k.shape[2]
+    return k.new_empty((k.shape[0], k.shape[1], slots + k.shape[2]), dtype=torch.float32)

@@ -1,0 +1,65 @@
+"""Tiny models, captured and transformed ones, made once and shared by many tests; nobody may change them."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from tiny_models import FAMILIES
+from transformers import PreTrainedModel
+
+from xkv_fx import Budgets, Policy
+from xkv_fx.hf.capture import capture
+from xkv_fx.hf.generation import BudgetedLM
+from xkv_fx.lowering.program import CompiledProgram, Graphs
+from xkv_fx.passes.captured import CapturedModel
+from xkv_fx.runtime.scorers import scorer_of
+from xkv_fx.runtime.slots import slot_plans
+from xkv_fx.runtime.state import CachePlan
+
+FULL = 72
+"""Slots of each layer of the models with full budgets."""
+
+
+def model(family: str = "llama", layers: int = 2) -> PreTrainedModel:
+    return _model(family, layers)
+
+
+@functools.cache
+def _model(family: str, layers: int) -> PreTrainedModel:
+    return FAMILIES[family](layers)
+
+
+def captured(family: str = "llama", layers: int = 3, rows: int = 2) -> CapturedModel:
+    return _captured(family, layers, rows)
+
+
+@functools.cache
+def _captured(family: str, layers: int, rows: int) -> CapturedModel:
+    return capture(model(family, layers), rows=rows, check=False)
+
+
+def transformed(budgets: Budgets, rows: int = 1, family: str = "llama", max_new_tokens: int = 0) -> BudgetedLM:
+    """A model of two layers, as `xkv_fx.transform` makes it with the backend "eager", but captured only once."""
+    return _transformed(budgets, rows, family, max_new_tokens)
+
+
+@functools.cache
+def _transformed(budgets: Budgets, rows: int, family: str, max_new_tokens: int) -> BudgetedLM:
+    source = captured(family, 2, rows)
+    plan = cache_plan(source, budgets.capacities, budgets.policy, max_new_tokens)
+    graphs = Graphs(source, plan, scorer_of(budgets.policy))
+    return BudgetedLM(model(family), budgets, CompiledProgram(graphs, "eager"))
+
+
+def full(rows: int = 1, family: str = "llama") -> BudgetedLM:
+    """A model that evicts nothing."""
+    return transformed(Budgets.full(2, FULL), rows, family)
+
+
+def cache_plan(
+    source: CapturedModel, capacities: tuple[int, ...], policy: Policy | None = None, max_new_tokens: int = 0
+) -> CachePlan:
+    """The plan of a captured model's caches."""
+    slots = slot_plans(Budgets(capacities, policy or Policy()), source.layers, max_new_tokens)
+    return CachePlan(source.layers, slots, source.rows, torch.float32, torch.device("cpu"))
