@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
+import pytest
 import torch
 from tiny_models import FAMILIES
 from transformers import PreTrainedModel
@@ -39,17 +41,29 @@ def _captured(family: str, layers: int, rows: int) -> CapturedModel:
     return capture(model(family, layers), rows=rows, check=False)
 
 
+def remember_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the public calls capture the shared model of two layers only once; other models as ever."""
+
+    def once(source: Any, rows: int = 1, check: bool = True, decode: bool = True) -> CapturedModel:
+        return captured("llama", 2, rows) if source is model() else capture(source, rows, check, decode)
+
+    monkeypatch.setattr("xkv_fx.hf.capture.capture", once)
+
+
 def transformed(budgets: Budgets, rows: int = 1, family: str = "llama", max_new_tokens: int = 0) -> BudgetedLM:
     """A model of two layers, as `xkv_fx.transform` makes it with the backend "eager", but captured only once."""
     return _transformed(budgets, rows, family, max_new_tokens)
 
 
-@functools.cache
-def _transformed(budgets: Budgets, rows: int, family: str, max_new_tokens: int) -> BudgetedLM:
+def transform_again(budgets: Budgets, rows: int = 1, family: str = "llama", max_new_tokens: int = 0) -> BudgetedLM:
+    """As `transformed`, but with graphs of its own that nobody has used."""
     source = captured(family, 2, rows)
     plan = cache_plan(source, budgets.capacities, budgets.policy, max_new_tokens)
     graphs = Graphs(source, plan, scorer_of(budgets.policy))
     return BudgetedLM(model(family), budgets, CompiledProgram(graphs, "eager"))
+
+
+_transformed = functools.cache(transform_again)
 
 
 def full(rows: int = 1, family: str = "llama") -> BudgetedLM:

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 VOCABULARY = 61
-POSITIONS = 96
+POSITIONS = 400
 WINDOW = 8
 """The sliding window of those models that have one."""
 

@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runtime_inputs import HEADS, random_qkv
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from xkv_fx.errors import BudgetError
 from xkv_fx.runtime import scorers
@@ -371,6 +373,25 @@ def test_row_does_not_depend_on_its_batch(case: str) -> None:
         torch.testing.assert_close(together[row, :, :count], alone[0])
 
 
+@pytest.mark.parametrize("name", scorer_names())
+def test_length_stays_a_symbol_in_a_graph(name: str) -> None:
+    """The passes run a scorer on symbolic shapes; it must not settle on the length that a graph is captured with."""
+    scorer, plan = make_scorer(name, {}), SlotPlan(6, 6, 2, 0, "ring")
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    only_length = StatelessSymbolicContext([DimDynamic.STATIC] * 2 + [DimDynamic.DUCK, DimDynamic.STATIC])
+    q, k, v = (mode.from_tensor(tensor, symbolic_context=only_length) for tensor in random_qkv((4, 2), 24, DIMS))
+    with mode:
+        _, k_cache, v_cache = random_qkv((4, 2), 1, DIMS, keys=6)
+        positions, length = torch.zeros(2, 2, 6, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+        fresh = score_tokens(q, k, v, length, None, SCALE, scorer, 12)
+        extended = rescore_tokens(q, k, v, length, length, length, k_cache, v_cache, positions, SCALE, scorer, plan, 12)
+    symbol = q.shape[2].node.expr  # a number, once something has asked for its value
+    assert symbol.is_symbol
+    assert fresh.shape[2].node.expr == symbol
+    assert symbol in extended.shape[2].node.expr.free_symbols
+    assert fresh.dtype == extended.dtype == torch.float32
+
+
 # H2O
 
 
@@ -403,6 +424,16 @@ def test_h2o_holds_one_block_of_weights_at_a_time(monkeypatch: pytest.MonkeyPatc
     q, k, _ = random_qkv((4, 2), 20, DIMS, rows=1)
     score_tokens(q, k, None, torch.tensor([20]), None, SCALE, H2O())
     assert shapes == [(1, 2, 2, 8, 8), (1, 2, 2, 8, 16), (1, 2, 2, 4, 20)]
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_accumulated_attention_is_a_proper_op(fresh: bool) -> None:
+    q, k, _ = random_qkv((4, 2), 5, DIMS)
+    _, old_k, _ = random_qkv((4, 2), 1, DIMS, keys=3)
+    length, seen = torch.tensor([5, 3]), torch.tensor([0, 9])
+    old = (None, None) if fresh else (old_k, torch.tensor([[[EMPTY] * 3] * 2, [[2, 7, 8]] * 2]))
+    inputs = (q, k, length, SCALE, seen, *old, 4, 1.5, torch.randn(4))
+    torch.library.opcheck(accumulated.accumulated_attention, inputs)
 
 
 def test_h2o_written_down() -> None:

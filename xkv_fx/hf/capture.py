@@ -53,7 +53,9 @@ def _attention(
         raise UnsupportedModelError(f"{where} adds a mask of its own to attention; it cannot be captured exactly")
     if not (getattr(module, "is_causal", True) and kwargs.get("is_causal") in (None, True)):
         raise UnsupportedModelError(f"{where} does not attend causally; only causal attention has a KV cache to budget")
-    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _HARMLESS)
+    unknown = sorted(
+        name for name, value in kwargs.items() if value is not None and value is not False and name not in _HARMLESS
+    )
     if unknown:
         raise UnsupportedModelError(
             f"{where} gives its attention {', '.join(unknown)}, which this version cannot carry over exactly"
@@ -103,8 +105,9 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
     _check_layer_count(model, layers)
     entry = _Entry(twin)
     device = model.device
-    ids = torch.zeros(rows, PROBE_LENGTH, dtype=torch.int64, device=device)
-    positions = torch.arange(PROBE_LENGTH, device=device).expand(rows, -1).contiguous()
+    example = min(PROBE_LENGTH, max_positions(model) or PROBE_LENGTH)
+    ids = torch.zeros(rows, example, dtype=torch.int64, device=device)
+    positions = torch.arange(example, device=device).expand(rows, -1).contiguous()
     length = torch.export.Dim("length", min=2, max=max_positions(model) or 2**20)
     prompt = _export(entry, (ids, positions), {"input_ids": {1: length}, "position_ids": {1: length}})
     token = _export(entry, (ids[:, :1].clone(), positions[:, :1].clone()), None) if decode else None

@@ -142,8 +142,10 @@ class BudgetedLM(nn.Module, GenerationMixin):
         object with `return_dict_in_generate=True`.
 
         Raises:
-            PromptError, CapacityError, SessionError: see `forward`.
+            PromptError, CapacityError, SessionError: see `forward`; and for `position_ids`, which the session counts.
         """
+        if kwargs.get("position_ids") is not None:
+            raise PromptError("leave position_ids out: the session counts the valid tokens of each row")
         return GenerationMixin.generate(self, *args, **kwargs)  # type: ignore[arg-type]
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # parameters differ between versions of transformers
@@ -159,12 +161,11 @@ class BudgetedLM(nn.Module, GenerationMixin):
         """transformers' hook: slice what is new, and say whether it is a prompt or a decoded token."""
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:] if next_sequence_length > 0 else input_ids[:, :0]
-        length = input_ids.shape[1]
         return {
             **kwargs,
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "position_ids": None if position_ids is None else position_ids[..., -length:],
+            "position_ids": None,  # transformers counts from the last column, which may be padding
             "logits_to_keep": 1,
             "decoding": not is_first_iteration,
         }
@@ -215,7 +216,8 @@ def _refuse(kwargs: dict[str, Any], use_cache: bool | None) -> None:
     if use_cache is False:
         raise SessionError("use_cache=False makes no sense for a model that lives on its cache; leave it out")
     for name in ("inputs_embeds", "output_attentions", "output_hidden_states", "labels", "head_mask"):
-        if kwargs.pop(name, None) not in (None, False):
+        value = kwargs.pop(name, None)
+        if value is not None and value is not False:
             raise PromptError(f"{name} is not supported by a transformed model")
     unknown = sorted(name for name, value in kwargs.items() if value is not None)
     if unknown:

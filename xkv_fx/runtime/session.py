@@ -88,7 +88,8 @@ class Session:
         if position_ids is None:
             position_ids = (self.state["seen"][:, None] + valid.long().cumsum(1) - 1).clamp(min=0)
         graph = self.program.extend(all_logits) if any(self.seen) else self.program.prefill(all_logits)
-        logits = graph(ids, position_ids, valid, *self.state.tensors)
+        inputs = (tensor.contiguous() for tensor in (ids, position_ids, valid))
+        logits = graph(*inputs, *self.state.tensors)
         self._base = tuple(
             after if new else before for before, after, new in zip(self._base, total, added, strict=True)
         )
@@ -116,7 +117,8 @@ class Session:
             self._refuse_step()
         if position_ids is None:
             position_ids = self.state["seen"][:, None].clone()
-        logits = self.program.decode()(ids, position_ids, *self.state.tensors)
+        # compiled code reads its inputs by the strides that it was compiled for
+        logits = self.program.decode()(ids.contiguous(), position_ids.contiguous(), *self.state.tensors)
         self.seen = tuple(count + 1 for count in self.seen)
         self._steps_left -= 1
         return logits

@@ -29,7 +29,7 @@ class H2O:
     reads_values: ClassVar[bool] = False
 
     def __call__(self, prompt: PromptView) -> Tensor:
-        return accumulated_attention(
+        mass: Tensor = accumulated_attention(
             prompt.q,
             prompt.k,
             prompt.length,
@@ -41,6 +41,7 @@ class H2O:
             prompt.softcap,
             prompt.sinks,
         )
+        return mass
 
 
 # An op, since the loop needs the number of queries, which is a symbol while a graph is built.

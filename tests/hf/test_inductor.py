@@ -1,0 +1,173 @@
+"""Inductor: the same tokens, caches written in place, nothing of a cache's size allocated, and nothing compiled twice.
+
+The caches here are much larger than every activation, the logits included, so that a copy of one stands out.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import gemma2, llama, random_ids
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import xkv_fx
+from xkv_fx import Budgets, Policy
+from xkv_fx.errors import BackendError
+from xkv_fx.hf.cache import SessionCache
+from xkv_fx.hf.generation import BudgetedLM
+
+CAPACITIES = (2048, 1024)
+PROMPT = 2500  # more than any layer holds
+HALF_A_BUFFER = 2 * 1024 * 32 * 4 // 2
+"""Bytes of half of the smaller layer's keys."""
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
+
+
+@functools.cache
+def big_model() -> PreTrainedModel:
+    return llama(2, head_dim=32, max_position_embeddings=8192)
+
+
+@functools.cache
+def big(backend: str) -> BudgetedLM:
+    return xkv_fx.transform(big_model(), Budgets(CAPACITIES), backend=backend, check=False)
+
+
+def prefilled() -> SessionCache:
+    session = big("inductor").new_session()
+    big("inductor")(random_ids(1, PROMPT), past_key_values=session, logits_to_keep=1)
+    return session
+
+
+def step(session: SessionCache, token: int) -> Tensor:
+    return big("inductor")(torch.tensor([[token]]), past_key_values=session, decoding=True).logits
+
+
+def allocations(prof: torch.profiler.profile) -> list[int]:
+    """Bytes of every block that was allocated under the profiler."""
+    events = prof.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+
+
+def profiled() -> torch.profiler.profile:
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+
+
+@pytest.mark.parametrize("length", [1, 30, PROMPT])
+def test_tokens_are_those_of_the_graphs(length: int) -> None:
+    ids = random_ids(1, length)
+    options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    compiled, graphs = (big(backend).generate(ids, **options) for backend in ("inductor", "eager"))
+    assert torch.equal(compiled.sequences, graphs.sequences)
+    torch.testing.assert_close(torch.cat(compiled.logits), torch.cat(graphs.logits), atol=1e-4, rtol=0)
+
+
+def test_with_room_for_all_tokens_they_are_the_models() -> None:
+    ids = random_ids(1, 50)
+    assert torch.equal(big("inductor").generate(ids, **GREEDY), big_model().generate(ids, **GREEDY))
+
+
+def test_rows_with_soft_cap_and_sliding_window() -> None:
+    source, budgets = gemma2(), Budgets((5, 12), Policy(sinks=1))
+    compiled, graphs = (
+        xkv_fx.transform(source, budgets, batch_size=2, backend=backend, check=False)
+        for backend in ("inductor", "eager")
+    )
+    ids, mask = random_ids(2, 30), torch.ones(2, 30, dtype=torch.int64)
+    mask[0, :13] = 0
+    options = {**GREEDY, "attention_mask": mask, "return_dict_in_generate": True, "output_logits": True}
+    got, expected = compiled.generate(ids, **options), graphs.generate(ids, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), atol=1e-4, rtol=0)
+
+
+def test_a_step_allocates_nothing_of_a_caches_size() -> None:
+    session = prefilled()
+    for token in (5, 6):
+        step(session, token)
+    with profiled() as prof:
+        for token in (7, 8, 9):
+            step(session, token)
+    sizes = allocations(prof)
+    assert sizes, "the profiler saw no allocation at all"
+    assert max(sizes) < HALF_A_BUFFER
+
+
+def test_the_profiler_would_see_a_copy() -> None:
+    cache = prefilled().session.state["k_1"]
+    with profiled() as prof:
+        cache.clone()
+    assert max(allocations(prof)) >= 2 * HALF_A_BUFFER
+
+
+def test_caches_are_written_in_place() -> None:
+    session = prefilled()
+    tensors = session.session.state.tensors
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    before = [tensor.clone() for tensor in tensors]
+    for token in (5, 6, 7):
+        step(session, token)
+    assert session.session.state.tensors is tensors
+    assert [tensor.data_ptr() for tensor in tensors] == pointers
+    for layer, capacity in enumerate(CAPACITIES):
+        for kind in "kv":
+            index = session.session.state.plan.names().index(f"{kind}_{layer}")
+            changed = (tensors[index] != before[index]).any(-1)[0]
+            assert changed.sum(-1).tolist() == [3, 3], "three tokens took three slots of each head"
+            assert changed[:, : capacity - 64].sum() == 0, "all of them in the ring"
+    assert session.kv_bytes == big("inductor").kv_bytes
+
+
+def test_nothing_is_compiled_again() -> None:
+    """Neither in later steps, nor for another session, another prompt length, or after a reset."""
+    session = prefilled()
+    step(session, 5)
+    before = counters()
+    for token in range(6, 12):
+        step(session, token)
+    other = big("inductor").new_session()
+    big("inductor").generate(random_ids(1, 33), past_key_values=other, **GREEDY)
+    other.reset()
+    big("inductor").generate(random_ids(1, 41), past_key_values=other, **GREEDY)
+    step(session.fork(), 7)
+    assert counters() == before
+
+
+def counters() -> dict[str, dict[str, int]]:
+    """How often dynamo, AOTAutograd and Inductor did something, by what they did."""
+    counts: dict[str, collections.Counter[str]] = torch._dynamo.utils.counters
+    return {part: dict(counter) for part, counter in counts.items() if counter}
+
+
+def test_weights_are_not_copied() -> None:
+    llm, ids = big("inductor"), random_ids(1, 9)
+    before = llm.generate(ids, **GREEDY)
+    head = big_model().get_output_embeddings().weight
+    with torch.no_grad():
+        head.copy_(head.roll(1, dims=0))
+        try:
+            after = llm.generate(ids, **GREEDY)
+            expected = big_model().generate(ids, **GREEDY)
+        finally:
+            head.copy_(head.roll(-1, dims=0))
+    assert torch.equal(after, expected)
+    assert not torch.equal(after, before)
+
+
+def test_the_lowering_is_described() -> None:
+    assert "compiled by Inductor" in big("inductor").describe()
+    assert "graph of torch kernels" in big("eager").describe().split("decode")[1]
+
+
+def test_a_compiler_that_fails_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no C++ compiler\nand much more")
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", fail)
+    with pytest.raises(BackendError, match=r"Inductor could not compile the decode graph \(no C\+\+ compiler\).*eager"):
+        xkv_fx.transform(llama(1), Budgets((8,)), check=False)
