@@ -127,7 +127,7 @@ def test_the_model_is_left_as_it_was_also_in_training() -> None:
     snapshot = Snapshot.of(source)
     grads = [parameter.requires_grad for parameter in source.parameters()]
     random_state = torch.random.get_rng_state()
-    found = capture(source)
+    found = capture(source, decode=False)
     assert torch.equal(torch.random.get_rng_state(), random_state)
     snapshot.assert_unchanged()
     assert [parameter.requires_grad for parameter in source.parameters()] == grads
@@ -139,7 +139,7 @@ def test_the_model_is_left_as_it_was_also_in_training() -> None:
 
 def test_a_model_of_few_positions() -> None:
     source = llama(1, max_position_embeddings=16)
-    found = capture(source)
+    found = capture(source, decode=False)
     ids = random_ids(1, 16)
     with torch.no_grad():
         logits = found.prompt(ids, positions(ids))
@@ -148,14 +148,14 @@ def test_a_model_of_few_positions() -> None:
 
 def test_half_precision() -> None:
     source = llama(1).to(torch.bfloat16)
-    found = capture(source)
+    found = capture(source, decode=False)
     assert found.dtype == torch.bfloat16
     assert found.layers[0].itemsize == 2
 
 
 def test_positions_from_embeddings() -> None:
     config = GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=96)
-    found = capture(build(GPT2LMHeadModel, config))
+    found = capture(build(GPT2LMHeadModel, config), decode=False)
     assert found.layers == (LayerSpec(query_heads=4, kv_heads=4, key_dim=8, value_dim=8, itemsize=4),) * 2
     assert found.max_positions == 96
 
@@ -305,7 +305,7 @@ def test_what_cannot_be_captured_exactly_is_refused_by_name_and_left_as_it_was(c
     on_meta = source.device.type == "meta"
     snapshot = None if on_meta else Snapshot.of(source)
     with pytest.raises(UnsupportedModelError, match=message):
-        capture(source)
+        capture(source, decode=False)
     if snapshot is not None:
         snapshot.assert_unchanged()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import xkv_fx
 from xkv_fx import Policy
-from xkv_fx.errors import BudgetError, PromptError, UnsupportedModelError, XkvError
+from xkv_fx.errors import BudgetError, PromptError, UnsupportedModelError
 from xkv_fx.hf.capture import layers_of_model
 from xkv_fx.hf.inspect import fingerprint
 from xkv_fx.planning.profile import sample_prompts
@@ -33,8 +33,12 @@ def policy(request: pytest.FixtureRequest) -> Policy:
 
 
 @pytest.fixture(scope="module")
-def measured(policy: Policy) -> Profile:
-    return xkv_fx.profile(model(), PROMPTS, policy=policy)
+def measured(policy: Policy, plain: Profile) -> Profile:
+    if policy == plain.policy:
+        return plain
+    with pytest.MonkeyPatch.context() as patch:
+        remember_captures(patch)
+        return xkv_fx.profile(model(), PROMPTS, policy=policy)
 
 
 def attentions(ids: Tensor) -> tuple[Tensor, ...]:
@@ -133,8 +137,6 @@ def test_the_model_is_left_as_it_was() -> None:
     try:
         snapshot = Snapshot.of(source)
         xkv_fx.profile(source, PROMPTS[:1])
-        with pytest.raises(XkvError):
-            xkv_fx.profile(source, [[3]])
         snapshot.assert_unchanged()
     finally:
         source.eval()

@@ -146,6 +146,9 @@ class BudgetedLM(nn.Module, GenerationMixin):
         """
         if kwargs.get("position_ids") is not None:
             raise PromptError("leave position_ids out: the session counts the valid tokens of each row")
+        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+        if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.shape[-1] < ids.shape[-1]:
+            raise PromptError(f"the attention mask has {mask.shape[-1]} columns for {ids.shape[-1]} tokens a row")
         return GenerationMixin.generate(self, *args, **kwargs)  # type: ignore[arg-type]
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # parameters differ between versions of transformers
