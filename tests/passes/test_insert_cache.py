@@ -127,10 +127,11 @@ def test_extending_leaves_a_row_without_new_tokens_alone() -> None:
     state = plan.allocate()
     ids, valid = padded(ROWS, "left")
     run(prefill_graph(plan), ids, positions_of(valid), state, valid)
+    run(decode_graph(plan), random_ids(2, 1), torch.tensor([[9], [21]]), state)  # seen is now more than base
     before = state.clone()
     turn, mask = random_ids(2, 5), torch.tensor([[False] * 5, [True] * 5])
     graph = extend_graph(plan)
-    run(graph, turn, torch.arange(21, 26).expand(2, -1), state, mask)
+    run(graph, turn, torch.arange(22, 27).expand(2, -1), state, mask)
     for name in plan.names():
         assert torch.equal(state[name][0], before[name][0]), name
         assert not torch.equal(state[name][1], before[name][1]), name
