@@ -22,6 +22,7 @@ class Peak:
     paper: ClassVar[str] = "none; an example"
     looks_at_question: ClassVar[bool] = True
     reads_values: ClassVar[bool] = False
+    measures_attention: ClassVar[bool] = False  # a maximum is no share of the attention mass
 
     def __call__(self, prompt: PromptView) -> torch.Tensor:
         """The most attention that any one of the newest queries pays to a token, over the heads that share its key."""

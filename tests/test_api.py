@@ -184,9 +184,6 @@ def test_room_for_new_tokens_that_is_no_count(room: Any) -> None:
     )
 
 
-@pytest.mark.xfail(
-    raises=(RuntimeError, TypeError, UnsupportedModelError), reason="torch's own errors, or one that blames the model"
-)
 @pytest.mark.parametrize("rows", [0, -1, 1.5, "2", None, True])
 def test_a_batch_size_that_is_none(rows: Any) -> None:
     assert_refused(BudgetError, "batch_size must be a whole number of at least 1", lambda: transform(batch_size=rows))
@@ -199,6 +196,8 @@ def test_a_batch_size_that_is_none(rows: Any) -> None:
         (Policy(scorer_options={"kernel": 4}), "kernel must be an odd whole number"),
         (Policy(scorer_options={"observation_window": 0}), "observation_window must be"),
         (Policy(scorer_options={"kernl": 7}), "has no option 'kernl'"),
+        (Policy("random", eviction="scored"), "scores of 'random' are not attention mass, and eviction='scored' would"),
+        (Policy("value_norm", eviction="scored"), "scores of 'value_norm' are not attention mass"),
     ],
 )
 def test_a_policy_that_cannot_be_served(policy: Policy, message: str) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from xkv_fx.budgets import Budgets, Policy
 from xkv_fx.errors import BudgetError, UnsupportedModelError
+from xkv_fx.files import is_int
 from xkv_fx.planning.plan import solve
 
 if TYPE_CHECKING:
@@ -39,16 +40,19 @@ def profile(
         progress: called as `progress(done, total)` after each prompt.
 
     Raises:
-        PromptError: no prompts, an empty one, one too short to rank or too long for the model's positions.
+        PromptError: no prompts, an empty one, one too short to rank or too long for the model's positions, or one with
+            tokens that the model does not have.
         UnsupportedModelError: the model cannot be captured exactly.
-        BudgetError: `sampling` out of range, or an unknown scorer.
+        BudgetError: `sampling` out of range, or a policy whose scorer is unknown or does not measure attention.
     """
     from xkv_fx.hf.capture import capture
     from xkv_fx.hf.prompts import tokenize
-    from xkv_fx.planning.profile import measure_profile, sample_prompts
+    from xkv_fx.planning.profile import measure_profile, profiling_scorer, sample_prompts
 
+    policy = Policy() if policy is None else policy
+    profiling_scorer(policy)
     sampled = sample_prompts(tokenize(prompts, tokenizer), sampling)
-    return measure_profile(capture(model, decode=False), sampled, policy or Policy(), progress)
+    return measure_profile(capture(model, decode=False), sampled, policy, progress)
 
 
 def transform(
@@ -70,7 +74,8 @@ def transform(
         check: compare the captured graph with the model on a short prompt before anything is built on it.
 
     Raises:
-        BudgetError: the plan does not fit the model's layers.
+        BudgetError: the plan does not fit the model's layers, its scorer cannot be made or does not go with its
+            eviction, or a count is none.
         ModelMismatchError: the plan was made for another model.
         UnsupportedModelError: the model cannot be captured exactly.
         BackendError: an unknown backend, or one that lacks its compiler.
@@ -86,6 +91,8 @@ def transform(
         raise UnsupportedModelError("this model was transformed already; transform the model that it was made from")
     if not isinstance(budgets, Budgets):
         raise BudgetError(f"budgets must be an xkv_fx.Budgets; got {type(budgets).__name__}")
+    if not is_int(batch_size) or batch_size < 1:
+        raise BudgetError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
     scorer = scorer_of(budgets.policy)
     captured = capture(model, rows=batch_size, check=check)
     budgets.check_layers(captured.layers, captured.fingerprint)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import ClassVar
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from xkv_fx.passes.clean_graph import CleanGraph
 from xkv_fx.passes.graph import calls, placeholders
 from xkv_fx.passes.insert_cache import InsertDecodeCache, InsertPrefillCache
 from xkv_fx.passes.pipeline import decode_pipeline, extend_pipeline, prefill_pipeline, run_pipeline
-from xkv_fx.runtime.scorers import SnapKV
+from xkv_fx.runtime.scorers import PromptView, SnapKV
 from xkv_fx.runtime.state import CachePlan, State
 
 ROWS = [random_ids(1, length, seed=length) for length in (9, 21)]
@@ -48,6 +50,27 @@ def extend_graph(plan: CachePlan) -> GraphModule:
 @functools.cache
 def decode_graph(plan: CachePlan) -> GraphModule:
     return run_pipeline(captured().graph("token"), decode_pipeline(plan)).module
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryThird:
+    """Plain Python, as a user may write it: it counts tokens, loops over them, and does something else for a few."""
+
+    paper: ClassVar[str] = ""
+    looks_at_question: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = False
+    measures_attention: ClassVar[bool] = False
+
+    def __call__(self, prompt: PromptView) -> Tensor:
+        scores = torch.zeros(*prompt.k.shape[:2], prompt.ordinals.shape[2])
+        for candidate in range(scores.shape[2]):
+            ordinal = prompt.ordinals[:, :, candidate]
+            scores[:, :, candidate] = by_third(ordinal) if prompt.k.shape[2] > 4 else -ordinal.float()
+        return scores / int(prompt.q.shape[2])
+
+
+def by_third(ordinals: Tensor) -> Tensor:
+    return (ordinals % 3 == 0).float() - ordinals / 1000
 
 
 def run(graph: GraphModule, ids: Tensor, positions: Tensor, state: State, valid: Tensor | None = None) -> Tensor:
@@ -92,6 +115,43 @@ def test_prefill_leaves_the_survivors_of_each_layer_and_row(side: str) -> None:
                 for held, all_of_them in ((state[f"k_{layer}"], k), (state[f"v_{layer}"], v)):
                     wanted = all_of_them[0, head, kept[head, slots]]
                     torch.testing.assert_close(held[row, head, slots], wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("length", [13, 24, 41])
+def test_a_scorer_may_count_and_branch_on_tokens(length: int) -> None:
+    """The graphs were captured with 24 tokens, and a scorer that asks for their number must not settle on it."""
+    plan, ids = plan_of(TIGHT), random_ids(2, length + 2)
+    positions, everything = torch.arange(length + 2).expand(2, -1), torch.ones_like(ids, dtype=torch.bool)
+    source = captured().graph("prompt")
+    prefill = run_pipeline(source, prefill_pipeline(plan, EveryThird(), all_logits=True)).module
+    source = captured().graph("prompt")
+    extend = run_pipeline(source, extend_pipeline(plan, EveryThird(), all_logits=True)).module
+    by_score = by_third(torch.arange(length)).expand(2, -1)
+
+    state, one = dirty(plan.allocate()), slice(0, length)
+    logits = run(prefill, ids[:, one], positions[:, one], state, everything[:, one])
+    torch.testing.assert_close(logits, uncached(ids[:, one]), atol=1e-4, rtol=0)
+    assert_kept(state, by_score)
+    assert_meta_is_true(prefill, ids[:, one], positions[:, one], everything[:, one], *plan.allocate().tensors)
+
+    state = plan.allocate()
+    for part in (slice(0, 9), slice(9, length)):  # nothing is evicted from the first nine tokens
+        run(prefill if part.start == 0 else extend, ids[:, part], positions[:, part], state, everything[:, part])
+    if length - 9 > 4:
+        assert_kept(state, by_score)
+    else:
+        assert_kept(state, -torch.arange(length).float().expand(2, -1))
+    rest = slice(9, length)
+    assert_meta_is_true(extend, ids[:, rest], positions[:, rest], everything[:, rest], *plan.allocate().tensors)
+
+
+def assert_kept(state: State, scores: Tensor) -> None:
+    """Every row's layers hold the survivors of one prompt; scores `[kv_heads, S]`."""
+    for layer, capacity in enumerate(TIGHT):
+        expected = survivors(scores, capacity, default_recent(capacity))
+        for row in range(2):
+            held = state.ordinals(layer)[row].tolist()
+            assert [sorted(ordinal for ordinal in head if ordinal >= 0) for head in held] == expected
 
 
 def test_prefill_does_not_change_the_logits() -> None:

@@ -36,6 +36,7 @@ class ValueNorm:
     paper: ClassVar[str] = ""
     looks_at_question: ClassVar[bool] = False
     reads_values: ClassVar[bool] = True
+    measures_attention: ClassVar[bool] = False
 
     def __call__(self, prompt: PromptView) -> Tensor:
         assert prompt.v is not None

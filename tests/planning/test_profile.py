@@ -19,8 +19,10 @@ from xkv_fx.hf.capture import layers_of_model
 from xkv_fx.hf.inspect import fingerprint
 from xkv_fx.planning.profile import sample_prompts
 from xkv_fx.planning.profile_data import Profile
+from xkv_fx.runtime.scorers import scorer_names
 
 PROMPTS = [random_ids(1, length, seed=length)[0] for length in (30, 7, 45, 2)]
+MEASURES_ATTENTION = {"h2o", "snapkv", "tova"}
 POLICIES = {
     "default": Policy(),
     "others": Policy(scorer_options={"observation_window": 3, "kernel": 1}, recent=4, sinks=2),
@@ -163,29 +165,16 @@ BAD_PROMPTS: dict[str, tuple[Any, str]] = {
     "two rows": ([random_ids(2, 5)], r"prompt 0 must be one row of token ids; got the shape \[2, 5\]"),
     "fractions": ([[1.0, 2.0]], "prompt 0 must be token ids, whole numbers; got torch.float32"),
     "truth values": ([[True, False]], "prompt 0 must be token ids"),
-    "nothing": ([None], "prompt 0"),
-    "an object": ([object()], "prompt 0"),
-    "words": ([["some", "words"]], "prompt 0"),
-    "a negative token": ([[3, -1, 4]], "prompt 0"),
-    "a token that does not exist": ([[3, 99, 4]], "prompt 0"),
+    "nothing": ([None], "prompt 0 is neither a string nor token ids"),
+    "an object": ([object()], "prompt 0 is neither a string nor token ids"),
+    "words": ([["some", "words"]], "prompt 0 is neither a string nor token ids"),
+    "a negative token": ([[3, -1, 4]], "prompt 0 has the token -1, but the model's tokens are 0 to 60"),
+    "a token that does not exist": ([[3, 61, 4]], "prompt 0 has the token 61, but the model's tokens are 0 to 60"),
 }
-NOT_CAUGHT = {
-    "nothing": RuntimeError,
-    "an object": RuntimeError,
-    "words": ValueError,
-    "a negative token": IndexError,
-    "a token that does not exist": IndexError,
-}
-
-
-def prompt_case(case: str) -> Any:
-    raised = NOT_CAUGHT.get(case)
-    marks = () if raised is None else pytest.mark.xfail(raises=raised, reason="torch's own error comes through")
-    return pytest.param(case, marks=marks)
 
 
 @pytest.mark.usefixtures("_captured_once")
-@pytest.mark.parametrize("case", [prompt_case(case) for case in BAD_PROMPTS])
+@pytest.mark.parametrize("case", list(BAD_PROMPTS))
 def test_bad_prompts_are_refused_by_number(case: str) -> None:
     prompts, message = BAD_PROMPTS[case]
     with pytest.raises(PromptError, match=message) as caught:
@@ -210,11 +199,28 @@ def test_an_unknown_scorer_is_refused() -> None:
         xkv_fx.profile(model(), PROMPTS, policy=Policy(scorer="guess"))
 
 
+@pytest.mark.parametrize("policy", ["snapkv", {}, 0, Policy])
+def test_a_policy_of_another_type_is_refused(policy: Any) -> None:
+    with pytest.raises(BudgetError, match=f"policy must be an xkv_fx.Policy; got {type(policy).__name__}"):
+        xkv_fx.profile(model(), PROMPTS[:1], policy=policy)
+
+
+@pytest.mark.parametrize("scorer", sorted(set(scorer_names()) - MEASURES_ATTENTION))
+def test_scores_that_are_no_attention_mass_are_refused(scorer: str) -> None:
+    with pytest.raises(
+        BudgetError, match=f"scores of '{scorer}' are not attention mass.*choose one of h2o, snapkv, tova"
+    ):
+        xkv_fx.profile(model(), PROMPTS[:1], policy=Policy(scorer))
+
+
 @pytest.mark.usefixtures("_captured_once")
-@pytest.mark.xfail(raises=AttributeError, reason="the policy's type is not looked at")
-def test_a_policy_of_another_type_is_refused() -> None:
-    with pytest.raises(BudgetError, match="policy must be"):
-        xkv_fx.profile(model(), PROMPTS[:1], policy="snapkv")  # type: ignore[arg-type]
+@pytest.mark.parametrize("scorer", sorted(MEASURES_ATTENTION))
+def test_attention_mass_is_profiled_whatever_the_scorer(scorer: str) -> None:
+    measured = xkv_fx.profile(model(), PROMPTS[:1], policy=Policy(scorer))
+    (curves,) = measured.curves
+    assert (curves[:, 0] == 0).all()
+    assert (np.diff(curves, axis=1) >= 0).all()
+    np.testing.assert_allclose(curves[:, -1], 1.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("what", [None, "a-model", torch.nn.Linear(2, 2)], ids=["None", "str", "module"])

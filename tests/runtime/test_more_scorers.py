@@ -375,7 +375,7 @@ def test_row_does_not_depend_on_its_batch(case: str) -> None:
 
 @pytest.mark.parametrize("name", scorer_names())
 def test_length_stays_a_symbol_in_a_graph(name: str) -> None:
-    """The passes run a scorer on symbolic shapes; it must not settle on the length that a graph is captured with."""
+    """An export of a prompt graph runs its scorers on symbolic shapes; they must not settle on the length it has."""
     scorer, plan = make_scorer(name, {}), SlotPlan(6, 6, 2, 0, "ring")
     mode = FakeTensorMode(shape_env=ShapeEnv())
     only_length = StatelessSymbolicContext([DimDynamic.STATIC] * 2 + [DimDynamic.DUCK, DimDynamic.STATIC])
@@ -592,6 +592,7 @@ def test_value_norm_of_a_users_own_scorer(monkeypatch: pytest.MonkeyPatch) -> No
         paper: ClassVar[str] = "http://example.org"
         looks_at_question: ClassVar[bool] = False
         reads_values: ClassVar[bool] = False
+        measures_attention: ClassVar[bool] = False
 
         def __call__(self, prompt: PromptView) -> Tensor:
             return (prompt.ordinals < 2).float()

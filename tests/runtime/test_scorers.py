@@ -79,7 +79,7 @@ def test_every_scorer_says_where_it_comes_from(name: str) -> None:
     scorer = make_scorer(name, {})
     assert isinstance(scorer, Scorer)
     assert "arXiv" in scorer.paper or "http" in scorer.paper
-    assert type(scorer.looks_at_question) is type(scorer.reads_values) is bool
+    assert type(scorer.looks_at_question) is type(scorer.reads_values) is type(scorer.measures_attention) is bool
     assert hash(scorer) == hash(make_scorer(name, {}))
     with pytest.raises(dataclasses.FrozenInstanceError):
         scorer.paper = ""  # type: ignore[misc]
@@ -119,6 +119,35 @@ def test_unknown_option_is_refused_with_the_known_ones() -> None:
 
 
 @pytest.mark.usefixtures("registry")
+def test_missing_options_are_refused_by_name() -> None:
+    @register_scorer("early")
+    @dataclasses.dataclass(frozen=True)
+    class Early:
+        before: int
+        by: int
+        factor: float = 1.0
+        paper: ClassVar[str] = "http://example.org"
+        looks_at_question: ClassVar[bool] = False
+        reads_values: ClassVar[bool] = False
+        measures_attention: ClassVar[bool] = False
+
+        def __call__(self, prompt: PromptView) -> Tensor:
+            return (prompt.ordinals < self.before).float()
+
+    with pytest.raises(
+        BudgetError, match="the scorer 'early' has no default for 'before', 'by'; say so in the policy's"
+    ):
+        make_scorer("early", {})
+    with pytest.raises(BudgetError, match="no default for 'by'"):
+        make_scorer("early", {"before": 3})
+    with pytest.raises(BudgetError, match="no option 'after'; it takes before, by, factor"):
+        make_scorer("early", {"after": 3})
+    assert make_scorer("early", {"before": 3, "by": 1}) == Early(3, 1)
+    with pytest.raises(BudgetError, match="'early' has no default for 'before'"):
+        make_scorer("value_norm", {"base": "early"})
+
+
+@pytest.mark.usefixtures("registry")
 def test_registering() -> None:
     @register_scorer("newest")
     @dataclasses.dataclass(frozen=True)
@@ -127,6 +156,7 @@ def test_registering() -> None:
         paper: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
         looks_at_question: ClassVar[bool] = False
         reads_values: ClassVar[bool] = False
+        measures_attention: ClassVar[bool] = False
 
         def __call__(self, prompt: PromptView) -> Tensor:
             return prompt.ordinals.float() * self.factor
@@ -138,6 +168,35 @@ def test_registering() -> None:
     assert score_tokens(q, k, None, torch.tensor([3, 2]), None, SCALE, scorer)[:, 0].tolist() == [[0, 2, 4], [0, 2, -2]]
     with pytest.raises(BudgetError, match="'newest' is registered already"):
         register_scorer("newest")(Newest)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "it returned NoneType"),
+        ([[0.5, 0.5]], "it returned list"),
+        (torch.rand(2, 2, 4), r"it returned torch.float32 of shape \[2, 2, 4\] on cpu"),
+        (torch.rand(2, 4, 3), r"it returned torch.float32 of shape \[2, 4, 3\]"),
+        (torch.rand(2, 2, 3).double(), r"it returned torch.float64 of shape \[2, 2, 3\]"),
+        (torch.ones(2, 2, 3, dtype=torch.int64), r"it returned torch.int64"),
+        (torch.rand(2, 2, 3, device="meta"), r"it returned torch.float32 of shape \[2, 2, 3\] on meta"),
+    ],
+    ids=["nothing", "a list", "too long", "of query heads", "float64", "int64", "elsewhere"],
+)
+def test_scores_that_no_scorer_may_return(returned: Any, message: str) -> None:
+    class Wrong(SnapKV):
+        def __call__(self, prompt: PromptView) -> Tensor:
+            return returned  # type: ignore[no-any-return]
+
+    q, k, v = random_qkv((4, 2), 3)
+    length = torch.tensor([3, 2])
+    promise = r"the scorer Wrong must return torch.float32 of shape \[2, 2, {}\] on cpu for these tokens; "
+    with pytest.raises(BudgetError, match=promise.format(3) + message):
+        score_tokens(q, k, v, length, None, SCALE, Wrong())
+    _, k_cache, v_cache = random_qkv((4, 2), 1, keys=5)
+    positions, plan = torch.arange(5, dtype=torch.int32).expand(2, 2, 5), SlotPlan(5, 5, 2, 0, "ring")
+    with pytest.raises(BudgetError, match=promise.format(8) + message):
+        rescore_tokens(q, k, v, length, length, length, k_cache, v_cache, positions, SCALE, Wrong(), plan)
 
 
 def test_taken_name_is_refused() -> None:

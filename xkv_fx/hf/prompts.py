@@ -27,7 +27,10 @@ def _tokenize(index: int, prompt: str | Tensor | Sequence[int], tokenizer: Any) 
         if tokenizer is None:
             raise PromptError(f"prompt {index} is a string; pass the model's tokenizer too, or give token ids")
         prompt = tokenizer(prompt)["input_ids"]
-    ids = torch.as_tensor(prompt)
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PromptError(f"prompt {index} is neither a string nor token ids: {error}") from error
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or ids.shape[0] != 1:
         raise PromptError(f"prompt {index} must be one row of token ids; got the shape {list(ids.shape)}")

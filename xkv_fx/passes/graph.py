@@ -76,7 +76,10 @@ def add_input(
 
 
 def emit(graph: Graph, target: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> Node:
-    """Add a call at the graph's insertion point, and compute its fake value."""
+    """Add a call at the graph's insertion point, and compute its fake value.
+
+    A target that has an attribute `fake` is not run for that: `fake`, called alike, says what it returns.
+    """
     node = graph.create_node("call_function", target, args, kwargs, name=name)
     node.meta["val"] = _run_fake(graph, target, args, kwargs)
     return node
@@ -140,7 +143,7 @@ def at_end(graph: Graph) -> Iterator[None]:
 def _run_fake(graph: Graph, target: Any, args: Any, kwargs: Any) -> Any:
     values = map_arg(args, _value_of), map_arg(kwargs, _value_of)
     with fake_mode(graph), torch.no_grad():
-        return target(*values[0], **values[1])
+        return getattr(target, "fake", target)(*values[0], **values[1])
 
 
 def _value_of(node: Node) -> Any:

@@ -86,7 +86,7 @@ class InsertExtendCache(GraphPass):
                     name=f"attention_{site.index}",
                 )  # fmt: skip
                 score = scoring(
-                    rescore_tokens, self.scorer, plan=plan, sliding_window=site.sliding_window,
+                    rescore_tokens, self.scorer, plan.slots, plan=plan, sliding_window=site.sliding_window,
                     softcap=site.softcap,
                 )  # fmt: skip
                 scores = emit(
@@ -212,12 +212,23 @@ def _remember_scores(graph: Graph, site: AttentionSite, kept: Node, state: dict[
         emit(graph, aten.copy_.default, scores, kept)
 
 
-def scoring(function: Callable[..., Tensor], scorer: Scorer, **fixed: object) -> Callable[..., Tensor]:
-    """`function` with the scorer and what else the graph cannot hold fixed, under a name that the graph can print."""
+def scoring(function: Callable[..., Tensor], scorer: Scorer, slots: int = 0, **fixed: object) -> Callable[..., Tensor]:
+    """`function` with the scorer and what else the graph cannot hold fixed, under a name that the graph can print.
+
+    Passes take the shape of the scores from what every scorer promises. They never run one: a branch or a loop of its
+    own over the number of tokens would fix that number in the graph.
+
+    Args:
+        slots: candidates besides the new tokens.
+    """
 
     def score(*args: object, **kwargs: object) -> Tensor:
         return function(*args, scorer=scorer, **kwargs, **fixed)
 
+    def fake(q: Tensor, k: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return k.new_empty((*k.shape[:2], slots + k.shape[2]), dtype=torch.float32)
+
+    score.fake = fake  # type: ignore[attr-defined]
     score.__name__ = score.__qualname__ = f"{function.__name__}_by_{type(scorer).__name__}"
     score.__module__ = function.__module__
     score.reads_cache = True  # type: ignore[attr-defined]  # for the check that nothing else does

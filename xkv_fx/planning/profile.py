@@ -15,7 +15,7 @@ from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.pipeline import profile_pipeline, run_pipeline
 from xkv_fx.planning.curves import retention_curve
 from xkv_fx.planning.profile_data import Profile
-from xkv_fx.runtime.scorers import scorer_of
+from xkv_fx.runtime.scorers import Scorer, check_measures_attention, scorer_of
 
 Progress = Callable[[int, int], None]
 
@@ -34,6 +34,19 @@ def sample_prompts(prompts: Sequence[Tensor], sampling: float) -> tuple[Tensor, 
     return tuple(prompts[: math.ceil(sampling * len(prompts) - 1e-9)])
 
 
+def profiling_scorer(policy: Policy) -> Scorer:
+    """The scorer that a policy is profiled with.
+
+    Raises:
+        BudgetError: not a policy, an unknown scorer, or one whose scores are not attention mass.
+    """
+    if not isinstance(policy, Policy):
+        raise BudgetError(f"policy must be an xkv_fx.Policy; got {type(policy).__name__}")
+    scorer = scorer_of(policy)
+    check_measures_attention(policy.scorer, scorer, "a share of them would be no retention")
+    return scorer
+
+
 def measure_profile(
     captured: CapturedModel, prompts: Sequence[Tensor], policy: Policy, progress: Progress | None = None
 ) -> Profile:
@@ -46,10 +59,13 @@ def measure_profile(
         progress: called as `progress(done, total)` after each prompt.
 
     Raises:
-        PromptError: a prompt too short to rank, or longer than the model has positions for.
+        BudgetError: see `profiling_scorer`.
+        PromptError: a prompt too short to rank, longer than the model has positions for, or with a token that the
+            model does not have.
     """
+    scorer = profiling_scorer(policy)
     rows = [_check_prompt(index, prompt, captured) for index, prompt in enumerate(prompts)]
-    graph = run_pipeline(captured.graph("prompt"), profile_pipeline(scorer_of(policy))).module
+    graph = run_pipeline(captured.graph("prompt"), profile_pipeline(scorer)).module
     curves = []
     for done, ids in enumerate(rows, start=1):
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -69,4 +85,9 @@ def _check_prompt(index: int, ids: Tensor, captured: CapturedModel) -> Tensor:
     limit = captured.max_positions
     if limit is not None and ids.shape[1] > limit:
         raise PromptError(f"prompt {index} has {ids.shape[1]} tokens, more than the model's {limit} positions; cut it")
+    unknown = ids[(ids < 0) | (ids >= captured.vocabulary)]
+    if unknown.numel():
+        raise PromptError(
+            f"prompt {index} has the token {int(unknown[0])}, but the model's tokens are 0 to {captured.vocabulary - 1}"
+        )
     return ids.to(captured.device)

@@ -13,6 +13,7 @@ random      chance, as a baseline
 from xkv_fx.runtime.scorers.accumulated import H2O
 from xkv_fx.runtime.scorers.base import (
     Scorer,
+    check_measures_attention,
     make_scorer,
     register_scorer,
     rescore_tokens,
@@ -40,6 +41,7 @@ __all__ = [
     "SnapKV",
     "Streaming",
     "ValueNorm",
+    "check_measures_attention",
     "make_scorer",
     "register_scorer",
     "rescore_tokens",

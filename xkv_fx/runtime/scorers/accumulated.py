@@ -27,6 +27,7 @@ class H2O:
     paper: ClassVar[str] = "H2O, arXiv 2306.14048"
     looks_at_question: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
+    measures_attention: ClassVar[bool] = True
 
     def __call__(self, prompt: PromptView) -> Tensor:
         mass: Tensor = accumulated_attention(

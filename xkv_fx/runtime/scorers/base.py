@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
@@ -25,14 +25,21 @@ class Scorer(Protocol):
         paper: where the method comes from.
         looks_at_question: whether the end of the prompt, where a question stands, decides what is kept.
         reads_values: whether it needs the values too, besides queries and keys.
+        measures_attention: whether its scores are attention probabilities that were summed or averaged. Only such
+            scores make a retention curve, and only they can be added to the attention that decode accumulates under
+            `eviction="scored"`. False for a class that does not say.
     """
 
     paper: ClassVar[str]
     looks_at_question: ClassVar[bool]
     reads_values: ClassVar[bool]
+    measures_attention: ClassVar[bool] = False
 
     def __call__(self, prompt: PromptView) -> Tensor:
-        """Scores, float32 `[rows, kv_heads, N]`, higher for what should stay; finite."""
+        """Scores, float32 `[rows, kv_heads, N]`, higher for what should stay; finite.
+
+        It may branch and loop over lengths as it likes: prompt graphs run as they are, on tensors with numbers in them.
+        """
         ...
 
 
@@ -65,25 +72,58 @@ def make_scorer(name: str, options: Mapping[str, int | float | str]) -> Scorer:
     """The scorer registered as `name`, with its options.
 
     Raises:
-        BudgetError: no such scorer, or options that it does not take.
+        BudgetError: no such scorer, options that it does not take, or one left out that it cannot do without.
     """
     factory = _scorers.get(name)
     if factory is None:
         raise BudgetError(f"unknown scorer {name!r}; registered are {', '.join(scorer_names())}")
-    known: set[str] = (
-        {field.name for field in dataclasses.fields(factory)} if dataclasses.is_dataclass(factory) else set()
-    )
-    unknown = sorted(set(options) - known)
+    known = {option: parameter.default for option, parameter in inspect.signature(factory).parameters.items()}
+    unknown = sorted(set(options) - set(known))
     if unknown:
+        takes = ", ".join(sorted(known)) or "none"
+        raise BudgetError(f"the scorer {name!r} has no option {', '.join(map(repr, unknown))}; it takes {takes}")
+    missing = [
+        option for option, default in known.items() if default is inspect.Parameter.empty and option not in options
+    ]
+    if missing:
         raise BudgetError(
-            f"the scorer {name!r} has no option {', '.join(map(repr, unknown))}; it takes {', '.join(sorted(known))}"
+            f"the scorer {name!r} has no default for {', '.join(map(repr, missing))}; say so in the policy's "
+            "scorer_options"
         )
     return factory(**options)
 
 
 def scorer_of(policy: Policy) -> Scorer:
-    """The scorer that a policy names."""
-    return make_scorer(policy.scorer, policy.scorer_options)
+    """The scorer that a policy names.
+
+    Raises:
+        BudgetError: as `make_scorer`; or the policy evicts by accumulated attention, and the scorer measures another
+            quantity, which would be added to it.
+    """
+    scorer = make_scorer(policy.scorer, policy.scorer_options)
+    if policy.eviction == "scored":
+        check_measures_attention(
+            policy.scorer, scorer, "eviction='scored' would add the attention of decoded tokens to them"
+        )
+    return scorer
+
+
+def check_measures_attention(name: str, scorer: Scorer, otherwise: str) -> None:
+    """Refuse a scorer whose scores are not attention mass.
+
+    Args:
+        otherwise: what would come of it, for the message.
+
+    Raises:
+        BudgetError: it is one; its name is in the message.
+    """
+    if getattr(scorer, "measures_attention", False):
+        return
+    able = [other for other, factory in sorted(_scorers.items()) if getattr(factory, "measures_attention", False)]
+    raise BudgetError(
+        f"the scores of {name!r} are not attention mass, and {otherwise}; choose one of {', '.join(able)}, or set "
+        "measures_attention = True on a scorer's class where it is true"
+    )
 
 
 def score_tokens(
@@ -100,7 +140,9 @@ def score_tokens(
 ) -> Tensor:
     """Scores of the new tokens in a fresh prefill, float32 `[rows, kv_heads, S]`; see `PromptView` for the shapes."""
     seen = torch.zeros_like(length) if seen is None else seen
-    return scorer(PromptView(q, k, v, length, scale, seen, sliding_window=sliding_window, softcap=softcap, sinks=sinks))
+    return _run(
+        scorer, PromptView(q, k, v, length, scale, seen, sliding_window=sliding_window, softcap=softcap, sinks=sinks)
+    )
 
 
 def rescore_tokens(
@@ -122,4 +164,28 @@ def rescore_tokens(
 ) -> Tensor:
     """Scores of a layer's slots and of the new tokens together, float32 `[rows, kv_heads, slots + S]`."""
     ordinals = plan.ordinals(positions, seen, base)
-    return scorer(PromptView(q, k, v, length, scale, seen, k_cache, v_cache, ordinals, sliding_window, softcap, sinks))
+    return _run(
+        scorer,
+        PromptView(q, k, v, length, scale, seen, k_cache, v_cache, ordinals, sliding_window, softcap, sinks),
+    )
+
+
+def _run(scorer: Scorer, prompt: PromptView) -> Tensor:
+    """The scores of all candidates.
+
+    Raises:
+        BudgetError: they are not what a scorer promises; the message names the scorer's class.
+    """
+    scores: object = scorer(prompt)
+    slots = 0 if prompt.old_k is None else prompt.old_k.shape[2]
+    shape = (*prompt.k.shape[:2], slots + prompt.k.shape[2])
+    if not isinstance(scores, Tensor):
+        got = type(scores).__name__
+    elif scores.shape != shape or scores.dtype != torch.float32 or scores.device != prompt.k.device:
+        got = f"{scores.dtype} of shape {list(scores.shape)} on {scores.device}"
+    else:
+        return scores
+    raise BudgetError(
+        f"the scorer {type(scorer).__name__} must return torch.float32 of shape {list(shape)} on {prompt.k.device} for "
+        f"these tokens; it returned {got}"
+    )

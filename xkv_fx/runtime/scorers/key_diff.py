@@ -18,12 +18,13 @@ class KeyDiff:
     """Minus the cosine similarity of the key to the mean of the normalised keys of its KV head.
 
     KeyDiff (arXiv 2504.15364). The mean is over the candidates that are there: kept ones and new ones, in a layer with
-    a sliding window those that have left it too. Scores lie in -1 .. 1, so that they cannot be profiled as mass.
+    a sliding window those that have left it too. Scores lie in -1 .. 1.
     """
 
     paper: ClassVar[str] = "KeyDiff, arXiv 2504.15364"
     looks_at_question: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
+    measures_attention: ClassVar[bool] = False
 
     def __call__(self, prompt: PromptView) -> Tensor:
         keys = torch.nn.functional.normalize(prompt.keys.float(), dim=-1).masked_fill(~prompt.there[..., None], 0.0)

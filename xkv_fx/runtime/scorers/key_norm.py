@@ -18,12 +18,13 @@ class KeyNorm:
     """Minus the L2 norm of the key: keys of a small norm tend to be attended to most.
 
     Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression" (arXiv 2406.11430). A rotary
-    embedding leaves norms as they are. Scores are negative, so that they cannot be profiled as mass.
+    embedding leaves norms as they are.
     """
 
     paper: ClassVar[str] = "L2 norm of keys, arXiv 2406.11430"
     looks_at_question: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
+    measures_attention: ClassVar[bool] = False
 
     def __call__(self, prompt: PromptView) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(prompt.keys, dim=-1, dtype=torch.float32)

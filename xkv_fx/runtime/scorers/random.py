@@ -32,6 +32,7 @@ class Random:
     paper: ClassVar[str] = "a baseline, as in https://github.com/NVIDIA/kvpress"
     looks_at_question: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
+    measures_attention: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not is_int(self.seed) or not 0 <= self.seed <= _MASK:

@@ -31,6 +31,7 @@ class Streaming:
     paper: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
     looks_at_question: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
+    measures_attention: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not is_int(self.sinks) or self.sinks < 0:

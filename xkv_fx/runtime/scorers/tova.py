@@ -24,6 +24,7 @@ class TOVA:
     paper: ClassVar[str] = "TOVA, arXiv 2401.06104"
     looks_at_question: ClassVar[bool] = True
     reads_values: ClassVar[bool] = False
+    measures_attention: ClassVar[bool] = True
 
     def __call__(self, prompt: PromptView) -> Tensor:
         paid = prompt.attention_of_last(1)[:, :, :, 0].mean(2)

@@ -39,6 +39,7 @@ class ValueNorm:
     paper: ClassVar[str] = "VATP, arXiv 2406.12335"
     looks_at_question: ClassVar[bool] = True
     reads_values: ClassVar[bool] = True
+    measures_attention: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not is_int(self.norm) or self.norm not in (1, 2):
