@@ -488,7 +488,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "offloaded cache": ({"cache_implementation": "offloaded"}, SessionError, "cannot be chosen"),
     "assistant": ({"assistant_model": "the model"}, ValueError, "assisted generation is not supported"),
     "prompt lookup": ({"prompt_lookup_num_tokens": 3}, ValueError, "assisted generation is not supported"),
-    "embeddings": ({"inputs_embeds": torch.zeros(1, 5, 32)}, ValueError, "inputs_embeds"),
+    "embeddings": ({"inputs_embeds": torch.zeros(1, 5, 32)}, PromptError, "inputs_embeds is not supported"),
     "hidden states": ({"output_hidden_states": True}, PromptError, "output_hidden_states is not supported"),
     "attentions": ({"output_attentions": True}, PromptError, "output_attentions is not supported"),
     "unknown": ({"temprature": 2.0}, ValueError, "temprature"),
@@ -504,6 +504,20 @@ def test_options_that_cannot_be_honoured_are_refused(case: str) -> None:
     with pytest.raises(error, match=message):
         full().generate(random_ids(1, 5), past_key_values=session, return_dict_in_generate=True, **GREEDY, **options)
     assert session.tokens_seen.tolist() == [0]
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_outputs_that_the_models_config_asks_for_are_refused(name: str) -> None:
+    source = llama(2, attn_implementation="eager")
+    setattr(source.config, name, True)
+    llm = xkv_fx.transform(source, Budgets.full(2, FULL), backend="eager")
+    message = f"{name} is not supported by a transformed model; set it to False in the model's config"
+    with pytest.raises(PromptError, match=message):
+        llm(random_ids(1, 5))
+    with pytest.raises(PromptError, match=f"{name} is not supported"):
+        llm.generate(random_ids(1, 5), **GREEDY)
+    setattr(source.config, name, False)
+    assert torch.equal(llm.generate(random_ids(1, 5), **GREEDY), model().generate(random_ids(1, 5), **GREEDY))
 
 
 FORWARD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

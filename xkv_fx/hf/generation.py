@@ -8,13 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from xkv_fx.budgets import Budgets, LayerSpec
 from xkv_fx.errors import BackendError, PromptError, SessionError
 from xkv_fx.hf.cache import SessionCache
-from xkv_fx.lowering.program import CompiledProgram
+from xkv_fx.lowering.program import CompiledProgram, compile_program
 
 _CACHE_FIELD = next(
     field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in ("past_key_values", "cache")
@@ -34,10 +34,12 @@ class BudgetedLM(nn.Module, GenerationMixin):
     _is_stateful = True  # generate then refuses assisted decoding, which would have to take tokens back
     _supports_cache_class = True
 
-    def __init__(self, model: PreTrainedModel, budgets: Budgets, program: CompiledProgram) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, generation_config: GenerationConfig, budgets: Budgets, program: CompiledProgram
+    ) -> None:
         super().__init__()
-        self.config = model.config
-        self.generation_config = model.generation_config
+        self.config = config
+        self.generation_config = generation_config
         self.budgets = budgets
         self.program = program
         self.layers: tuple[LayerSpec, ...] = program.plan.layers
@@ -80,6 +82,21 @@ class BudgetedLM(nn.Module, GenerationMixin):
         """An empty session; any number of them share the weights and graphs."""
         return SessionCache(self.program)
 
+    def with_budgets(self, budgets: Budgets, backend: str | None = None, max_new_tokens: int = 0) -> BudgetedLM:
+        """The same captured model under another plan, sharing weights; `transform` without capturing again.
+
+        Args:
+            backend: this model's own when None.
+            max_new_tokens: as in `transform`.
+
+        Raises:
+            BudgetError, ModelMismatchError, BackendError: as `transform`.
+        """
+        program = compile_program(
+            self.program.graphs.captured, budgets, self.program.backend if backend is None else backend, max_new_tokens
+        )
+        return BudgetedLM(self.config, self.generation_config, budgets, program)
+
     def describe(self) -> str:
         """Layers, capacities, policy, lowering and every choice that was made, as text."""
         return self.program.describe(self.budgets)
@@ -111,7 +128,7 @@ class BudgetedLM(nn.Module, GenerationMixin):
             PromptError, CapacityError: see `Session.feed`.
             SessionError: a session of another model, or another kind of cache.
         """
-        _refuse(kwargs, use_cache)
+        _refuse(kwargs, use_cache, self.config)
         session = past_key_values if past_key_values is not None else cache
         if session is None:
             session = self.new_session()
@@ -142,10 +159,13 @@ class BudgetedLM(nn.Module, GenerationMixin):
         object with `return_dict_in_generate=True`.
 
         Raises:
-            PromptError, CapacityError, SessionError: see `forward`; and for `position_ids`, which the session counts.
+            PromptError, CapacityError, SessionError: see `forward`; and for `inputs_embeds`, and for `position_ids`,
+                which the session counts.
         """
         if kwargs.get("position_ids") is not None:
             raise PromptError("leave position_ids out: the session counts the valid tokens of each row")
+        if kwargs.get("inputs_embeds") is not None:
+            raise PromptError("inputs_embeds is not supported by a transformed model; give input_ids")
         ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
         if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.shape[-1] < ids.shape[-1]:
             raise PromptError(f"the attention mask has {mask.shape[-1]} columns for {ids.shape[-1]} tokens a row")
@@ -215,13 +235,15 @@ class BudgetedLM(nn.Module, GenerationMixin):
         return True
 
 
-def _refuse(kwargs: dict[str, Any], use_cache: bool | None) -> None:
+def _refuse(kwargs: dict[str, Any], use_cache: bool | None, config: Any) -> None:
     if use_cache is False:
         raise SessionError("use_cache=False makes no sense for a model that lives on its cache; leave it out")
     for name in ("inputs_embeds", "output_attentions", "output_hidden_states", "labels", "head_mask"):
         value = kwargs.pop(name, None)
         if value is not None and value is not False:
             raise PromptError(f"{name} is not supported by a transformed model")
+        if value is None and name.startswith("output_") and getattr(config, name, False):
+            raise PromptError(f"{name} is not supported by a transformed model; set it to False in the model's config")
     unknown = sorted(name for name, value in kwargs.items() if value is not None)
     if unknown:
         raise PromptError(f"unknown arguments: {', '.join(unknown)}")

@@ -33,7 +33,8 @@ def check_model(model: Any) -> PreTrainedModel:
     """`model`, if it is a decoder-only transformers causal language model.
 
     Raises:
-        UnsupportedModelError: it is something else; the message says what.
+        UnsupportedModelError: it is something else, is spread over devices, or rotates by angles that change with the
+            length; the message says what.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a model, got {type(model).__name__}; load it first")
@@ -43,7 +44,42 @@ def check_model(model: Any) -> PreTrainedModel:
         )
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder model; only decoders are supported")
+    _check_placement(model)
+    _check_rotary_embedding(model)
     return model
+
+
+def _check_placement(model: PreTrainedModel) -> None:
+    """A graph lives on one device, and a hook of accelerate would run the user's own modules instead of our copy."""
+    name = type(model).__name__
+    hooked = [path or "the model itself" for path, module in model.named_modules() if hasattr(module, "_hf_hook")]
+    if hooked:
+        raise UnsupportedModelError(
+            f"{name} cannot be captured: accelerate moves the inputs or weights of {hooked[0]} while it runs "
+            "(device_map, offloading); load the model whole on one device, without a device_map"
+        )
+    devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
+    if "meta" in devices:
+        raise UnsupportedModelError(
+            f"{name} cannot be captured: it has weights on the meta device, which hold no numbers; load it first"
+        )
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"{name} cannot be captured: its weights are on {' and '.join(devices)}; move the whole model to one device"
+        )
+
+
+def _check_rotary_embedding(model: PreTrainedModel) -> None:
+    """Keys are kept as they were rotated, and a kept one cannot be rotated again when the angles change."""
+    for path, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} cannot be captured: {path} is a rotary embedding of type {kind!r}, whose "
+                    "angles change with the length; keys that are kept would need other angles later. Types such as "
+                    "'yarn', 'linear' and 'llama3' are supported"
+                )
 
 
 def fingerprint(model: PreTrainedModel) -> str:
