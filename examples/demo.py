@@ -79,9 +79,7 @@ def main() -> None:
             model, others, progress=lambda done, total: progress.update(measuring, completed=done, total=total)
         )
         progress.update(job, advance=1, description="solve")
-        xkv = xkv_fx.solve(
-            profile, fraction=FRACTION, context=context, multiple=128
-        )  # few distinct sizes compile faster
+        xkv = xkv_fx.solve(profile, fraction=FRACTION, context=context)
         uniform = xkv_fx.solve(profile, total_tokens=xkv.total_tokens, context=context, allocator="uniform")
         full = xkv_fx.Budgets.full(len(profile.layers), context)
         xkv.save(options.out / "budgets.json")
@@ -89,9 +87,13 @@ def main() -> None:
 
         outcomes: list[Outcome] = []
         reference: tuple[torch.Tensor, torch.Tensor] | None = None
+        llm = None
         for name, budgets in (("full", full), ("uniform", uniform), ("xkv", xkv)):
             progress.update(job, description=f"compile for the {name} plan")
-            llm = xkv_fx.transform(model, budgets, backend=options.backend)
+            if llm is None:
+                llm = xkv_fx.transform(model, budgets, backend=options.backend)
+            else:
+                llm = llm.with_budgets(budgets)  # the same, but the model is not captured again
             progress.update(job, advance=1, description=f"generate with the {name} plan")
             outcome, reference = run(name, llm, budgets, tokenizer, needle, reference)
             outcomes.append(outcome)

@@ -60,7 +60,7 @@ def transform_again(budgets: Budgets, rows: int = 1, family: str = "llama", max_
     source = captured(family, 2, rows)
     plan = cache_plan(source, budgets.capacities, budgets.policy, max_new_tokens)
     graphs = Graphs(source, plan, scorer_of(budgets.policy))
-    return BudgetedLM(model(family), budgets, CompiledProgram(graphs, "eager"))
+    return BudgetedLM(model(family).config, model(family).generation_config, budgets, CompiledProgram(graphs, "eager"))
 
 
 _transformed = functools.cache(transform_again)

@@ -82,20 +82,13 @@ def transform(
     """
     from xkv_fx.hf.capture import capture
     from xkv_fx.hf.generation import BudgetedLM
-    from xkv_fx.lowering.program import CompiledProgram, Graphs
-    from xkv_fx.runtime.scorers import scorer_of
-    from xkv_fx.runtime.slots import slot_plans
-    from xkv_fx.runtime.state import CachePlan
+    from xkv_fx.lowering.program import check_request, compile_program
 
     if isinstance(model, BudgetedLM):
         raise UnsupportedModelError("this model was transformed already; transform the model that it was made from")
-    if not isinstance(budgets, Budgets):
-        raise BudgetError(f"budgets must be an xkv_fx.Budgets; got {type(budgets).__name__}")
     if not is_int(batch_size) or batch_size < 1:
         raise BudgetError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
-    scorer = scorer_of(budgets.policy)
+    check_request(budgets, backend)  # before capture, which takes seconds
     captured = capture(model, rows=batch_size, check=check)
-    budgets.check_layers(captured.layers, captured.fingerprint)
-    slots = slot_plans(budgets, captured.layers, max_new_tokens)
-    plan = CachePlan(captured.layers, slots, batch_size, captured.dtype, captured.device)
-    return BudgetedLM(model, budgets, CompiledProgram(Graphs(captured, plan, scorer), backend))
+    program = compile_program(captured, budgets, backend, max_new_tokens)
+    return BudgetedLM(model.config, model.generation_config, budgets, program)

@@ -132,6 +132,7 @@ class BudgetedLM(nn.Module, GenerationMixin):
         session = past_key_values if past_key_values is not None else cache
         if session is None:
             session = self.new_session()
+            _refuse_rows_of_padding(attention_mask)
         if not isinstance(session, SessionCache):
             raise SessionError(
                 f"a {type(session).__name__} has no bounded memory; pass a session from llm.new_session() instead"
@@ -214,6 +215,10 @@ class BudgetedLM(nn.Module, GenerationMixin):
                 f"a {type(given).__name__} has no bounded memory; pass a session from llm.new_session() instead"
             )
         given.session.check_owner(self.program)
+        _refuse_rows_of_padding(model_kwargs.get("attention_mask"))
+        _refuse_rows_without_last_token(
+            model_kwargs.get("attention_mask"), given.get_seq_length(), generation_config.prefill_chunk_size
+        )
         model_kwargs[_CACHE_FIELD] = given
 
     def _apply(self, fn: Any, recurse: bool = True) -> BudgetedLM:
@@ -233,6 +238,21 @@ class BudgetedLM(nn.Module, GenerationMixin):
     def can_generate(self) -> bool:
         """Part of what `GenerationMixin` asks of a model."""
         return True
+
+
+def _refuse_rows_of_padding(mask: Tensor | None) -> None:
+    if mask is not None and not bool((mask != 0).any(-1).all()):
+        raise PromptError("a row of the prompt is nothing but padding; give every row at least one token")
+
+
+def _refuse_rows_without_last_token(mask: Tensor | None, fed: int, chunk: int | None) -> None:
+    """What a row generates follows its last token, whose logits are those of the last graph that runs."""
+    new = 0 if mask is None else mask.shape[1] - fed
+    last = new if not chunk else (new - 1) % chunk + 1
+    if mask is not None and new > 0 and not bool((mask[:, -last:] != 0).any(-1).all()):
+        raise PromptError(
+            f"a row of the prompt has no token among the last {last} columns, which are fed at once; pad on the left"
+        )
 
 
 def _refuse(kwargs: dict[str, Any], use_cache: bool | None, config: Any) -> None:

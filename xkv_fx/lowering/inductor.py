@@ -9,20 +9,21 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from xkv_fx.errors import BackendError
+from xkv_fx.lowering.choose_attention import choose_attention
 from xkv_fx.lowering.lift_weights import lift_weights
-from xkv_fx.runtime.ops import DECOMPOSITIONS
 
 
-def lower_inductor(module: GraphModule) -> Callable[..., Tensor]:
-    """Compile `module` with its weights as inputs; the budgeted ops are opened so that Inductor sees into them.
+def lower_inductor(module: GraphModule) -> tuple[Callable[..., Tensor], str]:
+    """Compile `module` with its weights as inputs.
+
+    Returns:
+        the compiled function, and what was chosen for its attention.
 
     Raises:
         BackendError: the compiler is missing or fails.
     """
     lifted, weights = lift_weights(module)
-    for node in lifted.graph.nodes:
-        if node.target in DECOMPOSITIONS:
-            node.target = DECOMPOSITIONS[node.target]
+    attention = choose_attention(lifted)
     output = next(iter(reversed(lifted.graph.nodes)))
     output.args = ((output.args[0],),)
     lifted.recompile()
@@ -41,7 +42,7 @@ def lower_inductor(module: GraphModule) -> Callable[..., Tensor]:
             logits: Tensor = compiled(*weights, *inputs)[0]
         return logits
 
-    return run
+    return run, attention
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from xkv_fx.budgets import Budgets
-from xkv_fx.errors import BackendError
+from xkv_fx.errors import BackendError, BudgetError
 from xkv_fx.lowering.eager import lower_eager
 from xkv_fx.lowering.inductor import lower_inductor
 from xkv_fx.passes.captured import CapturedModel
@@ -24,7 +24,8 @@ from xkv_fx.passes.pipeline import (
     prefill_pipeline,
     run_pipeline,
 )
-from xkv_fx.runtime.scorers import Scorer
+from xkv_fx.runtime.scorers import Scorer, scorer_of
+from xkv_fx.runtime.slots import slot_plans
 from xkv_fx.runtime.state import CachePlan
 
 Backend = Literal["inductor", "eager"]
@@ -70,6 +71,36 @@ class Graphs:
         return self.get("decode").module
 
 
+def check_request(budgets: Budgets, backend: str) -> Scorer:
+    """What can be said before a model is looked at; returns the scorer that the plan names.
+
+    Raises:
+        BudgetError: not a plan, or its scorer cannot be made or does not go with its eviction.
+        BackendError: an unknown backend.
+    """
+    if not isinstance(budgets, Budgets):
+        raise BudgetError(f"budgets must be an xkv_fx.Budgets; got {type(budgets).__name__}")
+    if backend not in BACKENDS:
+        raise BackendError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    return scorer_of(budgets.policy)
+
+
+def compile_program(
+    captured: CapturedModel, budgets: Budgets, backend: str, max_new_tokens: int = 0
+) -> CompiledProgram:
+    """Give a captured model its caches and lower it.
+
+    Raises:
+        BudgetError, ModelMismatchError: the plan does not fit the model.
+        BackendError: an unknown backend, or one that lacks its compiler.
+    """
+    scorer = check_request(budgets, backend)
+    budgets.check_layers(captured.layers, captured.fingerprint)
+    slots = slot_plans(budgets, captured.layers, max_new_tokens)
+    plan = CachePlan(captured.layers, slots, captured.rows, captured.dtype, captured.device)
+    return CompiledProgram(Graphs(captured, plan, scorer), backend)
+
+
 class CompiledProgram:
     """Lowered graphs; satisfies `runtime.session.Program`.
 
@@ -77,16 +108,13 @@ class CompiledProgram:
     """
 
     def __init__(self, graphs: Graphs, backend: str) -> None:
-        if backend not in BACKENDS:
-            raise BackendError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
         self.graphs = graphs
         self.backend = backend
         self.plan = graphs.plan
         self.max_positions = graphs.captured.max_positions
         made_for = (graphs.captured.fingerprint, self.plan.layers, self.plan.slots, self.plan.rows, self.plan.dtype)
         self.key = hashlib.sha256(repr((*made_for, graphs.scorer)).encode()).hexdigest()
-        lower = lower_inductor if backend == "inductor" else lower_eager
-        self._decode = lower(graphs.decode)
+        self._decode, self._attention = self._lower_decode()
         self._prompt = functools.cache(self._lower_prompt)
         self._prompt("prefill", False)
 
@@ -98,6 +126,11 @@ class CompiledProgram:
 
     def decode(self) -> Compiled:
         return self._decode
+
+    def _lower_decode(self) -> tuple[Compiled, str]:
+        if self.backend == "inductor":
+            return lower_inductor(self.graphs.decode)
+        return lower_eager(self.graphs.decode), "torch ops"
 
     def _lower_prompt(self, kind: Literal["prefill", "extend"], all_logits: bool) -> Compiled:
         return lower_eager(self.graphs.get(kind, all_logits).module)
@@ -115,7 +148,7 @@ class CompiledProgram:
             f"dtype         {plan.dtype} on {plan.device}",
             f"KV bytes      {plan.kv_bytes:,} a session, and {plan.state_bytes:,} for positions and counters",
             f"prefill       graph of torch kernels, length dynamic, up to {self.max_positions} positions",
-            f"decode        {_LOWERED[self.backend]}",
+            f"decode        {_LOWERED[self.backend]}; attention: {self._attention}",
             "",
             "layer  slots  recent  eviction  sliding window  bytes",
         ]

@@ -1,0 +1,59 @@
+"""Which code each decode attention becomes when its graph is compiled."""
+
+from __future__ import annotations
+
+import collections
+
+import torch
+from torch.fx import GraphModule, Node
+
+from xkv_fx.passes.graph import arguments
+from xkv_fx.runtime.kernels import decode_cpu
+from xkv_fx.runtime.ops import DECOMPOSITIONS
+
+
+def choose_attention(module: GraphModule) -> str:
+    """Put our kernel, or plain torch that the compiler sees into, in the place of each budgeted op that has either.
+
+    Returns:
+        what was chosen for how many layers, and why not the kernel, for people to read.
+
+    Raises:
+        BackendError: the kernel cannot be built.
+    """
+    chosen: collections.Counter[str] = collections.Counter()
+    for node in module.graph.nodes:
+        if node.target not in DECOMPOSITIONS:
+            continue
+        obstacle = _obstacle(node)
+        if obstacle is None:
+            _use_kernel(node)
+        else:
+            node.target = DECOMPOSITIONS[node.target]
+        chosen["CPU kernel" if obstacle is None else f"torch ops ({obstacle})"] += 1
+    module.recompile()
+    return ", ".join(f"{count} layers by {code}" for code, count in chosen.items())
+
+
+def _obstacle(node: Node) -> str | None:
+    """Why the CPU kernel does not serve here; None if it does."""
+    if node.target is not torch.ops.xkv.decode_attention.default:
+        return "eviction by score"
+    given = arguments(node)
+    k_cache, v_cache = given["k_cache"].meta["val"], given["v_cache"].meta["val"]
+    if k_cache.device.type != "cpu":
+        return f"device {k_cache.device.type}"
+    if k_cache.dtype not in decode_cpu.DTYPES:
+        return f"dtype {k_cache.dtype}"
+    if k_cache.shape[3] % decode_cpu.STEP or v_cache.shape[3] % decode_cpu.STEP:
+        return f"head sizes {k_cache.shape[3]} and {v_cache.shape[3]} are not multiples of {decode_cpu.STEP}"
+    extra = [name for name, value in given.items() if value is not None and name not in decode_cpu.ARGUMENTS]
+    return f"it takes {', '.join(extra)}" if extra else None
+
+
+def _use_kernel(node: Node) -> None:
+    given = arguments(node)
+    q, k_cache, v_cache = (given[name].meta["val"] for name in ("q", "k_cache", "v_cache"))
+    decode_cpu.build(q.dtype, q.shape[1] // k_cache.shape[1], k_cache.shape[3], v_cache.shape[3])
+    node.target = torch.ops.xkv.decode_attention_cpu.default
+    node.args, node.kwargs = tuple(given[name] for name in decode_cpu.ARGUMENTS), {}
