@@ -79,7 +79,8 @@ def test_a_slot_outside_the_cache_is_refused_before_anything_is_written() -> Non
     caches = args[3].clone(), args[4].clone()
     with pytest.raises(BackendError, match="outside the 8 slots"):
         torch.ops.xkv.decode_attention_cpu(*args)
-    assert torch.equal(args[3], caches[0]) and torch.equal(args[4], caches[1])
+    assert torch.equal(args[3], caches[0])
+    assert torch.equal(args[4], caches[1])
 
 
 def test_registration_is_sound() -> None:
