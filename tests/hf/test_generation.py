@@ -22,12 +22,14 @@ from xkv_fx.hf.cache import SessionCache
 from xkv_fx.hf.generation import BudgetedLM
 
 TIGHT = Budgets((12, 17))
+SCORED = Budgets((12, 17), Policy(eviction="scored"))
+APPEND = Budgets((12, 17), Policy(eviction="append"))
 ROOM = 10
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
 
 
 def append_llm() -> BudgetedLM:
-    return transformed(Budgets((12, 17), Policy(eviction="append")), max_new_tokens=ROOM)
+    return transformed(APPEND, max_new_tokens=ROOM)
 
 
 def both(llm: BudgetedLM, ids: Tensor, **options: Any) -> tuple[Any, Any]:
@@ -231,7 +233,7 @@ def test_padded_conversations_go_on(side: str) -> None:
     ("mask", "message"),
     [
         ([[1, 1, 0, 1, 1]], "holes"),
-        ([[0, 0, 0, 0, 0]], "nothing but padding"),
+        ([[0, 0, 0, 0, 0]], "nothing but padding; give every row at least one token"),
         ([[1, 1, 1]], "3 columns for 5 tokens"),
     ],
     ids=["holes", "padding only", "too short"],
@@ -239,6 +241,20 @@ def test_padded_conversations_go_on(side: str) -> None:
 def test_bad_masks_are_refused(mask: list[list[int]], message: str) -> None:
     with pytest.raises(PromptError, match=message):
         full().generate(random_ids(1, 5), attention_mask=torch.tensor(mask), **GREEDY)
+
+
+def test_a_row_of_padding_is_refused_wherever_it_comes_from() -> None:
+    llm, ids = full(rows=4), random_ids(4, 6)
+    mask = torch.ones_like(ids)
+    mask[2] = 0
+    with pytest.raises(PromptError, match="a row of the prompt is nothing but padding"):
+        llm.generate(ids, attention_mask=mask, **GREEDY)
+    with pytest.raises(PromptError, match="a row of the prompt is nothing but padding"):
+        llm.generate(ids, attention_mask=mask, prefill_chunk_size=2, **GREEDY)
+    with pytest.raises(PromptError, match="a row of the prompt is nothing but padding"):
+        llm.generate(ids * mask, **GREEDY)  # transformers takes token 0 for padding
+    with pytest.raises(PromptError, match="a row of the prompt is nothing but padding"):
+        llm(ids, attention_mask=mask)
 
 
 # Sessions
@@ -288,20 +304,56 @@ def test_prefill_in_chunks_is_prefill_in_one(size: int) -> None:
     assert_same(full(), random_ids(1, 23), **GREEDY, prefill_chunk_size=size)
 
 
-@pytest.mark.parametrize(
-    "size",
-    [
-        pytest.param(
-            10, marks=pytest.mark.xfail(raises=PromptError, reason="a first chunk that is one row's padding is refused")
-        ),
-        27,
-    ],
-)
+@pytest.mark.parametrize("size", [1, 3, 10, 27])
 def test_a_padded_batch_is_prefilled_in_chunks(size: int) -> None:
+    """The first chunks hold nothing but padding of some rows."""
     ids, mask = padded(ROWS, "left")
-    options = {**GREEDY, "attention_mask": mask.long()}
+    options = {**GREEDY, "attention_mask": mask.long(), "output_logits": True, "return_dict_in_generate": True}
     got = full(rows=4).generate(ids, prefill_chunk_size=size, **options)
-    assert torch.equal(got, model().generate(ids, **options))
+    expected = model().generate(ids, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("budgets", [TIGHT, SCORED, APPEND], ids=["ring", "scored", "append"])
+def test_a_row_that_starts_late_is_as_it_is_alone(budgets: Budgets) -> None:
+    """Rows whose first chunks are padding keep what they would keep without them, and without the other rows."""
+    size = 5
+    ids, mask = padded(ROWS, "left")
+    together = transformed(budgets, rows=4, max_new_tokens=19)
+    session = together.new_session()
+    for start in range(0, ids.shape[1], size):
+        part = slice(start, start + size)
+        last = together(ids[:, part], attention_mask=mask[:, part], past_key_values=session, logits_to_keep=1).logits
+    for index, row in enumerate(ROWS):
+        llm = transformed(budgets, max_new_tokens=19)
+        alone = llm.new_session()
+        for start in range(0, ids.shape[1], size):
+            tokens = ids[index, start : start + size][mask[index, start : start + size]][None]
+            if tokens.shape[1]:
+                expected = llm(tokens, past_key_values=alone, logits_to_keep=1).logits
+        torch.testing.assert_close(last[index], expected[0], atol=1e-4, rtol=0)
+        for layer in range(2):
+            assert torch.equal(session.kept_positions(layer)[index], alone.kept_positions(layer)[0])
+        assert int(session.tokens_seen[index]) == row.shape[1]
+
+
+def test_right_padding_beyond_the_last_chunk_is_refused() -> None:
+    """The row's first new token would follow padding, for its own last token was fed in an earlier chunk."""
+    llm = full(rows=4)
+    ids, mask = padded(ROWS, "right")
+    options = {**GREEDY, "attention_mask": mask.long()}
+    with pytest.raises(
+        PromptError, match="has no token among the last 10 columns, which are fed at once; pad on the left"
+    ):
+        llm.generate(ids, prefill_chunk_size=10, **options)
+    session = llm.new_session()
+    first = llm.generate(ids, prefill_chunk_size=ids.shape[1], past_key_values=session, **options)
+    turn = torch.ones(4, 20 + 3, dtype=torch.int64)
+    turn[1, -4:] = 0  # the last token that was generated, and a turn of three
+    options["attention_mask"] = torch.cat((options["attention_mask"], turn), 1)
+    with pytest.raises(PromptError, match="has no token among the last 4 columns"):
+        llm.generate(torch.cat((first, random_ids(4, 3)), 1), past_key_values=session, **options)
 
 
 @pytest.mark.parametrize("budgets", [Budgets.full(2, FULL), TIGHT], ids=["full", "tight"])

@@ -295,15 +295,20 @@ def test_padding_before_and_after_is_taken(row: str) -> None:
     assert session.state["seen"].tolist() == [4, row.count("x")]
 
 
-def test_all_padding() -> None:
+def test_a_row_may_be_silent_at_first_and_later() -> None:
     session, program = new_session()
-    for valid in (mask("xxx", "..."), mask("...", "..x"), mask("...", "...")):
-        assert_refused(
-            session, program, PromptError, "nothing but padding", lambda valid=valid: session.feed(some(3), valid=valid)
-        )
-    assert_usable(session, program)
-    session.feed(some(3), valid=mask("xxx", "..."))  # a row may be silent for a turn
-    assert session.state["seen"].tolist() == [6, 3]
+    session.feed(some(3), valid=mask("...", "..."))
+    assert session.state["seen"].tolist() == [0, 0]
+    session.feed(some(3), valid=mask("xxx", "..."))
+    session.feed(some(4), valid=mask("...x", "..xx"))
+    session.feed(some(2), valid=mask("..", "xx"))
+    assert [call.graph for call in program.calls] == ["prefill", "prefill", "extend", "extend"]
+    assert session.state["seen"].tolist() == session.state["base"].tolist() == [4, 4]
+    assert session.seen == (4, 4)
+    assert program.calls[2].position_ids[1, 2:].tolist() == [0, 1]
+    assert program.calls[3].position_ids[1].tolist() == [2, 3]
+    assert session.state.ordinals(0)[:, 0].tolist() == [[0, 1, 2, 3, -1, -1]] * 2
+    assert session.state["k_0"][:, 0, :4, 0].tolist() == [[0, 1, 2, 3], [2, 3, 0, 1]]
 
 
 @pytest.mark.parametrize(

@@ -69,14 +69,15 @@ class Session:
         Args:
             ids: int64 `[rows, S]`.
             position_ids: int64 `[rows, S]`; counted on from the valid tokens seen when None.
-            valid: bool `[rows, S]`, False for padding, which may stand before or after the tokens of a row.
+            valid: bool `[rows, S]`, False for padding, which may stand before or after the tokens of a row. A row that
+                is padding throughout stays as it is, and its logits mean nothing.
             all_logits: return the logits of every token instead of each row's last valid one.
 
         Returns:
             logits `[rows, 1 or S, vocabulary]`.
 
         Raises:
-            PromptError: a wrong shape, no tokens, padding between tokens, or more tokens than the model has positions.
+            PromptError: a wrong shape, no columns, padding between tokens, or more tokens than the model has positions.
             CapacityError: more tokens than the plan holds, under a policy that may not evict.
         """
         self._check_ids(ids, position_ids)
@@ -195,10 +196,7 @@ class Session:
             raise PromptError(
                 "the attention mask has holes: padding may stand before or after a row's tokens, not between them"
             )
-        added: list[int] = valid.sum(1).tolist()
-        if not any(self.seen) and not all(added):
-            raise PromptError("a row of the prompt is nothing but padding; give every row at least one token")
-        return tuple(added)
+        return tuple(valid.sum(1).tolist())
 
     def _check_room(self, longest: int) -> None:
         """Check that a prefill may take the longest row to so many tokens."""
