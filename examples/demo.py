@@ -131,7 +131,7 @@ def run(
     needle: Needle,
     reference: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[Outcome, tuple[torch.Tensor, torch.Tensor]]:
-    """Generate once for time and answer, then decode the full cache's own tokens for the divergence from it."""
+    """Generate for time and answer; where other tokens came out, decode the full cache's for the divergence from it."""
     watch = Stopwatch()
     output = llm.generate(
         needle.ids,
@@ -147,7 +147,8 @@ def run(
     answer = tokenizer.decode(generated[0])
     if reference is None:
         reference = generated, torch.cat(output.logits)
-    own = torch.cat(output.logits) if generated is reference[0] else forced_logits(llm, needle.ids, reference[0])
+    same = torch.equal(generated, reference[0])  # then the tokens were the full cache's own already
+    own = torch.cat(output.logits) if same else forced_logits(llm, needle.ids, reference[0])
     strayed = divergence(reference[1], own)
     outcome = Outcome(
         plan=name,

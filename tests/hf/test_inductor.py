@@ -123,6 +123,22 @@ def test_caches_are_written_in_place() -> None:
     assert session.kv_bytes == big("inductor").kv_bytes
 
 
+@pytest.mark.parametrize(("backend", "tokens"), [("inductor", 2000), ("eager", 200)])
+def test_memory_stays_at_the_plan(backend: str, tokens: int) -> None:
+    llm = big(backend)
+    planned = llm.budgets.kv_bytes(big_model())
+    session = llm.new_session()
+    tensors, bytes_of_state = session.session.state.tensors, session.state_bytes
+    assert session.kv_bytes == planned
+    logits = session.feed(random_ids(1, PROMPT), None, None, all_logits=False)
+    for _ in range(tokens):
+        logits = session.step(logits.argmax(-1), None)
+    assert session.tokens_seen.tolist() == [PROMPT + tokens]
+    assert torch.isfinite(logits).all()
+    assert session.session.state.tensors is tensors
+    assert (session.kv_bytes, session.state_bytes) == (planned, bytes_of_state)
+
+
 def test_nothing_is_compiled_again() -> None:
     """Neither in later steps, nor for another session, another prompt length, or after a reset."""
     session = prefilled()
