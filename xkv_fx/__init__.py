@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from xkv_fx.budgets import set_model_reader as _set_model_reader
 
 if TYPE_CHECKING:
-    from xkv_fx.api import profile, solve, transform
+    from xkv_fx.api import calibrate, profile, solve, transform
     from xkv_fx.budgets import Budgets, LayerSpec, Policy
     from xkv_fx.errors import (
         BackendError,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         XkvError,
     )
+    from xkv_fx.planning.calibration_data import Calibration
     from xkv_fx.planning.profile_data import Profile
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "BackendError",
     "BudgetError",
     "Budgets",
+    "Calibration",
     "CapacityError",
     "FileFormatError",
     "LayerSpec",
@@ -45,6 +47,7 @@ __all__ = [
     "UnsupportedModelError",
     "XkvError",
     "__version__",
+    "calibrate",
     "profile",
     "solve",
     "transform",
@@ -54,6 +57,7 @@ _HOMES = {
     "BackendError": "xkv_fx.errors",
     "BudgetError": "xkv_fx.errors",
     "Budgets": "xkv_fx.budgets",
+    "Calibration": "xkv_fx.planning.calibration_data",
     "CapacityError": "xkv_fx.errors",
     "FileFormatError": "xkv_fx.errors",
     "LayerSpec": "xkv_fx.budgets",
@@ -65,6 +69,7 @@ _HOMES = {
     "SessionError": "xkv_fx.errors",
     "UnsupportedModelError": "xkv_fx.errors",
     "XkvError": "xkv_fx.errors",
+    "calibrate": "xkv_fx.api",
     "profile": "xkv_fx.api",
     "solve": "xkv_fx.api",
     "transform": "xkv_fx.api",

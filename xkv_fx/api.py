@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from xkv_fx.hf.generation import BudgetedLM
+    from xkv_fx.planning.calibration_data import Calibration
     from xkv_fx.planning.profile_data import Profile
 
-__all__ = ["profile", "solve", "transform"]
+__all__ = ["calibrate", "profile", "solve", "transform"]
 
 
 def profile(
@@ -53,6 +55,56 @@ def profile(
     profiling_scorer(policy)
     sampled = sample_prompts(tokenize(prompts, tokenizer), sampling)
     return measure_profile(capture(model, decode=False), sampled, policy, progress)
+
+
+def calibrate(
+    model: Any,
+    prompts: Sequence[str | Tensor | Sequence[int]],
+    grid: Sequence[float] | None = None,
+    policy: Policy | None = None,
+    continuation: int = 16,
+    tokenizer: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+) -> Calibration:
+    """Measure how far the output strays from the full cache when one layer alone holds less.
+
+    Each prompt is prefilled, which attends to all of its tokens whatever the budgets are; then one layer keeps the
+    survivors that the policy chooses for a capacity, all others keep everything, and the last `continuation` tokens of
+    the text are fed as decode would. What is measured is the KL divergence of the next-token distributions from those
+    of the full cache, the mean over the continuation. A capacity counts everything that the layer holds after the
+    prompt. Under `eviction="append"` the continuation comes on top of it; under `"ring"` and `"scored"` its tokens take
+    the place of others, as they will when the plan serves.
+
+    Only the continuation is run again, from the changed layer on, all capacities of a layer in one pass.
+
+    Args:
+        model: a transformers causal language model; it is not changed.
+        prompts: strings, or token ids of shape `[S]` or `[1, S]`, like those the plan will serve; the last
+            `continuation` tokens of each are its continuation.
+        grid: capacities to measure, ascending, as shares of the tokens before the continuation, above 0 and below 1;
+            1/64, 1/32, 1/16, 1/8, 1/4, 3/8, 1/2 and 3/4 by default.
+        policy: the policy that the plan will be served with; the paper's scorer with a ring by default.
+        continuation: tokens fed after each prompt.
+        tokenizer: needed for strings.
+        progress: called as `progress(done, total)` after each prompt.
+        resume: a folder for what was measured so far, one file a prompt. After an interruption the same call goes on
+            from there; results of other weights, policies, grids or prompts are not taken.
+
+    Raises:
+        PromptError: no prompts, one that is too short for its continuation or too long for the model's positions, or
+            one with tokens that the model does not have.
+        UnsupportedModelError: the model cannot be captured exactly, or its tokens meet outside attention.
+        BudgetError: a grid or continuation out of range, an unknown scorer, or a policy that never evicts.
+    """
+    from xkv_fx.hf.capture import capture
+    from xkv_fx.hf.prompts import tokenize
+    from xkv_fx.planning.calibrate import check_measurable, measure_calibration
+
+    policy = Policy() if policy is None else policy
+    check_measurable(policy, continuation, grid)
+    rows = tokenize(prompts, tokenizer)
+    return measure_calibration(capture(model, decode=False), rows, policy, grid, continuation, progress, resume)
 
 
 def transform(

@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 
 from xkv_fx.budgets import LayerSpec, Policy
 from xkv_fx.errors import BudgetError, FileFormatError
-from xkv_fx.files import check_format, check_safetensors_size, is_int, written_whole
+from xkv_fx.files import check_safetensors_size, is_int, written_whole
 from xkv_fx.planning.curves import rescale
+from xkv_fx.planning.measured_file import HEADER, layer_specs, read_header
 from xkv_fx.planning.solve import mean_retention
 
 FORMAT = "xkv_fx.profile"
 FORMAT_VERSION = 1
 MAX_PROFILE_BYTES = 8 * 1024**3  # 190 prompts of 131,072 tokens in 80 layers
-_HEADER = "xkv_fx"  # the key of our JSON in the file's metadata
+_FIELDS = {"format": str, "version": int, "sha256": str, "model": str, "policy": dict, "layers": list}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,7 +145,7 @@ class Profile:
         }
         tensors = {_tensor_name(prompt): np.asarray(curves) for prompt, curves in enumerate(self.curves)}
         with written_whole(path) as temporary:
-            safetensors.numpy.save_file(tensors, temporary, {_HEADER: json.dumps(header)})
+            safetensors.numpy.save_file(tensors, temporary, {HEADER: json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -157,9 +158,9 @@ class Profile:
         try:
             check_safetensors_size(path, MAX_PROFILE_BYTES)
             with safetensors.safe_open(os.fspath(path), framework="np") as file:
-                header = _read_header(file.metadata())
+                header = read_header(file.metadata(), FORMAT, FORMAT_VERSION, _FIELDS)
                 curves = _read_curves(file, len(header["layers"]))
-            profile = cls(curves, Policy.from_dict(header["policy"]), _layer_specs(header["layers"]), header["model"])
+            profile = cls(curves, Policy.from_dict(header["policy"]), layer_specs(header["layers"]), header["model"])
             if profile.digest() != header["sha256"]:
                 raise FileFormatError("its content does not match its checksum; it is damaged, so profile again")
             return profile
@@ -205,35 +206,6 @@ def _frozen(curves: Any, prompt: int, layers: int) -> NDArray[np.float32]:
 
 def _tensor_name(prompt: int) -> str:
     return f"curves.{prompt}"
-
-
-def _read_header(metadata: dict[str, str] | None) -> dict[str, Any]:
-    """Our JSON from the file's metadata, with format, version and the types of its fields checked."""
-    try:
-        header = json.loads((metadata or {}).get(_HEADER, ""))
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError("its metadata holds no JSON of a profile") from error
-    header = check_format(header, FORMAT, FORMAT_VERSION)
-    kinds = {"format": str, "version": int, "sha256": str, "model": str, "policy": dict, "layers": list}
-    if set(header) != set(kinds):
-        raise FileFormatError(f"its fields are {', '.join(sorted(header))} instead of {', '.join(sorted(kinds))}")
-    for name, kind in kinds.items():
-        if not isinstance(header[name], kind):
-            raise FileFormatError(f"its field {name!r} has the wrong type: {header[name]!r:.100}")
-    return header
-
-
-def _layer_specs(layers: list[Any]) -> tuple[LayerSpec, ...]:
-    """LayerSpecs from JSON objects, every number a whole one of at least 1."""
-    names = {field.name for field in dataclasses.fields(LayerSpec)}
-    for layer, fields in enumerate(layers):
-        if not isinstance(fields, dict) or set(fields) != names:
-            raise FileFormatError(f"the fields of layer {layer} are not {', '.join(sorted(names))}")
-        for name, value in fields.items():
-            absent = name == "sliding_window" and value is None
-            if not absent and (not is_int(value) or value < 1):
-                raise FileFormatError(f"{name} of layer {layer} is not a whole number of at least 1: {value!r:.100}")
-    return tuple(LayerSpec(**fields) for fields in layers)
 
 
 def _read_curves(file: Any, layers: int) -> tuple[NDArray[np.float32], ...]:

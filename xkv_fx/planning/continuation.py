@@ -1,0 +1,223 @@
+"""Running the continuation of a prompt again under other budgets, without prefilling again.
+
+A fresh prefill attends to all of its tokens whatever the budgets are; these decide only what each layer holds
+afterwards. So one full run of prompt and continuation serves every plan: its K/V and scores give the survivors of any
+capacity, and its values give the inputs of every layer up to the first whose capacity differs. Only the continuation's
+tokens are then run again, those of many plans in one pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from xkv_fx.errors import PromptError
+from xkv_fx.passes.captured import CapturedModel
+from xkv_fx.passes.clean_graph import CleanGraph
+from xkv_fx.passes.cut_at_attention import CutModel, Segment, Value, cut_at_attention
+from xkv_fx.passes.pipeline import run_pipeline
+from xkv_fx.planning.held import Held, HeldScored, LayerRun, attend, hold, hold_all
+from xkv_fx.runtime.attention import causal_attention
+from xkv_fx.runtime.scorers import Scorer, score_tokens
+from xkv_fx.runtime.slots import SlotPlan
+
+# Tokens of all plans together in one pass: enough to keep the matrix products busy.
+_TOKENS_AT_ONCE = 1024
+# Bytes of logits at once.
+_LOGIT_BYTES = 128 * 2**20
+
+LayerPlans = Sequence[SlotPlan | None]
+"""For each layer how it uses its slots, None for the full cache."""
+
+
+def cut_model(captured: CapturedModel) -> CutModel:
+    """The captured graph of a prompt, cut at its attentions.
+
+    Raises:
+        UnsupportedModelError: see `cut_at_attention`.
+    """
+    return cut_at_attention(run_pipeline(captured.graph("prompt"), (CleanGraph(),)).module)
+
+
+@dataclasses.dataclass(frozen=True)
+class FullRun:
+    """A prompt of S tokens and its continuation of T, run with the full cache.
+
+    Attributes:
+        model: the cut graph.
+        layers: K/V and scores of the prompt's tokens in each layer.
+        values: every value that crosses from one segment to a later one, and the inputs of each attention, for the
+            continuation's tokens alone.
+        logits: of the continuation's tokens, `[T, vocabulary]`.
+        tokens: T.
+    """
+
+    model: CutModel
+    layers: tuple[LayerRun, ...]
+    values: dict[str, Tensor]
+    logits: Tensor
+    tokens: int
+    _held: dict[tuple[int, SlotPlan | None], Held | HeldScored] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """S, the tokens that prefill sees."""
+        return self.layers[0].k.shape[2]
+
+    def held(self, layer: int, plan: SlotPlan | None) -> Held | HeldScored:
+        """What a layer holds after the prompt; chosen once for each plan."""
+        key = (layer, plan)
+        if key not in self._held:
+            run = self.layers[layer]
+            self._held[key] = hold_all(run, self.tokens) if plan is None else hold(run, plan, self.tokens)
+        return self._held[key]
+
+    def divergence(self, plans: Sequence[LayerPlans]) -> Tensor:
+        """KL divergence of the next-token distributions under each plan from those of the full cache.
+
+        Returns:
+            nats, float64 `[plans, T]`: one for each continuation token, once it has been fed.
+        """
+        at_once = max(1, _TOKENS_AT_ONCE // self.tokens)
+        parts = [self._divergence(plans[start : start + at_once]) for start in range(0, len(plans), at_once)]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _divergence(self, plans: Sequence[LayerPlans]) -> Tensor:
+        rows = len(plans)
+        first = min(
+            (layer for layer in range(len(self.layers)) if any(plan[layer] is not None for plan in plans)), default=0
+        )
+        live: dict[str, Tensor] = {}
+        for index in range(first, len(self.layers)):
+            site = self.model.sites[index]
+            q, k, v = (_split(self._tiled(Value(node.name, 2), live, rows), rows) for node in (site.q, site.k, site.v))
+            groups: dict[SlotPlan | None, list[int]] = {}
+            for row, plan in enumerate(plans):
+                groups.setdefault(plan[index], []).append(row)
+            out = q.new_empty((*q.shape[:3], v.shape[3]))
+            for slots, members in groups.items():
+                held = self.held(index, slots)
+                out[members] = attend(q[members], k[members], v[members], held, self.layers[index])
+            live = {name: value for name, value in live.items() if name in self.model.needed_from[index + 1]}
+            live[site.node.name] = _join(out)
+            segment = self.model.segments[index + 1]
+            if index + 1 < len(self.layers):
+                inputs = [self._tiled(value, live, rows) for value in segment.inputs]
+                made = segment.module(*inputs)
+                live |= {value.name: part for value, part in zip(segment.outputs, made, strict=True)}
+        return self._compare(segment, live, rows)
+
+    def _tiled(self, value: Value, live: dict[str, Tensor], rows: int) -> Tensor:
+        """A value for all plans: what was run again, or the full run's, once for each plan along the tokens."""
+        if value.size is not None:
+            return value.size_of(rows * self.tokens)  # type: ignore[return-value]
+        if value.name in live:
+            return live[value.name]
+        full = self.values[value.name]
+        if value.length_dim is None:
+            return full
+        return full.repeat([rows if dim == value.length_dim else 1 for dim in range(full.dim())])
+
+    def _compare(self, segment: Segment, live: dict[str, Tensor], rows: int) -> Tensor:
+        """The last segment, a few plans at a time, since logits are large."""
+        reference = torch.log_softmax(self.logits.float(), -1)
+        at_once = max(1, _LOGIT_BYTES // (reference.numel() * 4))
+        results = []
+        for start in range(0, rows, at_once):
+            part = range(start, min(start + at_once, rows))
+            inputs = []
+            for value in segment.inputs:
+                if value.size is not None or value.length_dim is None or value.name not in live:
+                    inputs.append(self._tiled(value, {} if value.name not in live else live, len(part)))
+                else:
+                    span = len(part) * self.tokens
+                    inputs.append(live[value.name].narrow(value.length_dim, part.start * self.tokens, span))
+            logits = _logits(self.model, segment, segment.module(*inputs))
+            results.append(kl_divergence(reference, logits.view(len(part), self.tokens, -1)))
+        return torch.cat(results)
+
+
+def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
+    """KL(p || q) in nats, float64 `[...]`, of q's logits `[..., vocabulary]` from p's log-probabilities.
+
+    The sum of p (r - 1 - log r) with r = q / p: its terms are not negative, so that float32 loses nothing where q is
+    close to p.
+    """
+    difference = torch.log_softmax(logits.float(), -1).sub_(log_p)
+    terms = torch.expm1(difference).sub_(difference).mul_(log_p.exp())
+    return terms.sum(-1).double()
+
+
+@torch.no_grad()
+def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) -> FullRun:
+    """Run prompt and continuation with the full cache.
+
+    Args:
+        model: a graph cut for one row.
+        scorer: the policy's, which ranks the prompt's tokens in each layer.
+        ids: int64 `[1, S + T]`.
+        continuation: T, how many of the last tokens are the continuation.
+
+    Raises:
+        PromptError: no token before the continuation.
+    """
+    total = ids.shape[1]
+    prompt = total - continuation
+    if prompt < 1:
+        raise PromptError(f"a prompt of {total} tokens leaves none before its continuation of {continuation}")
+    positions = torch.arange(total, device=ids.device)[None]
+    length = torch.full((1,), prompt, dtype=torch.int64, device=ids.device)
+    live = dict(zip(model.inputs, (ids, positions), strict=True))
+    values = {name: value[:, prompt:] for name, value in live.items()}
+    layers = []
+    for index, segment in enumerate(model.segments[:-1]):
+        site = model.sites[index]
+        inputs = [live[value.name] if value.size is None else value.size_of(total) for value in segment.inputs]
+        made = dict(zip((value.name for value in segment.outputs), segment.module(*inputs), strict=True))
+        for value in segment.outputs:
+            if value.size is None:
+                part = made[value.name]
+                values[value.name] = (
+                    part if value.length_dim is None else part.narrow(value.length_dim, prompt, continuation).clone()
+                )
+        live |= made
+        q, k, v = (live[node.name] for node in (site.q, site.k, site.v))
+        sinks = model.sinks.get(index)
+        scores = score_tokens(
+            q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt], length, None, site.scale, scorer,
+            site.sliding_window, site.softcap, sinks,
+        )  # fmt: skip
+        layers.append(
+            LayerRun(
+                k[:, :, :prompt].clone(), v[:, :, :prompt].clone(), scores, site.scale, site.sliding_window,
+                site.softcap, sinks,
+            )
+        )  # fmt: skip
+        attended = causal_attention(q, k, v, site.scale, site.sliding_window, site.softcap, sinks)[0].contiguous()
+        live = {name: part for name, part in live.items() if name in model.needed_from[index + 1]}
+        live[site.node.name] = attended
+        values[site.node.name] = attended[:, :, prompt:].clone()
+    last = model.segments[-1]
+    inputs = [values[value.name] if value.size is None else value.size_of(continuation) for value in last.inputs]
+    logits = _logits(model, last, last.module(*inputs))
+    return FullRun(model, tuple(layers), values, logits[0], continuation)
+
+
+def _logits(model: CutModel, segment: Segment, made: tuple[Tensor, ...]) -> Tensor:
+    return next(part for value, part in zip(segment.outputs, made, strict=True) if value.name == model.logits)
+
+
+def _split(joined: Tensor, rows: int) -> Tensor:
+    """`[1, heads, R * T, dim]` -> `[R, heads, T, dim]`."""
+    _, heads, tokens, dim = joined.shape
+    return joined.view(heads, rows, tokens // rows, dim).transpose(0, 1)
+
+
+def _join(split: Tensor) -> Tensor:
+    """`[R, heads, T, dim]` -> `[1, heads, R * T, dim]`."""
+    rows, heads, tokens, dim = split.shape
+    return split.transpose(0, 1).reshape(1, heads, rows * tokens, dim)
