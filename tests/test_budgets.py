@@ -87,7 +87,7 @@ def test_capacities_become_a_tuple_of_python_ints(given_capacities: Any) -> None
 
 
 @pytest.mark.parametrize(
-    "bad", [True, False, np.True_, 4.0, np.float32(4), 4.5, float("nan"), "4", None, [4]], ids=repr
+    "bad", [True, False, np.True_, torch.tensor(True), 4.0, np.float32(4), 4.5, float("nan"), "4", None, [4]], ids=repr
 )
 def test_capacity_that_is_no_whole_number_is_refused_by_its_layer(bad: Any) -> None:
     with pytest.raises(BudgetError, match=rf"capacity of layer 1 must be a whole number; got {re.escape(repr(bad))}"):
@@ -362,6 +362,8 @@ def test_any_value_of_a_policy_field_is_refused_or_read(
         ({"policy": ...}, "policy must be a JSON object"),
         ({"policy": "snapkv"}, "policy must be a JSON object, not str"),
         ({"policy": {"size": 8}}, "unknown policy fields 'size'"),
+        ({"policy": {}}, "the policy lacks 'eviction', 'recent', 'scorer', 'scorer_options', 'sinks'"),
+        ({"policy": {"scorer": "snapkv", "recent": None, "sinks": 0}}, "the policy lacks 'eviction', 'scorer_options'"),
         ({"policy": {**RICH.policy.to_dict(), "eviction": "lru"}}, "unknown eviction 'lru'"),
         ({"policy": {**RICH.policy.to_dict(), "eviction": {}}}, "unknown eviction {}"),
         ({"policy": {**RICH.policy.to_dict(), "sinks": 0.5}}, "sinks must be"),
@@ -447,11 +449,14 @@ def test_only_append_sets_room_aside(eviction: Any) -> None:
     assert budgets.slots(layers, max_new_tokens=5) == (10 + room, 32, 20 + room)
 
 
-def test_layer_that_holds_its_whole_sliding_window_never_needs_room() -> None:
+def test_room_never_goes_beyond_the_sliding_window() -> None:
     append = Policy(eviction="append")
     assert Budgets((32,), append).slots((SLIDING,), max_new_tokens=7) == (32,)
     assert Budgets((100,), append).slots((SLIDING,), max_new_tokens=7) == (32,)
     assert Budgets((20,), append).slots((SLIDING,), max_new_tokens=7) == (27,)
+    assert Budgets((20,), append).slots((SLIDING,), max_new_tokens=12) == (32,)
+    assert Budgets((20,), append).slots((SLIDING,), max_new_tokens=400) == (32,)
+    assert Budgets((20,), append).kv_bytes((SLIDING,), max_new_tokens=400) == 32 * SLIDING.slot_bytes()
 
 
 @pytest.mark.parametrize("as_sequence", [tuple, list])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from xkv_fx import files
 from xkv_fx.errors import FileFormatError
@@ -186,13 +187,18 @@ def test_huge_file_is_refused_without_being_read_whole(tmp_path: Path) -> None:
         read(path)
 
 
-@pytest.mark.parametrize("value", [0, -3, 10**30, np.int8(1), np.uint64(2**63), np.array(4)], ids=repr)
+@pytest.mark.parametrize("value", [0, -3, 10**30, np.int8(1), np.uint64(2**63), np.array(4), torch.tensor(4)], ids=repr)
 def test_is_int(value: object) -> None:
     assert is_int(value)
 
 
 @pytest.mark.parametrize(
-    "value", [True, False, np.True_, 1.0, np.float32(1), "1", b"1", None, [1], np.array([1, 2]), 1j], ids=repr
-)
+    "value",
+    [
+        True, False, np.True_, torch.tensor(True), torch.tensor(False), 1.0, np.float32(1), torch.tensor(1.0), "1",
+        b"1", None, [1], np.array([1, 2]), torch.tensor([1]), 1j,
+    ],
+    ids=repr,
+)  # fmt: skip
 def test_is_not_int(value: object) -> None:
     assert not is_int(value)

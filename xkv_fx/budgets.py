@@ -72,7 +72,8 @@ class Policy:
         scorer_options: that scorer's own parameters, for `"snapkv"` `observation_window` (8) and `kernel` (7).
         eviction: what decode does once every slot is taken: `"ring"` overwrites the oldest of the newest `recent`
             tokens, `"scored"` the lowest accumulated score outside `recent`, `"append"` takes a further slot that was
-            set aside at transform time, `"none"` refuses (full caches).
+            set aside at transform time (in a layer whose slots fill its sliding window, one that has left the window),
+            `"none"` refuses (full caches).
         recent: how many of the newest tokens are always kept; None means `min(64, max(1, capacity // 4))`.
         sinks: how many of the first tokens are always kept.
 
@@ -124,6 +125,7 @@ class Policy:
 
     @classmethod
     def from_dict(cls, data: Any) -> Policy:
+        """The policy that a file holds, every field of it: one that is left out would quietly be today's default."""
         names = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(data, dict):
             raise FileFormatError(f"a policy must be a JSON object, not {type(data).__name__}")
@@ -131,7 +133,11 @@ class Policy:
         if unknown:
             names_of_unknown = ", ".join(map(repr, unknown))
             raise FileFormatError(f"unknown policy fields {names_of_unknown}; is the file of a newer xkv_fx?")
-        return cls(**data)
+        policy = cls(**data)
+        missing = sorted(names - set(data))
+        if missing:
+            raise FileFormatError(f"the policy lacks {', '.join(map(repr, missing))}; a file states every field of it")
+        return policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +151,7 @@ class Provenance:
         context: tokens of prompt that the capacities were solved for.
         source: SHA-256 of the profile or calibration that the plan was solved from.
         expected_retention: mean over layers of the share of attention mass that is kept.
+        expected_kl: sum over layers of the divergence that a calibration measured at their capacities, nats.
         held_out: what `verify` measured on held-out prompts.
 
     Raises:
@@ -157,6 +164,7 @@ class Provenance:
     context: int | None = None
     source: str | None = None
     expected_retention: float | None = None
+    expected_kl: float | None = None
     held_out: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self) -> None:
@@ -164,7 +172,8 @@ class Provenance:
             self._check(name, isinstance(getattr(self, name), str))
         for name in ("constraint", "held_out"):
             self._check(name, isinstance(getattr(self, name), Mapping))
-        self._check("expected_retention", is_int(self.expected_retention) or _is_finite(self.expected_retention))
+        for name in ("expected_retention", "expected_kl"):
+            self._check(name, is_int(getattr(self, name)) or _is_finite(getattr(self, name)))
         self._check("context", is_int(self.context))
         if self.context is not None:
             if self.context < 1:
@@ -263,8 +272,8 @@ class Budgets:
     def slots(self, layers: Sequence[LayerSpec], max_new_tokens: int = 0) -> tuple[int, ...]:
         """Slots that are really allocated for each layer.
 
-        A capacity is clamped to the layer's sliding window. Under `eviction="append"` each layer gets room for
-        `max_new_tokens` more, except those that hold their whole sliding window, which never need it.
+        Under `eviction="append"` each layer gets room for `max_new_tokens` besides its capacity. Capacity and room
+        together are clamped to the layer's sliding window: in that many slots nothing that it reaches is ever lost.
 
         Raises:
             BudgetError: another number of layers, or `max_new_tokens` is not a whole number of at least 0.
@@ -273,11 +282,9 @@ class Budgets:
         if not is_int(max_new_tokens) or max_new_tokens < 0:
             raise BudgetError(f"max_new_tokens must be a whole number of at least 0; got {max_new_tokens!r}")
         room = max_new_tokens if self.policy.eviction == "append" else 0
-        slots = []
-        for spec, planned in zip(layers, self.capacities, strict=True):
-            capacity = spec.effective_capacity(planned)
-            slots.append(capacity if capacity == spec.sliding_window else capacity + room)
-        return tuple(slots)
+        return tuple(
+            spec.effective_capacity(capacity + room) for spec, capacity in zip(layers, self.capacities, strict=True)
+        )
 
     def kv_bytes(
         self, model: Any, batch_size: int = 1, dtype: HasItemSize | None = None, max_new_tokens: int = 0

@@ -105,9 +105,9 @@ def _finite(text: str) -> float:
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """True for a whole number, numpy's included, and False for a bool."""
-    if isinstance(value, bool):
-        return False
+    """True for a whole number, numpy's and torch's included, and False for a bool of any of them."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")) == "torch.bool" or getattr(value, "ndim", 0):
+        return False  # torch, which is not imported here, gives a bool and a list of one an index
     try:
         operator.index(value)  # type: ignore[arg-type]
     except TypeError:

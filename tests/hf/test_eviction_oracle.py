@@ -254,6 +254,26 @@ def test_sliding_window_layers(family: str, capacities: tuple[int, int]) -> None
             assert kept_of(session) == oracle.kept
 
 
+@pytest.mark.parametrize("length", [30, 4])
+def test_append_in_a_sliding_window_layer(length: int) -> None:
+    """It takes no more slots than its window is long: what it gives up then has left the window."""
+    budgets = Budgets((5, 12), Policy(eviction="append"))
+    llm = transformed(budgets, family="gemma2", max_new_tokens=STEPS)
+    session = prefill(llm, length)
+    assert [session.session.state[f"k_{layer}"].shape[2] for layer in range(2)] == [WINDOW, 12 + STEPS]
+    assert llm.kv_bytes == session.kv_bytes == budgets.kv_bytes(model("gemma2"), max_new_tokens=STEPS)
+    oracle = Oracle.prefill("gemma2", TOKENS[:, :length], kept_of(session))
+    for token in range(length, length + STEPS):
+        expected = oracle.feed(TOKENS[:, token : token + 1])
+        torch.testing.assert_close(decode(llm, session, token), expected, atol=1e-4, rtol=0)
+        for heads in oracle.kept:
+            for tokens in heads:
+                tokens.append(token)
+        assert kept_of(session) == [[head[-WINDOW:] for head in oracle.kept[0]], oracle.kept[1]]
+    turn = TOKENS[:, length + STEPS : length + STEPS + 3]
+    torch.testing.assert_close(llm(turn, past_key_values=session).logits, oracle.feed(turn), atol=1e-4, rtol=0)
+
+
 def test_sliding_window_layers_in_a_turn() -> None:
     llm = transformed(Budgets((5, 12)), family="gemma2")
     session = prefill(llm, 20)

@@ -369,6 +369,21 @@ def test_append_uses_free_slots_before_its_room() -> None:
     assert_refused(session, program, CapacityError, "used up", lambda: session.step(some(1)))
 
 
+def test_append_in_a_sliding_window_has_no_end() -> None:
+    """Other layers' room still has one."""
+    windowed = dataclasses.replace(SPEC, sliding_window=5)
+    for layers, steps in (((windowed,), 40), ((windowed, SPEC), 4)):
+        slots = slot_plans(Budgets((3,) * len(layers), Policy(eviction="append")), layers, 4)
+        session = Session(FakeProgram(CachePlan(layers, slots, 1, torch.float32, torch.device("cpu"))))
+        session.feed(some(9, rows=1))
+        for _ in range(steps):
+            session.step(some(1, rows=1))
+        held = sorted(session.state.ordinals(0)[0, 0].tolist())
+        assert held[-4:] == list(range(9 + steps - 4, 9 + steps))
+    with pytest.raises(CapacityError, match="room for 4 appended tokens that was set aside is used up"):
+        session.step(some(1, rows=1))
+
+
 def test_append_room_of_a_row_that_was_silent() -> None:
     """A turn frees the room of the rows that take part in it; one that was silent has used its own up still."""
     session, program = new_session((3,), "append", room=2)

@@ -117,6 +117,23 @@ def test_append(capacity: int, sliding_window: int | None) -> None:
     check_decode(plan, [1, max(1, capacity - 2), capacity, capacity + 1, 3 * capacity + 2], steps=6)
 
 
+@given(
+    sizes=st.integers(2, 9).flatmap(lambda window: st.tuples(st.just(window), st.integers(1, window - 1))),
+    bases=st.lists(st.integers(0, 25), min_size=1, max_size=3),
+    recent=st.integers(1, 8),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40)
+def test_append_in_a_whole_sliding_window_takes_turns(
+    sizes: tuple[int, int], bases: list[int], recent: int, seed: int
+) -> None:
+    """Each token that is overwritten has left the window, which the reference demands of it."""
+    window, capacity = sizes
+    plan = SlotPlan(capacity, window, min(recent, capacity), 0, "append", sliding_window=window)
+    assert plan.takes_turns
+    check_decode(plan, bases, steps=3 * window, seed=seed)
+
+
 def test_full() -> None:
     check_decode(full(12), [1, 4, 7], steps=5)
 
@@ -189,8 +206,11 @@ def test_reference_slots() -> None:
     assert reference_ordinals([5, 6, 9, 8], seen=12, base=10, plan=ring(4, 2)) == [5, 6, 11, 10]
     assert reference_ordinals([0, 1, 2, 3, 4, 5], seen=5, base=3, plan=append(4, 2)) == [0, 1, 2, 3, 4, EMPTY]
     assert reference_ordinals([2, 5, 6, 7, 4, 5], seen=9, base=8, plan=append(4, 2)) == [2, 5, 6, 7, 8, EMPTY]
+    assert reference_slot([2, 5, 6, 7], SlotPlan(3, 4, 1, 0, "append", sliding_window=4)) == 0
     with pytest.raises(CapacityError, match="never overwrites"):
         reference_slot([0, 1], full(2))
+    with pytest.raises(CapacityError, match="never overwrites"):
+        reference_slot([2, 5, 6], SlotPlan(2, 3, 1, 0, "append", sliding_window=7))
     with pytest.raises(BudgetError, match="scores"):
         reference_slot([0, 1], SlotPlan(2, 2, 1, 0, "scored"))
 
@@ -224,7 +244,9 @@ def test_a_whole_sliding_window_is_all_ring(eviction: Eviction, capacity: int) -
 @pytest.mark.parametrize("eviction", ["ring", "scored", "append", "none"])
 def test_less_than_a_sliding_window_is_masked_by_position(eviction: Eviction) -> None:
     (plan,) = slot_plans(Budgets((31,), Policy(eviction=eviction)), (SLIDING,), max_new_tokens=7)
-    assert plan == SlotPlan(31, 38 if eviction == "append" else 31, 7, 0, eviction, sliding_window=32)
+    assert plan == SlotPlan(31, 32 if eviction == "append" else 31, 7, 0, eviction, sliding_window=32)
+    (plan,) = slot_plans(Budgets((20,), Policy(eviction=eviction)), (SLIDING,), max_new_tokens=7)
+    assert plan == SlotPlan(20, 27 if eviction == "append" else 20, 5, 0, eviction, sliding_window=32)
 
 
 @pytest.mark.parametrize("capacity", [3, 5, 6, 20])

@@ -146,7 +146,7 @@ def reference_slot(held: Sequence[int], plan: SlotPlan) -> int:
     """The slot that the next decoded token takes, when slot s holds the token with ordinal `held[s]`.
 
     Raises:
-        CapacityError: every slot is taken and the plan may not evict.
+        CapacityError: every slot is taken, the plan may not evict, and no token has left the sliding window.
         BudgetError: the plan evicts by score, which cannot be told from the ordinals.
     """
     if EMPTY in held:
@@ -156,6 +156,10 @@ def reference_slot(held: Sequence[int], plan: SlotPlan) -> int:
         return held.index(oldest_of_recent)
     if plan.eviction == "scored":
         raise BudgetError("eviction='scored' chooses by accumulated scores; this reference knows ordinals only")
+    if plan.eviction == "append" and plan.sliding_window is not None:
+        oldest = min(held)
+        if oldest <= max(held) + 1 - plan.sliding_window:
+            return held.index(oldest)
     raise CapacityError(f"all {len(held)} slots are taken and eviction={plan.eviction!r} never overwrites one")
 
 

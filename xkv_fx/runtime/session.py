@@ -217,14 +217,14 @@ class Session:
         for plan in dict.fromkeys(self.program.plan.slots):
             if plan.eviction == "none":
                 left.append(plan.slots - max(self.seen))
-            elif plan.eviction == "append":
+            elif plan.eviction == "append" and not plan.takes_turns:
                 rows = zip(self.seen, self._base, strict=True)
                 left.append(plan.slots - max(min(base, plan.capacity) + seen - base for seen, base in rows))
         return min(left)
 
     def _refuse_step(self) -> None:
         self._check_room(max(self.seen) + 1)
-        plan = next(plan for plan in self.program.plan.slots if plan.eviction == "append")
+        plan = next(plan for plan in self.program.plan.slots if plan.eviction == "append" and not plan.takes_turns)
         raise CapacityError(
             f"the room for {plan.slots - plan.capacity} appended tokens that was set aside is used up; transform with "
             "a larger max_new_tokens, or choose eviction='ring'"

@@ -8,6 +8,10 @@ kept. With C slots, a ring of r, and t the ordinal of a token, the slot of a tok
     C - r + (t - C) mod r          afterwards
 
 so slot and validity follow from the count of tokens seen alone, and prefill lays its survivors out to agree.
+
+Under `"append"` with b tokens seen by the last prefill, of which m = min(b, C) survived oldest first, the slots are
+taken in order: m + t - b. Where there are as many slots as the layer's sliding window is long, that goes on from the
+first slot again: the oldest of W distinct tokens before t is not among the W - 1 newest, so it has left the window.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ class SlotPlan:
 
     Attributes:
         capacity: slots that prefill fills at most.
-        slots: slots allocated; more than `capacity` only where generated tokens are appended.
+        slots: slots allocated; more than `capacity` only where generated tokens are appended, and then no more than the
+            sliding window.
         recent: newest tokens that are always kept; the size of the ring.
         sinks: first tokens that are always kept.
         eviction: what happens when every slot is taken.
@@ -48,18 +53,29 @@ class SlotPlan:
         that has left it."""
         return self.sliding_window is not None and self.recent < self.sliding_window
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether appended tokens overwrite the oldest once all slots are taken; those have left the sliding window."""
+        return self.eviction == "append" and self.slots == self.sliding_window
+
     def count(self, seen: Tensor, base: Tensor) -> Tensor:
         """Slots in use `[rows]`, after `seen` tokens `[rows]` of which `base` had been seen by the last prefill."""
         if self.eviction == "append":
-            return torch.clamp(base, max=self.capacity) + (seen - base)
+            return torch.clamp(self._written(seen, base), max=self.slots)
         return torch.clamp(seen, max=self.slots)
 
     def next_slot(self, seen: Tensor, base: Tensor) -> Tensor:
         """The slot `[rows]` that the next decoded token takes. Not for `"scored"`, which looks at the scores."""
-        if self.eviction in ("append", "none"):
+        if self.eviction == "append":
+            return self._written(seen, base) % self.slots
+        if self.eviction == "none":
             return self.count(seen, base)
         ring = self.capacity - self.recent + (seen - self.capacity) % self.recent
         return torch.where(seen < self.capacity, seen, ring)
+
+    def _written(self, seen: Tensor, base: Tensor) -> Tensor:
+        """Under `"append"`, how often a slot has been written: survivors of the last prefill, and tokens since."""
+        return torch.clamp(base, max=self.capacity) + (seen - base)
 
     def evicted_slot(self, positions: Tensor, scores: Tensor, seen: Tensor) -> Tensor:
         """Under `"scored"`, the slot `[rows, kv_heads]` that the next decoded token takes.
@@ -94,12 +110,10 @@ class SlotPlan:
             turned = (seen >= self.capacity) & (slot >= start)
             live = torch.where(turned[:, None], newest[:, None], positions.long())
         elif self.eviction == "append":
-            appended = slot >= torch.clamp(base, max=self.capacity)
-            live = torch.where(
-                appended[:, None],
-                (slot - torch.clamp(base, max=self.capacity) + base)[:, None],
-                positions.long(),
-            )
+            last = self._written(seen, base) - 1
+            write = last - torch.remainder(last - slot, self.slots)  # which of all writes the slot's latest one was
+            appended = write - torch.clamp(base, max=self.capacity)
+            live = torch.where((appended >= 0)[:, None], (base + appended)[:, None], positions.long())
         else:
             live = positions.long()
         used = slot < self.count(seen[:, 0], base[:, 0])[:, None]
