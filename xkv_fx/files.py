@@ -106,8 +106,10 @@ def _finite(text: str) -> float:
 
 def is_int(value: object) -> TypeGuard[int]:
     """True for a whole number, numpy's and torch's included, and False for a bool of any of them."""
-    if isinstance(value, bool) or str(getattr(value, "dtype", "")) == "torch.bool" or getattr(value, "ndim", 0):
-        return False  # torch, which is not imported here, gives a bool and a list of one an index
+    bool_of_torch = str(getattr(value, "dtype", "")) == "torch.bool"  # torch, which is not imported here, indexes by it
+    several = getattr(value, "ndim", 0) != 0
+    if isinstance(value, bool) or bool_of_torch or several:
+        return False
     try:
         operator.index(value)  # type: ignore[arg-type]
     except TypeError:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from batches import padded
 from ready_models import FULL, full, model, transform_again, transformed
-from tiny_models import POSITIONS, VOCABULARY, llama, random_ids
+from tiny_models import POSITIONS, VOCABULARY, llama, mistral, random_ids
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -67,6 +67,19 @@ def test_forward_computes_the_logits_of_every_token() -> None:
         expected = model()(ids).logits
     torch.testing.assert_close(full()(ids).logits, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(full()(ids, logits_to_keep=1).logits, expected[:, -1:], atol=1e-4, rtol=0)
+
+
+def test_double_precision_is_not_lost() -> None:
+    """Prefill, a turn and decode of layers with a sliding window, for which there is no flash kernel."""
+    source = mistral(2).double()
+    llm, ids = xkv_fx.transform(source, Budgets.full(2, FULL), backend="eager"), random_ids(1, 40)
+    session = llm.new_session()
+    parts = [llm(ids[:, part], past_key_values=session).logits for part in (slice(0, 21), slice(21, 37))]
+    parts += [llm(ids[:, t : t + 1], past_key_values=session, decoding=True).logits for t in range(37, 40)]
+    with torch.no_grad():
+        expected = source(ids).logits
+    assert expected.dtype == torch.float64
+    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from xkv_fx.runtime import attention as module
 from xkv_fx.runtime import reference
 from xkv_fx.runtime.attention import apply_sinks, causal_attention, merge_attention, slot_attention
 
-# For values drawn from a unit normal. The log-sum-exp is float32, but flash kernels round logits to the inputs' dtype.
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# For values drawn from a unit normal. The log-sum-exp is no narrower than float32, but flash kernels round logits.
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SCALE = 0.35
 
 
@@ -228,7 +228,7 @@ def test_merged_halves_are_one_softmax(
     torch.testing.assert_close(out[0], first[0][0], rtol=1e-6, atol=1e-6)  # the first row has no slot to read
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_merging_keeps_the_dtype_and_its_precision(dtype: torch.dtype) -> None:
     q, k, v = random_qkv((4, 2), 6, dtype=dtype)
     _, old_k, old_v = random_qkv((4, 2), 1, dtype=dtype, keys=9)
@@ -240,4 +240,4 @@ def test_merging_keeps_the_dtype_and_its_precision(dtype: torch.dtype) -> None:
     assert_near(out, expected, dtype)
     swapped, swapped_lse = merge_attention(*reversed(halves))
     assert_near(swapped, out, dtype)
-    assert_near(swapped_lse, lse)
+    assert_near(swapped_lse, lse, dtype if dtype == torch.float64 else torch.float32)

@@ -350,11 +350,12 @@ def test_old_slots_and_new_tokens(
 
 
 @each_case
-def test_half_precision(case: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_other_precisions(case: str, dtype: torch.dtype) -> None:
     scorer, oracle = CASES[case]
     length = torch.tensor([21, 13])
     none = torch.full((2, 2, 0), EMPTY)
-    layer = make_layer((4, 2), length, torch.zeros_like(length), none, {}, torch.bfloat16)
+    layer = make_layer((4, 2), length, torch.zeros_like(length), none, {}, dtype)
     got = score_tokens(layer.q, layer.k, layer.v, length, None, SCALE, scorer)
     expected = oracle(layer)
     assert_scores(got, expected, layer)

@@ -18,7 +18,7 @@ xkv = torch.ops.xkv
 SCALE = 0.35
 SINKS = torch.tensor([-1.0, 0.0, 1.0, 3.0])
 OPTIONS: list[dict[str, Any]] = [{}, {"softcap": 1.5}, {"sinks": SINKS}, {"softcap": 1.5, "sinks": SINKS}]
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 
 
 def copies(args: Sequence[Any]) -> list[Any]:
@@ -177,14 +177,15 @@ def test_extend_attention(heads: tuple[int, int], sliding_window: int | None, so
         assert_unchanged(tested[1:], args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_half_precision(dtype: torch.dtype, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, {"sliding_window": 3}], ids=str)
+def test_other_precisions(dtype: torch.dtype, options: dict[str, Any]) -> None:
     args: list[Any] = [*random_qkv((4, 2), 6, dtype=dtype), 0, SCALE]
     tested, expected = run_both(xkv.attention, reference.attention, args, **options)
     assert_near(tested[0], expected[0])
     tested, expected = run_both(xkv.extend_attention, reference.extend_attention, extend_inputs(dtype=dtype), **options)
     assert_near(tested[0], expected[0])
+    options = {name: value for name, value in options.items() if name != "sliding_window"}  # in decode, a mask
     tested, expected = run_both(xkv.decode_attention, reference.decode_attention, decode_inputs(dtype=dtype), **options)
     assert_near(tested[0], expected[0])
 

@@ -330,8 +330,9 @@ def test_snapkv_does_not_see_padding() -> None:
     torch.testing.assert_close(got[:, :, :13], expected)
 
 
-def test_snapkv_in_half_precision_scores_in_float32() -> None:
-    q, k, _ = random_qkv((4, 2), 20, (4, 4), dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_snapkv_in_other_precisions_scores_in_float32(dtype: torch.dtype) -> None:
+    q, k, _ = random_qkv((4, 2), 20, (4, 4), dtype=dtype)
     length = torch.tensor([20, 20])
     got = score_tokens(q, k, None, length, None, SCALE, SnapKV())
     assert_scores(got, snapkv_scores_reference(q, k, length, SCALE), arrived(length, torch.zeros_like(length), 20, 2))

@@ -2,6 +2,7 @@
 
 Shapes: queries `[rows, query_heads, S, key_dim]`, keys `[rows, kv_heads, N, key_dim]`, values
 `[rows, kv_heads, N, value_dim]`; query head h reads KV head `h // (query_heads // kv_heads)`. K/V are never repeated.
+Logits, softmax and log-sum-exp are float32, or float64 where the inputs are.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def causal_attention(
     """Causal attention of S queries over their own S keys.
 
     Returns:
-        the output `[rows, query_heads, S, value_dim]` and the log-sum-exp `[rows, query_heads, S]`, float32, of the
-        logits without the sinks.
+        the output `[rows, query_heads, S, value_dim]` and the log-sum-exp `[rows, query_heads, S]` of the logits
+        without the sinks.
     """
     windowed = sliding_window is not None and k.shape[2] > sliding_window
     if _flash_applies(q, k, v) and softcap is None and not windowed:
@@ -68,17 +69,17 @@ def slot_attention(
 def merge_attention(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint sets of keys, from the outputs and log-sum-exps over each."""
     (out_a, lse_a), (out_b, lse_b) = first, second
-    lse = torch.logaddexp(lse_a, lse_b)
+    lse = torch.logaddexp(_wide(lse_a), _wide(lse_b))
     weight_a, weight_b = (torch.exp(part - lse)[..., None] for part in (lse_a, lse_b))
-    return (out_a.float() * weight_a + out_b.float() * weight_b).to(out_a.dtype), lse
+    return (out_a.to(lse.dtype) * weight_a + out_b.to(lse.dtype) * weight_b).to(out_a.dtype), lse
 
 
 def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
     """Add one learned logit per head, `sinks` `[query_heads]`, to the softmax's denominator (gpt-oss)."""
     if sinks is None:
         return out
-    keep = torch.sigmoid(lse - sinks.float()[None, :, None])
-    return (out.float() * keep[..., None]).to(out.dtype)
+    keep = torch.sigmoid(lse - sinks.to(lse.dtype)[None, :, None])
+    return (out.to(lse.dtype) * keep[..., None]).to(out.dtype)
 
 
 def soft_cap(logits: Tensor, softcap: float | None) -> Tensor:
@@ -87,10 +88,14 @@ def soft_cap(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def group_logits(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
-    """Logits `[rows, kv_heads, group, S, N]` in float32, the query group kept beside its KV head."""
+    """Logits `[rows, kv_heads, group, S, N]`, the query group kept beside its KV head."""
     rows, heads, length, dim = q.shape
     grouped = q.reshape(rows, k.shape[1], heads // k.shape[1], length, dim)
-    return soft_cap(torch.matmul(grouped.float(), k.float().transpose(-1, -2)[:, :, None]) * scale, softcap)
+    return soft_cap(torch.matmul(_wide(grouped), _wide(k).transpose(-1, -2)[:, :, None]) * scale, softcap)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _softmax_block(
@@ -99,7 +104,7 @@ def _softmax_block(
     logits = group_logits(q, k, scale, softcap).masked_fill_(~mask[:, :, None], float("-inf"))
     lse = torch.logsumexp(logits, -1)
     weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-    out = torch.matmul(weights, v.float()[:, :, None])
+    out = torch.matmul(weights, _wide(v)[:, :, None])
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
 
 

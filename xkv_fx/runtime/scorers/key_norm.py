@@ -27,5 +27,5 @@ class KeyNorm:
     measures_attention: ClassVar[bool] = False
 
     def __call__(self, prompt: PromptView) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(prompt.keys, dim=-1, dtype=torch.float32)
+        norm: Tensor = torch.linalg.vector_norm(prompt.keys.float(), dim=-1)
         return -norm.masked_fill(~prompt.there, 0.0)

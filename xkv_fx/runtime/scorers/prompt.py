@@ -108,7 +108,7 @@ class PromptView:
         lse = torch.logsumexp(logits, -1)
         weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
         flat = apply_sinks(weights.flatten(1, 2), lse.flatten(1, 2), self.sinks)
-        return flat.view(weights.shape)
+        return flat.view(weights.shape).float()  # scores are float32 whatever the model computes in
 
     def in_order(self, values: Tensor) -> Tensor:
         """`values` `[rows, kv_heads, N]` with the candidates oldest first; ones that are not there come last."""

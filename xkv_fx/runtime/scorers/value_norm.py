@@ -57,5 +57,5 @@ class ValueNorm:
         object.__setattr__(self, "looks_at_question", scorer.looks_at_question)
 
     def __call__(self, prompt: PromptView) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(prompt.values, self.norm, dim=-1, dtype=torch.float32)
+        norm: Tensor = torch.linalg.vector_norm(prompt.values.float(), self.norm, dim=-1)
         return make_scorer(self.base, {})(prompt) * norm.masked_fill(~prompt.there, 0.0)
