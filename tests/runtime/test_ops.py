@@ -73,6 +73,25 @@ def decode_inputs(
     return [q, k, v, k_cache, v_cache, slot, mask, SCALE]
 
 
+def scored_inputs(
+    heads: tuple[int, int] = (4, 2),
+    dims: tuple[int, int] = (8, 8),
+    recent: int = 2,
+    sink_tokens: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> list[Any]:
+    """Rows that have seen nothing, some tokens, as many as there are slots, and many, of which heads keep others."""
+    q, k, v = random_qkv(heads, 1, dims, rows=4, dtype=dtype)
+    _, k_cache, v_cache = random_qkv(heads, 1, dims, rows=4, dtype=dtype, keys=6)
+    seen = torch.tensor([0, 4, 6, 30])
+    positions = torch.arange(6, dtype=torch.int32).expand(4, heads[1], 6).clone()
+    for head in range(heads[1]):
+        older = torch.randperm(27)[:3] + 1
+        positions[3, head] = torch.cat((older, torch.tensor([0, 28, 29])))[torch.randperm(6)]
+    scores = torch.rand(4, heads[1], 6) * (torch.arange(6) < seen[:, None])[:, None]
+    return [q, k, v, k_cache, v_cache, positions, scores, seen, SCALE, recent, sink_tokens]
+
+
 def keep_inputs(plan: SlotPlan, fresh: bool, new: int = 9, dtype: torch.dtype = torch.float32) -> list[Any]:
     """Inputs of `keep`; when not fresh, to a layer that has seen ten tokens, decoded two and five."""
     lengths = torch.tensor([new, (new + 1) // 2, 0])
@@ -127,11 +146,21 @@ def test_opcheck_decode_attention(options: dict[str, Any], heads: tuple[int, int
     torch.library.opcheck(xkv.decode_attention.default, tuple(decode_inputs(heads, dims=(8, 6))), options)
 
 
-@pytest.mark.parametrize("name", ["attention", "extend_attention", "keep", "decode_attention"])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 9, "softcap": 1.5, "sinks": SINKS}], ids=["plain", "all"])
+@pytest.mark.parametrize("heads", [(4, 2), (4, 4), (4, 1)], ids=str)
+def test_opcheck_decode_scored(options: dict[str, Any], heads: tuple[int, int]) -> None:
+    torch.library.opcheck(xkv.decode_scored.default, tuple(scored_inputs(heads, dims=(8, 6))), options)
+
+
+@pytest.mark.parametrize("name", ["attention", "extend_attention", "keep", "decode_attention", "decode_scored"])
 def test_schemas_take_no_strings_and_say_what_they_mutate(name: str) -> None:
     schema = getattr(xkv, name).default._schema
     mutated = {argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write}
-    buffers = {"keep": {"k_cache", "v_cache", "positions"}, "decode_attention": {"k_cache", "v_cache"}}
+    buffers = {
+        "keep": {"k_cache", "v_cache", "positions"},
+        "decode_attention": {"k_cache", "v_cache"},
+        "decode_scored": {"k_cache", "v_cache", "positions", "scores"},
+    }
     assert mutated == buffers.get(name, set())
     assert "str" not in str(schema)
     by_loops = getattr(reference, name)
@@ -143,6 +172,7 @@ def test_fake_results_have_the_shape_and_dtype_of_real_ones() -> None:
         (xkv.attention, [*random_qkv((4, 2), 5, (8, 6), dtype=torch.bfloat16), 0, SCALE]),
         (xkv.extend_attention, extend_inputs(dims=(8, 6))),
         (xkv.decode_attention, decode_inputs(dims=(8, 6))),
+        (xkv.decode_scored, scored_inputs(dims=(8, 6), dtype=torch.bfloat16)),
         (xkv.keep, keep_inputs(KEEP_PLANS["append"], fresh=True, dtype=torch.float16)),
     ]
     for op, args in cases:
@@ -226,6 +256,69 @@ def test_decode_decomposition_is_the_op(options: dict[str, Any]) -> None:
     assert_near(tested[0], expected[0])
     for after, by_loops in zip(tested[4:6], expected[4:6], strict=True):
         assert torch.equal(after, by_loops)
+
+
+def assert_same_step(tested: Sequence[Any], expected: Sequence[Any], given: Sequence[Any]) -> None:
+    """Outputs and scores are near; K/V and positions, moved and not computed, are the same; nothing else changed."""
+    assert_near(tested[0], expected[0])
+    for index in (4, 5, 6):
+        assert torch.equal(tested[index], expected[index])
+    torch.testing.assert_close(tested[7], expected[7], rtol=0, atol=max(TOLERANCE[given[0].dtype], 2e-6))
+    assert_unchanged([*tested[1:4], *tested[8:]], [*given[:3], *given[7:]])
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize(("recent", "sink_tokens"), [(1, 0), (2, 1), (4, 2), (6, 0)], ids=str)
+@pytest.mark.parametrize("sliding_window", [None, 9, 40])
+def test_decode_scored(heads: tuple[int, int], recent: int, sink_tokens: int, sliding_window: int | None) -> None:
+    options = {"sliding_window": sliding_window, "softcap": 1.5, "sinks": torch.randn(heads[0])}
+    for some, dims in ((options, (8, 5)), ({"sliding_window": sliding_window}, (8, 8))):
+        args = scored_inputs(heads, dims, recent, sink_tokens)
+        assert_same_step(*run_both(xkv.decode_scored, reference.decode_scored, args, **some), args)
+        decomposed = ops.DECOMPOSITIONS[xkv.decode_scored.default]
+        assert_same_step(*run_both(decomposed, reference.decode_scored, args, **some), args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_decode_scored_in_other_precisions(dtype: torch.dtype) -> None:
+    args = scored_inputs(dtype=dtype)
+    assert_same_step(*run_both(xkv.decode_scored, reference.decode_scored, args, sinks=SINKS), args)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 9])
+def test_decode_scored_step_by_step(sliding_window: int | None) -> None:
+    """Scores accumulate, and decide many steps later; the mass that a step hands out is one, shared by the slots."""
+    args = scored_inputs(recent=2, sink_tokens=1)
+    tested, expected = copies(args), copies(args)
+    for step in range(25):
+        seen = args[7] + step
+        token = random_qkv((4, 2), 1, rows=4)
+        before = tested[6].clone()
+        for state, op in ((tested, xkv.decode_scored), (expected, reference.decode_scored)):
+            state[:3], state[7], kept = copies(token), seen.clone(), state[5].clone()
+            out = op(*state, sliding_window=sliding_window)
+            if state is tested:
+                new = (state[5] != kept) | ((seen < 6)[:, None, None] & (torch.arange(6) == seen[:, None, None]))
+                gained = (state[6] - before.masked_fill(new, 0.0)).sum(-1)
+                torch.testing.assert_close(gained, torch.ones_like(gained), rtol=0, atol=1e-5)
+                result = out
+        assert_near(result, out)
+        for index in (3, 4, 5):
+            assert torch.equal(tested[index], expected[index])
+        torch.testing.assert_close(tested[6], expected[6], rtol=0, atol=1e-5)
+
+
+def test_decode_scored_written_down() -> None:
+    """Token 9 comes to slots that hold 0, 5, 3 and 8; the least score that is no sink and not recent goes."""
+    q = k = v = torch.ones(1, 1, 1, 1)
+    k_cache, v_cache = torch.zeros(1, 1, 4, 1), torch.tensor([[[[1.0], [2.0], [3.0], [4.0]]]])
+    positions, scores = torch.tensor([[[0, 5, 3, 8]]], dtype=torch.int32), torch.tensor([[[0.0, 0.3, 0.2, 0.1]]])
+    seen = torch.tensor([9])
+    out = xkv.decode_scored(q, 0 * k, 9 * v, k_cache, v_cache, positions, scores, seen, 1.0, 2, 1)
+    assert positions.tolist() == [[[0, 5, 9, 8]]]
+    assert v_cache.flatten().tolist() == [1, 2, 9, 4]
+    torch.testing.assert_close(out.flatten(), torch.tensor([(1.0 + 2 + 9 + 4) / 4]))
+    torch.testing.assert_close(scores.flatten(), torch.tensor([0.25, 0.55, 0.25, 0.35]))
 
 
 @each_keep_plan

@@ -60,14 +60,23 @@ def attend(
         keys = reach(row, head // group, query)
         if not keys:
             continue
-        logits = k[row, head // group, keys].double() @ q[row, head, query].double() * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        lse[row, head, query] = torch.logsumexp(logits, 0)
-        denominator = logits if sinks is None else torch.cat((logits, sinks[head].double()[None]))
-        weights = torch.exp(logits - torch.logsumexp(denominator, 0))
+        sink = None if sinks is None else sinks[head]
+        weights, lse[row, head, query] = _probabilities(
+            q[row, head, query], k[row, head // group, keys], scale, softcap, sink
+        )
         out[row, head, query] = weights @ v[row, head // group, keys].double()
     return out, lse
+
+
+def _probabilities(
+    query: Tensor, keys: Tensor, scale: float, softcap: float | None, sink: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """How one query's attention falls on `keys` `[N, key_dim]`, and the log-sum-exp of the logits without the sink."""
+    logits = keys.double() @ query.double() * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    denominator = logits if sink is None else torch.cat((logits, sink.double()[None]))
+    return torch.exp(logits - torch.logsumexp(denominator, 0)), torch.logsumexp(logits, 0)
 
 
 def attention(
@@ -133,6 +142,60 @@ def decode_attention(
 
     out, _ = attend(q, k_cache, v_cache, reach, scale, softcap, sinks)
     return out.to(q.dtype)
+
+
+def decode_scored(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    scores: Tensor,
+    seen: Tensor,
+    scale: float,
+    recent: int,
+    sink_tokens: int,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`xkv::decode_scored`: each KV head gives the token a slot, reads what its slots hold, and adds to each slot's
+    score the attention that it was paid, averaged over the head's queries."""
+    rows, kv_heads, slots = positions.shape
+    group = q.shape[1] // kv_heads
+    out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
+    for row, head in itertools.product(range(rows), range(kv_heads)):
+        token = int(seen[row])
+        held = positions[row, head].tolist()
+        slot = _slot_by_score(held, scores[row, head].tolist(), token, recent, sink_tokens, sliding_window)
+        k_cache[row, head, slot], v_cache[row, head, slot] = k[row, head, 0], v[row, head, 0]
+        positions[row, head, slot] = held[slot] = token
+        scores[row, head, slot] = 0.0
+
+        used = range(min(token + 1, slots))
+        read = [s for s in used if sliding_window is None or token - held[s] < sliding_window]
+        for query_head in range(head * group, (head + 1) * group):
+            sink = None if sinks is None else sinks[query_head]
+            weights, _ = _probabilities(q[row, query_head, 0], k_cache[row, head, read], scale, softcap, sink)
+            out[row, query_head, 0] = weights @ v_cache[row, head, read].double()
+            scores[row, head, read] += (weights / group).float()
+    return out.to(q.dtype)
+
+
+def _slot_by_score(
+    held: list[int], scores: list[float], token: int, recent: int, sink_tokens: int, sliding_window: int | None
+) -> int:
+    """The slot of one KV head that token number `token` takes: a free one; else one that left the sliding window; else
+    that of the least score which is neither a sink nor among the newest `recent` tokens, `token` counted."""
+    if token < len(held):
+        return token
+    if sliding_window is not None:
+        for slot, ordinal in enumerate(held):
+            if token - ordinal >= sliding_window:
+                return slot
+    may_go = [s for s, ordinal in enumerate(held) if ordinal >= sink_tokens and token - ordinal >= recent]
+    return min(may_go, key=lambda slot: scores[slot])
 
 
 def _causal(query: int, sliding_window: int | None) -> list[int]:
@@ -315,11 +378,8 @@ def snapkv_scores_reference(
             if sliding_window is not None:
                 reached = [n for n in reached if query - ordinals[n] < sliding_window]
             for query_head in range(head * group, (head + 1) * group):
-                logits = keys[row, head, reached].double() @ q[row, query_head, index].double() * scale
-                if softcap is not None:
-                    logits = softcap * torch.tanh(logits / softcap)
-                denominator = logits if sinks is None else torch.cat((logits, sinks[query_head].double()[None]))
-                weights = torch.exp(logits - torch.logsumexp(denominator, 0))
+                sink = None if sinks is None else sinks[query_head]
+                weights, _ = _probabilities(q[row, query_head, index], keys[row, head, reached], scale, softcap, sink)
                 for n, weight in zip(reached, weights.tolist(), strict=True):
                     mass[n] += weight / group
 
