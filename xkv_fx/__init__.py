@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from xkv_fx.budgets import set_model_reader as _set_model_reader
 
 if TYPE_CHECKING:
-    from xkv_fx.api import calibrate, profile, solve, transform
+    from xkv_fx.api import calibrate, fit_quality, profile, solve, transform, verify
     from xkv_fx.budgets import Budgets, LayerSpec, Policy
     from xkv_fx.errors import (
         BackendError,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from xkv_fx.planning.calibration_data import Calibration
     from xkv_fx.planning.profile_data import Profile
+    from xkv_fx.planning.verify import Verification
 
 __version__ = "0.1.0"
 
@@ -45,12 +46,15 @@ __all__ = [
     "PromptError",
     "SessionError",
     "UnsupportedModelError",
+    "Verification",
     "XkvError",
     "__version__",
     "calibrate",
+    "fit_quality",
     "profile",
     "solve",
     "transform",
+    "verify",
 ]
 
 _HOMES = {
@@ -68,11 +72,14 @@ _HOMES = {
     "PromptError": "xkv_fx.errors",
     "SessionError": "xkv_fx.errors",
     "UnsupportedModelError": "xkv_fx.errors",
+    "Verification": "xkv_fx.planning.verify",
     "XkvError": "xkv_fx.errors",
     "calibrate": "xkv_fx.api",
+    "fit_quality": "xkv_fx.api",
     "profile": "xkv_fx.api",
     "solve": "xkv_fx.api",
     "transform": "xkv_fx.api",
+    "verify": "xkv_fx.api",
 }
 
 if not TYPE_CHECKING:  # a type checker that sees __getattr__ takes every misspelt name for a real one

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from xkv_fx.hf.generation import BudgetedLM
     from xkv_fx.planning.calibration_data import Calibration
     from xkv_fx.planning.profile_data import Profile
+    from xkv_fx.planning.verify import Verification
 
-__all__ = ["calibrate", "profile", "solve", "transform"]
+__all__ = ["calibrate", "fit_quality", "profile", "solve", "transform", "verify"]
 
 
 def profile(
@@ -105,6 +106,98 @@ def calibrate(
     check_measurable(policy, continuation, grid)
     rows = tokenize(prompts, tokenizer)
     return measure_calibration(capture(model, decode=False), rows, policy, grid, continuation, progress, resume)
+
+
+def verify(
+    model: Any,
+    budgets: Budgets,
+    prompts: Sequence[str | Tensor | Sequence[int]],
+    continuation: int = 48,
+    tokenizer: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """Measure a plan on held-out prompts, against a uniform plan of equal bytes.
+
+    As in `calibrate`, the last `continuation` tokens of each prompt are fed as decode would, under the plan's own
+    policy: on top of the capacities under `eviction="append"`, in place of other tokens under `"ring"` and `"scored"`.
+
+    Args:
+        model: a transformers causal language model; it is not changed.
+        budgets: the plan.
+        prompts: strings, or token ids of shape `[S]` or `[1, S]`, which the plan was not made from; 32 or more, since
+            the mean is ruled by few of them.
+        continuation: tokens fed after each prompt.
+        tokenizer: needed for strings.
+        progress: called as `progress(done, total)` after each prompt.
+
+    Returns:
+        mean, median and 95th percentile of both plans' KL to the full cache, and the ratio of the means with its paired
+        95 % bootstrap interval over prompts; `report.better` says whether that lies below 1, and
+        `report.stored_in(budgets)` is the plan with the report in its provenance.
+
+    Raises:
+        BudgetError: the plan does not fit the model's layers, or never evicts.
+        ModelMismatchError: the plan was made for another model.
+        PromptError: no prompts, one that is too short for its continuation or too long for the model's positions, or
+            one with tokens that the model does not have.
+        UnsupportedModelError: the model cannot be captured exactly, or its tokens meet outside attention.
+    """
+    from xkv_fx.hf.capture import capture
+    from xkv_fx.hf.prompts import tokenize
+    from xkv_fx.planning.calibrate import check_measurable
+    from xkv_fx.planning.verify import verify_plan
+
+    if not isinstance(budgets, Budgets):
+        raise BudgetError(f"budgets must be an xkv_fx.Budgets; got {type(budgets).__name__}")
+    check_measurable(budgets.policy, continuation)
+    rows = tokenize(prompts, tokenizer)
+    return verify_plan(capture(model, decode=False), budgets, rows, continuation, progress)
+
+
+def fit_quality(
+    model: Any,
+    calib: Calibration,
+    prompts: Sequence[str | Tensor | Sequence[int]],
+    kl: float = 0.02,
+    context: int | None = None,
+    multiple: int = 16,
+    resolution: float = 0.01,
+    continuation: int = 48,
+    tokenizer: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Budgets:
+    """The fewest bytes whose held-out divergence from the full cache stays under a bound.
+
+    Plans of several totals are solved from the calibration and measured in one pass over the prompts; rounds of them
+    narrow the total down. That more tokens never raise the divergence is taken for granted between the plans tried.
+
+    Args:
+        model: a transformers causal language model; it is not changed.
+        calib: what `calibrate` measured for this model.
+        prompts: strings, or token ids of shape `[S]` or `[1, S]`, which the calibration was not made from.
+        kl: the most that the mean KL over prompts and their continuations may be, nats.
+        context: tokens of prompt to plan for; the calibration's longest by default.
+        multiple: round capacities to multiples of this.
+        resolution: how exactly to find the total, as a share of layers x context.
+        continuation, tokenizer, progress: as in `verify`.
+
+    Returns:
+        the plan, with what was measured in its provenance.
+
+    Raises:
+        BudgetError: a bound that no plan keeps, or arguments out of range.
+        ModelMismatchError, PromptError, UnsupportedModelError: as `verify`.
+    """
+    from xkv_fx.hf.capture import capture
+    from xkv_fx.hf.prompts import tokenize
+    from xkv_fx.planning.calibration_data import Calibration
+    from xkv_fx.planning.fit_quality import smallest_plan
+
+    if not isinstance(calib, Calibration):
+        raise BudgetError(f"fit_quality takes an xkv_fx.Calibration; got {type(calib).__name__}")
+    rows = tokenize(prompts, tokenizer)
+    captured = capture(model, decode=False)
+    return smallest_plan(captured, calib, rows, kl, context, multiple, resolution, continuation, progress)
 
 
 def transform(

@@ -270,5 +270,5 @@ def test_a_total_above_what_sliding_windows_hold_is_refused(options: dict[str, A
 
 
 def test_only_a_profile_is_solved() -> None:
-    with pytest.raises(BudgetError, match=r"solve takes an xkv_fx\.Profile; got dict"):
+    with pytest.raises(BudgetError, match=r"solve takes an xkv_fx\.Profile or Calibration; got dict"):
         solve({}, fraction=0.5)  # type: ignore[arg-type]

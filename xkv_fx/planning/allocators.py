@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from xkv_fx.errors import BudgetError
 from xkv_fx.planning.curves import shape_of
-from xkv_fx.planning.limits import make_limits
+from xkv_fx.planning.limits import Limits, make_limits
 from xkv_fx.planning.solve import capacities_for_total
 
 
@@ -50,12 +50,41 @@ class Allocator(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Checked:
-    """A function and its name; what the function returns is checked before it becomes a plan."""
+    """A function and its name; what the function returns is checked before it becomes a plan.
+
+    Attributes:
+        name: recorded in the plan.
+        function: as `Allocator.__call__`; one that needs a statistic takes it as a keyword argument of its name.
+        reads: what the curves must be, `"retention"` or `"kl"`; None if either will do.
+        statistic: the name of a further measurement that it needs, float64 `[layers]`.
+        values: that measurement.
+    """
 
     name: str
     function: Callable[..., Any]
+    reads: str | None = None
+    statistic: str | None = None
+    values: NDArray[np.float64] | None = None
+
+    def reading(self, curves: str, statistics: Mapping[str, NDArray[np.float64]]) -> _Checked:
+        """This allocator for curves of that kind, with what else was measured.
+
+        Raises:
+            BudgetError: it needs other curves, or a statistic that was not measured.
+        """
+        if self.reads not in (None, curves):
+            source = "an xkv_fx.Profile" if self.reads == "retention" else "an xkv_fx.Calibration"
+            raise BudgetError(f"the allocator {self.name!r} needs {source}; choose another allocator, or measure that")
+        if self.statistic is None:
+            return self
+        if self.statistic not in statistics:
+            raise BudgetError(
+                f"the allocator {self.name!r} needs the {self.statistic!r} of each layer, which was not measured here; "
+                "profile the model again"
+            )
+        return dataclasses.replace(self, values=statistics[self.statistic])
 
     def __call__(
         self,
@@ -67,7 +96,10 @@ class _Checked:
         multiple: int = 1,
     ) -> NDArray[np.int64]:
         limits = make_limits(*shape_of(curves), floor, caps, multiple).for_total(total)
-        capacities = np.asarray(self.function(curves, total, floor=floor, caps=limits.caps, multiple=multiple))
+        bounds: dict[str, Any] = {"floor": floor, "caps": limits.caps, "multiple": multiple}
+        if self.statistic is not None:
+            bounds[self.statistic] = self.values
+        capacities = np.asarray(self.function(curves, total, **bounds))
         problem = None
         if capacities.dtype.kind not in "iu" or capacities.shape != limits.caps.shape:
             problem = f"{capacities.dtype} {capacities.shape} instead of {limits.layers} whole numbers"
@@ -80,14 +112,19 @@ class _Checked:
         return capacities.astype(np.int64)
 
 
-_allocators: dict[str, Allocator] = {}
+_allocators: dict[str, _Checked] = {}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def register_allocator(name: str) -> Callable[[F], F]:
+def register_allocator(name: str, reads: str | None = None, statistic: str | None = None) -> Callable[[F], F]:
     """Function decorator: make an allocator known as `solve(..., allocator=name)`.
 
     The function is called as `Allocator.__call__` says, with caps always given; what it returns is checked.
+
+    Args:
+        reads: `"retention"` for an allocator that only makes sense on a profile's curves, `"kl"` for one on a
+            calibration's.
+        statistic: a name in `Profile.statistics`; those values are passed under it as one more keyword argument.
 
     Raises:
         BudgetError: the name is taken.
@@ -96,7 +133,7 @@ def register_allocator(name: str) -> Callable[[F], F]:
     def register(function: F) -> F:
         if name in _allocators:
             raise BudgetError(f"an allocator named {name!r} is registered already; choose another name")
-        _allocators[name] = _Checked(name, function)
+        _allocators[name] = _Checked(name, function, reads, statistic)
         return function
 
     return register
@@ -107,7 +144,7 @@ def allocator_names() -> tuple[str, ...]:
     return tuple(sorted(_allocators))
 
 
-def allocator(name: str | Allocator) -> Allocator:
+def allocator(name: str | Allocator) -> _Checked:
     """The allocator registered as `name`, or a given one; what it returns is checked.
 
     Raises:
@@ -124,7 +161,31 @@ def allocator(name: str | Allocator) -> Allocator:
     return _allocators[name]
 
 
-register_allocator("xkv")(capacities_for_total)
+register_allocator("xkv", reads="retention")(capacities_for_total)
+
+
+@register_allocator("calibrated", reads="kl")
+def calibrated(
+    curves: NDArray[np.floating[Any]],
+    total: int,
+    *,
+    floor: int = 1,
+    caps: ArrayLike | None = None,
+    multiple: int = 1,
+) -> NDArray[np.int64]:
+    """The plan with the smallest sum of measured divergences, no layer below a quarter of the mean.
+
+    Divergences add up only while they are small, and a layer that seems not to matter alone may matter once others hold
+    less too: the floor keeps a plan away from what was never measured.
+    """
+    limits = make_limits(*shape_of(curves), floor, caps, multiple).for_total(total)
+    floor = calibrated_floor(total // limits.layers, limits)
+    return capacities_for_total(curves, total, floor=floor, caps=limits.caps, multiple=multiple)
+
+
+def calibrated_floor(mean: int, limits: Limits) -> int:
+    """The fewest slots of a layer when layers have `mean` on average: a quarter of that, or what was asked for."""
+    return max(limits.floor, min(mean // 4, limits.context))
 
 
 @register_allocator("uniform")

@@ -160,12 +160,13 @@ def _measure(
 ) -> NDArray[np.float32]:
     """KL of one prompt, float32 `[layers, grid]`."""
     full: FullRun = run_full(model, scorer, ids, continuation)
-    kl = np.empty((len(layers), len(shares)), dtype=np.float32)
+    plans: list[LayerPlans] = []
     for layer, spec in enumerate(layers):
         held = spec.effective_capacity(full.prompt_tokens)
         capacities = [max(1, round(share * held)) for share in shares]
-        plans = single_layer_plans(layers, layer, capacities, policy, continuation)
-        kl[layer] = full.divergence(plans).mean(1).numpy()
+        plans += single_layer_plans(layers, layer, capacities, policy, continuation)
+    measured = full.divergence(plans).mean(1).numpy()
+    kl: NDArray[np.float32] = measured.reshape(len(layers), len(shares)).astype(np.float32)
     if not np.isfinite(kl).all():
         raise PromptError("the model's output is not finite; was it run in a dtype that overflows?")
     return kl

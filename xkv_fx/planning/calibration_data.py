@@ -96,6 +96,11 @@ class Calibration:
         """The context that plans are made for unless another is given: the longest prompt, continuation not counted."""
         return max(self.lengths)
 
+    @property
+    def statistics(self) -> dict[str, NDArray[np.float64]]:
+        """What else was measured of each layer: nothing."""
+        return {}
+
     def mean_curve(self, context: int) -> NDArray[np.float64]:
         """What each layer gains by holding c of `context` tokens instead of none: float64 `[layers, context + 1]`,
         nats, concave. Its rise from c to full capacity is the mean KL at c; see `gain_curve`.

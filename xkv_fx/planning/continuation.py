@@ -52,12 +52,14 @@ class FullRun:
         values: every value that crosses from one segment to a later one, and the inputs of each attention, for the
             continuation's tokens alone.
         logits: of the continuation's tokens, `[T, vocabulary]`.
+        length_dims: which dimension of each of the values runs over tokens.
         tokens: T.
     """
 
     model: CutModel
     layers: tuple[LayerRun, ...]
     values: dict[str, Tensor]
+    length_dims: dict[str, int]
     logits: Tensor
     tokens: int
     _held: dict[tuple[int, SlotPlan | None], Held | HeldScored] = dataclasses.field(default_factory=dict, repr=False)
@@ -81,22 +83,29 @@ class FullRun:
         Returns:
             nats, float64 `[plans, T]`: one for each continuation token, once it has been fed.
         """
+        order = sorted(range(len(plans)), key=lambda row: _first_cut(plans[row]))
         at_once = max(1, _TOKENS_AT_ONCE // self.tokens)
-        parts = [self._divergence(plans[start : start + at_once]) for start in range(0, len(plans), at_once)]
-        return torch.cat(parts)
+        result = torch.empty(len(plans), self.tokens, dtype=torch.float64)
+        for start in range(0, len(plans), at_once):
+            part = order[start : start + at_once]
+            result[part] = self._divergence([plans[row] for row in part]).cpu()
+        return result
 
     @torch.no_grad()
     def _divergence(self, plans: Sequence[LayerPlans]) -> Tensor:
-        rows = len(plans)
-        first = min(
-            (layer for layer in range(len(self.layers)) if any(plan[layer] is not None for plan in plans)), default=0
-        )
+        """As `divergence`, of plans in the order of their first layers that are not full. A plan joins the batch in
+        that layer; before, it is the full run."""
+        layers = len(self.layers)
+        starts = [min(_first_cut(plan), layers - 1) for plan in plans]
         live: dict[str, Tensor] = {}
-        for index in range(first, len(self.layers)):
+        for index in range(starts[0], layers):
             site = self.model.sites[index]
+            rows = sum(start <= index for start in starts)
+            joining = sum(start == index for start in starts)
+            live = {name: self._extended(name, value, joining) for name, value in live.items()}
             q, k, v = (_split(self._tiled(Value(node.name, 2), live, rows), rows) for node in (site.q, site.k, site.v))
             groups: dict[SlotPlan | None, list[int]] = {}
-            for row, plan in enumerate(plans):
+            for row, plan in enumerate(plans[:rows]):
                 groups.setdefault(plan[index], []).append(row)
             out = q.new_empty((*q.shape[:3], v.shape[3]))
             for slots, members in groups.items():
@@ -105,11 +114,21 @@ class FullRun:
             live = {name: value for name, value in live.items() if name in self.model.needed_from[index + 1]}
             live[site.node.name] = _join(out)
             segment = self.model.segments[index + 1]
-            if index + 1 < len(self.layers):
-                inputs = [self._tiled(value, live, rows) for value in segment.inputs]
-                made = segment.module(*inputs)
-                live |= {value.name: part for value, part in zip(segment.outputs, made, strict=True)}
-        return self._compare(segment, live, rows)
+            if index + 1 < layers:
+                made = segment.module(*(self._tiled(value, live, rows) for value in segment.inputs))
+                live |= {
+                    value.name: part
+                    for value, part in zip(segment.outputs, made, strict=True)
+                    if value.size is None and value.length_dim is not None
+                }
+        return self._compare(segment, live, len(plans))
+
+    def _extended(self, name: str, value: Tensor, joining: int) -> Tensor:
+        """A value of the plans so far, and for those that join, the full run's."""
+        if not joining:
+            return value
+        dim = self.length_dims[name]
+        return torch.cat((value, *[self.values[name]] * joining), dim)
 
     def _tiled(self, value: Value, live: dict[str, Tensor], rows: int) -> Tensor:
         """A value for all plans: what was run again, or the full run's, once for each plan along the tokens."""
@@ -131,8 +150,8 @@ class FullRun:
             part = range(start, min(start + at_once, rows))
             inputs = []
             for value in segment.inputs:
-                if value.size is not None or value.length_dim is None or value.name not in live:
-                    inputs.append(self._tiled(value, {} if value.name not in live else live, len(part)))
+                if value.name not in live or value.length_dim is None:
+                    inputs.append(self._tiled(value, live, len(part)))
                 else:
                     span = len(part) * self.tokens
                     inputs.append(live[value.name].narrow(value.length_dim, part.start * self.tokens, span))
@@ -173,17 +192,18 @@ def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) ->
     length = torch.full((1,), prompt, dtype=torch.int64, device=ids.device)
     live = dict(zip(model.inputs, (ids, positions), strict=True))
     values = {name: value[:, prompt:] for name, value in live.items()}
+    length_dims = dict.fromkeys(live, 1)
     layers = []
     for index, segment in enumerate(model.segments[:-1]):
         site = model.sites[index]
         inputs = [live[value.name] if value.size is None else value.size_of(total) for value in segment.inputs]
         made = dict(zip((value.name for value in segment.outputs), segment.module(*inputs), strict=True))
         for value in segment.outputs:
-            if value.size is None:
-                part = made[value.name]
-                values[value.name] = (
-                    part if value.length_dim is None else part.narrow(value.length_dim, prompt, continuation).clone()
-                )
+            if value.length_dim is not None:
+                values[value.name] = made[value.name].narrow(value.length_dim, prompt, continuation).clone()
+                length_dims[value.name] = value.length_dim
+            elif value.size is None:
+                values[value.name] = made[value.name]
         live |= made
         q, k, v = (live[node.name] for node in (site.q, site.k, site.v))
         sinks = model.sinks.get(index)
@@ -201,10 +221,16 @@ def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) ->
         live = {name: part for name, part in live.items() if name in model.needed_from[index + 1]}
         live[site.node.name] = attended
         values[site.node.name] = attended[:, :, prompt:].clone()
+        length_dims[site.node.name] = 2
     last = model.segments[-1]
     inputs = [values[value.name] if value.size is None else value.size_of(continuation) for value in last.inputs]
     logits = _logits(model, last, last.module(*inputs))
-    return FullRun(model, tuple(layers), values, logits[0], continuation)
+    return FullRun(model, tuple(layers), values, length_dims, logits[0], continuation)
+
+
+def _first_cut(plan: LayerPlans) -> int:
+    """The first layer that does not hold everything; the number of layers if there is none."""
+    return next((layer for layer, slots in enumerate(plan) if slots is not None), len(plan))
 
 
 def _logits(model: CutModel, segment: Segment, made: tuple[Tensor, ...]) -> Tensor:

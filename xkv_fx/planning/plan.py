@@ -1,4 +1,4 @@
-"""`solve`: from a profile and one constraint to a plan."""
+"""`solve`: from a profile or a calibration and one constraint to a plan."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from xkv_fx.errors import BudgetError
 from xkv_fx.files import is_int
 from xkv_fx.planning import allocators
 from xkv_fx.planning.allocators import Allocator
+from xkv_fx.planning.calibration_data import Calibration
 from xkv_fx.planning.limits import Limits, make_limits
 from xkv_fx.planning.profile_data import Profile, check_context
 from xkv_fx.planning.solve import capacities_for_retention, check_retention, mean_retention
@@ -25,7 +26,7 @@ Capacities = NDArray[np.int64]
 
 
 def solve(
-    profile: Profile,
+    profile: Profile | Calibration,
     *,
     fraction: float | None = None,
     total_tokens: int | None = None,
@@ -41,13 +42,15 @@ def solve(
     """Solve how many KV slots each layer gets, under exactly one constraint.
 
     Args:
-        profile: measured retention curves.
+        profile: measured retention curves, or a calibration's measured divergences.
         fraction: the share of `layers * context` tokens to keep, above 0 and at most 1.
         total_tokens: the sum of the capacities, exact.
-        retention: the mean over layers of the share of attention mass to keep at least, with the fewest tokens.
+        retention: the mean over layers of the share of attention mass to keep at least, with the fewest tokens; for a
+            profile only.
         kv_bytes: the most bytes that the K/V buffers of `batch_size` rows in `dtype` may take.
         context: tokens of prompt to plan for; the longest profiled prompt by default.
-        allocator: a registered name or an `Allocator`; `"xkv"` by default.
+        allocator: a registered name or an `Allocator`; by default `"xkv"` for a profile, `"calibrated"` for a
+            calibration.
         multiple: round capacities to multiples of this; a total stays exact. Few distinct sizes compile faster.
         floor: the fewest slots of every layer; a layer whose sliding window is smaller gets that.
         batch_size: rows after expansion, batch x beams or return sequences; counts for `kv_bytes` only, since
@@ -55,16 +58,23 @@ def solve(
         dtype: dtype of the cache for `kv_bytes`; each layer's own by default.
 
     Returns:
-        the plan; its provenance says how it was made and which retention it is expected to keep.
+        the plan; its provenance says how it was made, and which retention (of a profile) or KL (of a calibration) is
+        expected of it.
 
     Raises:
-        BudgetError: no constraint or several, or one that cannot be met or is out of range.
+        BudgetError: no constraint or several, one that cannot be met or is out of range, or an allocator that needs
+            what was not measured.
     """
-    if not isinstance(profile, Profile):
-        raise BudgetError(f"solve takes an xkv_fx.Profile; got {type(profile).__name__}")
+    if not isinstance(profile, Profile | Calibration):
+        raise BudgetError(f"solve takes an xkv_fx.Profile or Calibration; got {type(profile).__name__}")
     name, value = _only_constraint(fraction=fraction, total_tokens=total_tokens, retention=retention, kv_bytes=kv_bytes)
     context = profile.context_default if context is None else check_context(context)
-    share = allocators.allocator("xkv" if allocator is None else allocator)
+    calibrated = isinstance(profile, Calibration)
+    if allocator is None:
+        allocator = "calibrated" if calibrated else "xkv"
+    share = allocators.allocator(allocator).reading("kl" if calibrated else "retention", profile.statistics)
+    if calibrated and name == "retention":
+        raise BudgetError("a calibration holds no retention; give a fraction, total_tokens or kv_bytes, or a profile")
     caps = [spec.effective_capacity(context) for spec in profile.layers]
     limits = make_limits(len(caps), context, floor, caps, multiple)
     constraint: dict[str, float] = {name: value}
@@ -76,7 +86,7 @@ def solve(
         if dtype is not None:
             constraint["itemsize"] = dtype.itemsize
         curves = profile.mean_curve(context)
-        capacities = _within_bytes(share, curves, slot_bytes, value, limits)
+        capacities = capacities_within_bytes(share, curves, slot_bytes, value, limits)
     elif name == "retention":
         check_retention(value, 1.0)
         curves = profile.mean_curve(context)
@@ -96,7 +106,8 @@ def solve(
             constraint=constraint,
             context=context,
             source=profile.digest(),
-            expected_retention=mean_retention(curves, capacities),
+            expected_retention=None if calibrated else mean_retention(curves, capacities),
+            expected_kl=profile.expected_kl(capacities.tolist(), context) if isinstance(profile, Calibration) else None,
         ),
     )
 
@@ -125,7 +136,7 @@ def _tokens_of_fraction(fraction: float, limits: Limits) -> int:
     return math.floor(fraction * limits.layers * limits.context + 1e-9)  # 0.47 * 5 * 20 is 47, whatever rounding says
 
 
-def _slot_bytes(profile: Profile, batch_size: int, dtype: HasItemSize | None) -> NDArray[np.int64]:
+def _slot_bytes(profile: Profile | Calibration, batch_size: int, dtype: HasItemSize | None) -> NDArray[np.int64]:
     """Bytes of one slot of each layer over all rows, `[layers]`."""
     if not is_int(batch_size) or batch_size < 1:
         raise BudgetError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
@@ -139,21 +150,25 @@ def _share(share: Allocator, curves: Curves, total: int, limits: Limits) -> Capa
     return share(curves, total, floor=limits.floor, caps=limits.caps, multiple=limits.multiple)
 
 
-def _within_bytes(
-    share: Allocator, curves: Curves, slot_bytes: NDArray[np.int64], kv_bytes: int, limits: Limits
+def capacities_within_bytes(
+    share: str | Allocator, curves: Curves, slot_bytes: NDArray[np.int64], kv_bytes: int, limits: Limits
 ) -> Capacities:
-    """Capacities of at most `kv_bytes` bytes.
+    """Capacities of at most `kv_bytes` bytes, int64 `[layers]`, a slot of each layer taking `slot_bytes` `[layers]`.
 
     With equal slots that is a total. With unequal ones the solver fills by gain per byte; of another allocator the
     largest total is taken whose plan fits.
     """
+    share = allocators.allocator(share)
     fewest, most = int(limits.floors.sum()), int(limits.caps.sum())
     check_kv_bytes(kv_bytes, int(limits.floors @ slot_bytes), limits.floor)
     if (slot_bytes == slot_bytes[0]).all():
         return _share(share, curves, min(kv_bytes // int(slot_bytes[0]), most), limits)
-    if share is allocators.allocator("xkv"):
+    if share.name in ("xkv", "calibrated"):
+        floor = limits.floor
+        if share.name == "calibrated":
+            floor = allocators.calibrated_floor(kv_bytes // int(slot_bytes.sum()), limits)
         return capacities_for_bytes(
-            curves, slot_bytes, kv_bytes, floor=limits.floor, caps=limits.caps, multiple=limits.multiple
+            curves, slot_bytes, kv_bytes, floor=floor, caps=limits.caps, multiple=limits.multiple
         )
     totals = range(fewest, most + 1)
     above = bisect_right(totals, kv_bytes, key=lambda total: int(_share(share, curves, total, limits) @ slot_bytes))
@@ -165,7 +180,7 @@ def _with_retention(share: Allocator, curves: Curves, retention: float, limits: 
 
     For an allocator other than the solver that is the smallest total of whole blocks whose plan keeps enough.
     """
-    if share is allocators.allocator("xkv"):
+    if share.name == "xkv":
         return capacities_for_retention(
             curves, retention, floor=limits.floor, caps=limits.caps, multiple=limits.multiple
         )

@@ -76,6 +76,11 @@ class Profile:
         """The context that plans are made for unless another is given: the longest profiled prompt."""
         return max(self.lengths)
 
+    @property
+    def statistics(self) -> dict[str, NDArray[np.float64]]:
+        """What else was measured of each layer, by name, float64 `[layers]`."""
+        return {}
+
     def mean_curve(self, context: int) -> NDArray[np.float64]:
         """Each layer's curve for prompts of `context` tokens, the mean over prompts: float64 `[layers, context + 1]`.
 

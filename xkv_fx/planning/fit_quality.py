@@ -1,0 +1,82 @@
+"""The smallest plan whose held-out divergence stays under a bound."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from xkv_fx.budgets import Budgets
+from xkv_fx.errors import BudgetError, ModelMismatchError
+from xkv_fx.passes.captured import CapturedModel
+from xkv_fx.planning.calibration_data import Calibration
+from xkv_fx.planning.plan import solve
+from xkv_fx.planning.verify import CONTINUATION, divergence_of_plans, held_out_summary
+
+Progress = Callable[[int, int], None]
+
+# Plans that are tried in one round, in one pass over the prompts; each round leaves one gap between two of them.
+_TRIED = 7
+
+
+def smallest_plan(
+    captured: CapturedModel,
+    calibration: Calibration,
+    prompts: Sequence[Tensor],
+    kl: float,
+    context: int | None = None,
+    multiple: int = 16,
+    resolution: float = 0.01,
+    continuation: int = CONTINUATION,
+    progress: Progress | None = None,
+) -> Budgets:
+    """The plan of the fewest tokens whose mean held-out KL is at most `kl`; see `xkv_fx.fit_quality`.
+
+    Totals are narrowed down by rounds of several plans at once, to within `resolution` of layers x context.
+    """
+    if isinstance(kl, bool) or not isinstance(kl, numbers.Real) or not (kl > 0 and math.isfinite(kl)):
+        raise BudgetError(f"kl must be a number above 0, in nats; got {kl!r}")
+    if not 0 < resolution < 1:
+        raise BudgetError(f"resolution must be a share of layers x context, between 0 and 1; got {resolution!r}")
+    if calibration.model != captured.fingerprint:
+        raise ModelMismatchError(
+            f"the calibration was made for the model {calibration.model!r}, not for {captured.fingerprint!r}"
+        )
+    context = calibration.context_default if context is None else context
+    layers = len(calibration.layers)
+    most = sum(spec.effective_capacity(context) for spec in calibration.layers)
+    gap = max(1, math.floor(resolution * layers * context))
+    rounds = max(1, math.ceil(math.log(max(2, most / gap), _TRIED + 1)))
+    steps = rounds * len(prompts)
+    low, high = 0, most  # `low` is known not to be enough
+    found: tuple[Budgets, list[float]] | None = None
+    for turn in range(rounds):
+        totals = sorted({low + (high - low) * step // (_TRIED + 1) for step in range(1, _TRIED + 1)} | {high})
+        totals = [total for total in totals if total >= layers]
+        plans = [solve(calibration, total_tokens=total, context=context, multiple=multiple) for total in totals]
+
+        def report(done: int, total: int, before: int = turn * len(prompts)) -> None:
+            if progress is not None:
+                progress(before + done, steps)
+
+        measured = divergence_of_plans(captured, plans, prompts, continuation, report).mean(2)
+        enough = np.flatnonzero(measured.mean(0) <= kl)
+        if not len(enough):
+            break
+        first = int(enough[0])
+        found = plans[first], measured[:, first].tolist()
+        low, high = (totals[first - 1] if first else low), totals[first]
+    if found is None:
+        raise BudgetError(
+            f"even with room for all {context} tokens of the prompt the held-out KL is above {kl}: generated tokens "
+            f"push out others under eviction={calibration.policy.eviction!r}; ask for a larger kl"
+        )
+    plan, divergences = found
+    provenance = dataclasses.replace(
+        plan.provenance, constraint={"kl": float(kl)}, held_out=held_out_summary(divergences, continuation)
+    )
+    return dataclasses.replace(plan, provenance=provenance)
