@@ -172,13 +172,11 @@ def test_totals_are_exact_and_plans_nested(layers: int, tokens: int, multiple: i
         assert capacities.sum() == total
         assert (capacities >= floors).all()
         assert (capacities <= caps).all()
-        if total < whole.sum():
-            continue
-        assert ((capacities % multiple != 0) & (capacities != caps)).sum() <= 1, (
-            "one layer at most holds part of a block"
-        )
+        if total >= whole.sum():
+            in_part = (capacities % multiple != 0) & (capacities != caps)
+            assert in_part.sum() <= 1, "one layer at most holds part of a block"
         if previous is not None:
-            assert (capacities >= previous).all(), "a larger total takes a slot from no layer"
+            assert (capacities >= previous).all(), "a larger total takes a slot from no layer, whatever the blocks"
         previous = capacities
 
 
@@ -243,9 +241,14 @@ def test_a_layer_whose_cap_is_below_the_floor_gets_its_cap() -> None:
 
 
 @pytest.mark.parametrize("concave", [True, False])
-def test_more_budget_never_keeps_less(concave: bool) -> None:
+@pytest.mark.parametrize(("multiple", "floor"), [(1, 1), (2, 1), (6, 5), (8, 3), (12, 1), (16, 1), (16, 9), (40, 1)])
+def test_more_budget_never_keeps_less(concave: bool, multiple: int, floor: int) -> None:
+    """Not where the blocks get smaller for a small total either."""
     curves = random_curves(np.random.default_rng(8), 5, 40, concave)
-    kept = [mean_retention(curves, capacities_for_total(curves, total)) for total in range(5, 201)]
+    totals = range(5 * floor, 201)
+    kept = [
+        mean_retention(curves, capacities_for_total(curves, total, floor=floor, multiple=multiple)) for total in totals
+    ]
     assert (np.diff(kept) >= 0).all()
     assert kept[-1] == 1.0
 

@@ -22,12 +22,14 @@ class Limits:
         caps: int64 `[layers]`, the most slots of each layer.
         multiple: capacities are whole blocks of this many slots, or the layer's cap; where a total must be exact, one
             layer holds a part of a block.
+        coarser: the next larger block, where a total is too small for it; None otherwise.
     """
 
     context: int
     floor: int
     caps: NDArray[np.int64]
     multiple: int
+    coarser: int | None = None
 
     @property
     def layers(self) -> int:
@@ -41,7 +43,19 @@ class Limits:
     @property
     def lows(self) -> NDArray[np.int64]:
         """The smallest capacity of each layer that is allowed, `[layers]`: the floor in whole blocks, or the cap."""
-        return np.minimum(-(-self.floors // self.multiple) * self.multiple, self.caps)
+        return self._floors_in_blocks(self.multiple)
+
+    @property
+    def tops(self) -> NDArray[np.int64]:
+        """The largest capacity of each layer, `[layers]`, in a plan that is filled block by block.
+
+        That is the cap; but where the next larger block is too large for a total, the capacities from which plans of
+        that block start. So the plans of all totals are nested, and a larger total never keeps less.
+        """
+        return self.caps if self.coarser is None else self._floors_in_blocks(self.coarser)
+
+    def _floors_in_blocks(self, size: int) -> NDArray[np.int64]:
+        return np.minimum(-(-self.floors // size) * size, self.caps)
 
     def for_total(self, total: int) -> Limits:
         """These limits, with the blocks made smaller where `total` cannot give each layer its floor in whole ones.
@@ -71,10 +85,12 @@ class Limits:
     def affordable(self, budget: int, cost: NDArray[np.int64] | None = None) -> Limits:
         """These limits, with the blocks made smaller as in `for_total`, when a slot of each layer costs `cost`."""
         price = np.ones_like(self.caps) if cost is None else cost
+        coarser = None
         for multiple in _block_sizes(self.multiple):
-            finer = dataclasses.replace(self, multiple=multiple)
+            finer = dataclasses.replace(self, multiple=multiple, coarser=coarser)
             if int(finer.lows @ price) <= budget:
                 return finer
+            coarser = multiple
         raise BudgetError(f"{budget} is too little for the floor of {self.floor} slots in each of {self.layers} layers")
 
 

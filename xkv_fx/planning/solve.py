@@ -42,7 +42,8 @@ def fill_by_gain(
         floor: the fewest slots of every layer; a layer whose cap is lower gets its cap.
         caps: the most slots of each layer, `[layers]`; `context` by default.
         multiple: tokens in a block. Where `total` cannot give each layer its floor in whole blocks, the block is the
-            largest power of two that divides `multiple` and is small enough.
+            largest power of two that divides `multiple` and is small enough, and no layer gets more than its floor in
+            the next larger blocks: plans are nested in those of larger totals, whatever their blocks.
 
     Returns:
         int64 `[layers]`.
@@ -136,7 +137,7 @@ class Blocks:
             non-increasing along blocks.
         size: tokens in a block; a block that reaches beyond the layer's cap ends there.
         lows: the capacities to start from, int64 `[layers]`: whole blocks or the cap.
-        caps: the capacities to end at, int64 `[layers]`.
+        caps: the capacities to end at, int64 `[layers]`: `Limits.tops`.
     """
 
     gains: Gains
@@ -177,7 +178,7 @@ def make_blocks(gains: Gains, limits: Limits) -> Blocks:
                 means[layer, last] = gains[layer, cap - rest : cap].sum() / rest
                 means[layer, last:] = means[layer, max(last - 1, 0) : last + 1].min()  # rounding must not make it rise
         gains = means
-    return Blocks(gains, size, limits.lows, limits.caps)
+    return Blocks(gains, size, limits.lows, limits.tops)
 
 
 def fill(blocks: Blocks, budget: int, price: NDArray[np.int64] | None = None) -> NDArray[np.int64]:

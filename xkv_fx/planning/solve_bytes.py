@@ -29,6 +29,10 @@ def capacities_for_bytes(
     the part that they pay for. So it goes on with cheaper layers, until no layer below its cap can take another slot.
     The sum of gains is less than one block's gain below that of the best plan of whole blocks.
 
+    Plans of different budgets are not nested, since what a dear block leaves goes to cheaper layers: where slots differ
+    in size, a few more bytes may lower the retention, by less than one block's gain, or by more at a budget from which
+    on each layer's floor is affordable in larger blocks.
+
     Args:
         curves: retention `[layers, context + 1]`; where a curve is not concave its majorant decides.
         slot_bytes: bytes of one slot of each layer over all rows, whole numbers `[layers]`.
