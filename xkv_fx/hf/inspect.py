@@ -30,7 +30,7 @@ _VOLATILE = {
 
 
 def check_model(model: Any) -> PreTrainedModel:
-    """`model`, if it is a decoder-only transformers causal language model.
+    """`model`, or the model inside it that holds peft adapters, if it is a decoder-only causal language model.
 
     Raises:
         UnsupportedModelError: it is something else, is spread over devices, or rotates by angles that change with the
@@ -38,6 +38,7 @@ def check_model(model: Any) -> PreTrainedModel:
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a model, got {type(model).__name__}; load it first")
+    model = _adapted_model(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model; its attention cannot be captured"
@@ -47,6 +48,21 @@ def check_model(model: Any) -> PreTrainedModel:
     _check_placement(model)
     _check_rotary_embedding(model)
     return model
+
+
+def _adapted_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a peft model, adapter layers and all; any other model itself."""
+    adapters = getattr(model, "peft_config", None)
+    if not isinstance(adapters, dict) or isinstance(model, PreTrainedModel):
+        return model
+    prompts = [name for name, adapter in adapters.items() if adapter.is_prompt_learning]
+    if prompts:
+        raise UnsupportedModelError(
+            f"the adapter {prompts[0]!r} of {type(model).__name__} adds tokens of its own to every prompt, outside the "
+            "model's layers; only adapters inside the layers, such as LoRA, can be captured"
+        )
+    inner: nn.Module = model.get_base_model()  # type: ignore[operator]
+    return inner
 
 
 def _check_placement(model: PreTrainedModel) -> None:
@@ -100,14 +116,19 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return None
 
 
-def shadow(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+def shadow(model: PreTrainedModel, attention: str | None) -> PreTrainedModel:
     """A copy of the modules of `model`, in evaluation mode, on the very same weights, with its own configuration.
+
+    Args:
+        attention: the implementation of attention to use; the model's own when None.
 
     The user's model is not touched.
     """
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, weights)
     twin.eval()
+    if attention is None:
+        return twin
     try:
         twin.set_attn_implementation(attention)
     except (ValueError, ImportError) as error:
