@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from xkv_fx.budgets import Budgets, Policy
 from xkv_fx.errors import BudgetError, UnsupportedModelError
@@ -29,6 +29,7 @@ def profile(
     policy: Policy | None = None,
     tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
+    statistics: Sequence[str] = (),
 ) -> Profile:
     """Measure how much attention mass each layer keeps at every capacity (XKV, arXiv 2412.05896).
 
@@ -41,12 +42,15 @@ def profile(
         policy: the policy that the plan will be served with; the paper's scorer with a ring by default.
         tokenizer: needed for strings.
         progress: called as `progress(done, total)` after each prompt.
+        statistics: what else to measure: `"preference"` for the allocator `"entropy"` (CAKE, arXiv 2503.12491),
+            `"similarity"` for `"squeeze"` (SqueezeAttention, arXiv 2404.04793).
 
     Raises:
         PromptError: no prompts, an empty one, one too short to rank or too long for the model's positions, or one with
             tokens that the model does not have.
         UnsupportedModelError: the model cannot be captured exactly.
-        BudgetError: `sampling` out of range, or a policy whose scorer is unknown or does not measure attention.
+        BudgetError: `sampling` out of range, an unknown statistic, or a policy whose scorer is unknown or does not
+            measure attention.
     """
     from xkv_fx.hf.capture import capture
     from xkv_fx.hf.prompts import tokenize
@@ -55,7 +59,7 @@ def profile(
     policy = Policy() if policy is None else policy
     profiling_scorer(policy)
     sampled = sample_prompts(tokenize(prompts, tokenizer), sampling)
-    return measure_profile(capture(model, decode=False), sampled, policy, progress)
+    return measure_profile(capture(model, decode=False), sampled, policy, progress, statistics)
 
 
 def calibrate(
@@ -108,14 +112,36 @@ def calibrate(
     return measure_calibration(capture(model, decode=False), rows, policy, grid, continuation, progress, resume)
 
 
+@overload
 def verify(
     model: Any,
     budgets: Budgets,
     prompts: Sequence[str | Tensor | Sequence[int]],
+    continuation: int = ...,
+    tokenizer: Any = ...,
+    progress: Callable[[int, int], None] | None = ...,
+) -> Verification: ...
+
+
+@overload
+def verify(
+    model: Any,
+    budgets: Sequence[Budgets],
+    prompts: Sequence[str | Tensor | Sequence[int]],
+    continuation: int = ...,
+    tokenizer: Any = ...,
+    progress: Callable[[int, int], None] | None = ...,
+) -> tuple[Verification, ...]: ...
+
+
+def verify(
+    model: Any,
+    budgets: Budgets | Sequence[Budgets],
+    prompts: Sequence[str | Tensor | Sequence[int]],
     continuation: int = 48,
     tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Verification:
+) -> Verification | tuple[Verification, ...]:
     """Measure a plan on held-out prompts, against a uniform plan of equal bytes.
 
     As in `calibrate`, the last `continuation` tokens of each prompt are fed as decode would, under the plan's own
@@ -123,7 +149,7 @@ def verify(
 
     Args:
         model: a transformers causal language model; it is not changed.
-        budgets: the plan.
+        budgets: the plan; or several of one policy, which then share one prefill of each prompt.
         prompts: strings, or token ids of shape `[S]` or `[1, S]`, which the plan was not made from; 32 or more, since
             the mean is ruled by few of them.
         continuation: tokens fed after each prompt.
@@ -133,7 +159,7 @@ def verify(
     Returns:
         mean, median and 95th percentile of both plans' KL to the full cache, and the ratio of the means with its paired
         95 % bootstrap interval over prompts; `report.better` says whether that lies below 1, and
-        `report.stored_in(budgets)` is the plan with the report in its provenance.
+        `report.stored_in(budgets)` is the plan with the report in its provenance. One report a plan.
 
     Raises:
         BudgetError: the plan does not fit the model's layers, or never evicts.
@@ -145,13 +171,16 @@ def verify(
     from xkv_fx.hf.capture import capture
     from xkv_fx.hf.prompts import tokenize
     from xkv_fx.planning.calibrate import check_measurable
-    from xkv_fx.planning.verify import verify_plan
+    from xkv_fx.planning.verify import verify_plans
 
-    if not isinstance(budgets, Budgets):
-        raise BudgetError(f"budgets must be an xkv_fx.Budgets; got {type(budgets).__name__}")
-    check_measurable(budgets.policy, continuation)
+    plans = (budgets,) if isinstance(budgets, Budgets) else budgets
+    if not isinstance(plans, Sequence) or not plans or not all(isinstance(plan, Budgets) for plan in plans):
+        raise BudgetError(f"budgets must be an xkv_fx.Budgets, or several; got {type(budgets).__name__}")
+    for plan in plans:
+        check_measurable(plan.policy, continuation)
     rows = tokenize(prompts, tokenizer)
-    return verify_plan(capture(model, decode=False), budgets, rows, continuation, progress)
+    reports = verify_plans(capture(model, decode=False), plans, rows, continuation, progress)
+    return reports[0] if isinstance(budgets, Budgets) else reports
 
 
 def fit_quality(

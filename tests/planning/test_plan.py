@@ -253,7 +253,7 @@ def test_more_tokens_never_keep_less() -> None:
         ({"fraction": 0.5, "multiple": 0}, "multiple must be a whole number of at least 1"),
         ({"fraction": 0.5, "floor": 0}, "floor must be a whole number of at least 1"),
         ({"fraction": 0.5, "floor": 161}, "floor of 161 slots is above the context of 160"),
-        ({"fraction": 0.5, "allocator": "pyramid"}, "unknown allocator 'pyramid'; registered are"),
+        ({"fraction": 0.5, "allocator": "ours"}, "unknown allocator 'ours'; registered are"),
         ({"fraction": 0.5, "allocator": 3}, "an allocator is a registered name"),
     ],
 )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch.fx import GraphModule
 
+from xkv_fx.passes.add_statistics import AddStatistics
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.check_cache import CheckCache
 from xkv_fx.passes.clean_graph import CleanGraph
@@ -53,9 +54,15 @@ def decode_pipeline(plan: CachePlan) -> tuple[GraphPass, ...]:
     return (CleanGraph(), InsertDecodeCache(plan), CheckCache(plan, "decode"))
 
 
-def profile_pipeline(scorer: Scorer) -> tuple[GraphPass, ...]:
-    """`(input_ids, position_ids)` -> `(input_ids, position_ids, valid)` to the scores of every layer."""
-    return (CleanGraph(), CompactPadding(restore_order=False), ScoreOutputs(scorer))
+def profile_pipeline(scorer: Scorer, statistics: tuple[str, ...] = ()) -> tuple[GraphPass, ...]:
+    """`(input_ids, position_ids)` -> `(input_ids, position_ids, valid)` to the scores of every layer, then to each
+    statistic of every layer."""
+    return (
+        CleanGraph(),
+        CompactPadding(restore_order=False),
+        *((AddStatistics(statistics),) if statistics else ()),
+        ScoreOutputs(scorer),
+    )
 
 
 def run_pipeline(module: GraphModule, passes: Sequence[GraphPass]) -> TransformedGraph:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.fx import GraphModule
 
@@ -18,6 +18,7 @@ from xkv_fx.runtime.scorers import Scorer, score_tokens
 class ScoreOutputs(GraphPass):
     """Before: `CompactPadding` has run. After: the graph returns each layer's scores, float32 `[rows, kv_heads, S]`,
     and what no score needs is gone: the output projection, the last layer's attention and MLP, and its values' path.
+    Outputs behind the logits, where an earlier pass added some, follow the scores.
 
     XKV (arXiv 2412.05896): only what the scores need is run, and nothing after the last layer's scores.
     """
@@ -38,10 +39,13 @@ class ScoreOutputs(GraphPass):
                 outputs.append(
                     emit(
                         graph, score, site.q, site.k, values, length, None, site.scale,
-                        sinks=site.sinks, name=f"scores_{site.index}",
+                        sinks=site.sinks, slopes=site.slopes, name=f"scores_{site.index}",
                     )
                 )  # fmt: skip
-        output_node(graph).args = (tuple(outputs),)
+        output = output_node(graph)
+        returned: Any = output.args[0]
+        more = returned[1:] if isinstance(returned, tuple) else ()
+        output.args = ((*outputs, *more),)
         graph.eliminate_dead_code()
         removed = before + len(outputs) - len(graph.nodes)
         return PassRecord(self.name, len(sites), len(outputs), f"{removed} nodes that no score needs are gone")

@@ -48,7 +48,11 @@ def profiling_scorer(policy: Policy) -> Scorer:
 
 
 def measure_profile(
-    captured: CapturedModel, prompts: Sequence[Tensor], policy: Policy, progress: Progress | None = None
+    captured: CapturedModel,
+    prompts: Sequence[Tensor],
+    policy: Policy,
+    progress: Progress | None = None,
+    statistics: Sequence[str] = (),
 ) -> Profile:
     """Run the score graph on each prompt and turn the scores into retention curves.
 
@@ -57,26 +61,33 @@ def measure_profile(
         prompts: token ids, int64 `[1, S]`.
         policy: scorer, recent and sinks that the plan will be served with.
         progress: called as `progress(done, total)` after each prompt.
+        statistics: what else to measure of each layer; see `AddStatistics`.
 
     Raises:
-        BudgetError: see `profiling_scorer`.
+        BudgetError: see `profiling_scorer`; or an unknown statistic.
         PromptError: a prompt too short to rank, longer than the model has positions for, or with a token that the
             model does not have.
     """
     scorer = profiling_scorer(policy)
     rows = [_check_prompt(index, prompt, captured) for index, prompt in enumerate(prompts)]
-    graph = run_pipeline(captured.graph("prompt"), profile_pipeline(scorer)).module
+    graph = run_pipeline(captured.graph("prompt"), profile_pipeline(scorer, tuple(statistics))).module
+    layers = len(captured.layers)
     curves = []
+    more = np.zeros((len(rows), len(statistics), layers))
     for done, ids in enumerate(rows, start=1):
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         with torch.no_grad():
-            scores = graph(ids, positions, torch.ones_like(ids, dtype=torch.bool))
+            measured = graph(ids, positions, torch.ones_like(ids, dtype=torch.bool))
+        scores = measured[:layers]
         curves.append(
             np.stack([retention_curve(layer[0].cpu().numpy(), policy) for layer in scores]).astype(np.float32)
         )
+        if statistics:
+            more[done - 1] = torch.cat(measured[layers:]).view(len(statistics), layers).cpu().numpy()
         if progress is not None:
             progress(done, len(rows))
-    return Profile(tuple(curves), policy, captured.layers, captured.fingerprint)
+    means = {name: tuple(more[:, index].mean(0).tolist()) for index, name in enumerate(statistics)}
+    return Profile(tuple(curves), policy, captured.layers, captured.fingerprint, means)
 
 
 def _check_prompt(index: int, ids: Tensor, captured: CapturedModel) -> Tensor:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,15 @@ from xkv_fx.planning.solve import mean_retention
 FORMAT = "xkv_fx.profile"
 FORMAT_VERSION = 1
 MAX_PROFILE_BYTES = 8 * 1024**3  # 190 prompts of 131,072 tokens in 80 layers
-_FIELDS = {"format": str, "version": int, "sha256": str, "model": str, "policy": dict, "layers": list}
+_FIELDS = {
+    "format": str,
+    "version": int,
+    "sha256": str,
+    "model": str,
+    "policy": dict,
+    "layers": list,
+    "layer_means": dict,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,6 +45,8 @@ class Profile:
         policy: the policy that the curves were measured for.
         layers: the layers that own a KV cache, in execution order.
         model: fingerprint of the model.
+        layer_means: what else was measured, by name: for each layer a finite number, the mean over prompts.
+            The allocators `"entropy"` and `"squeeze"` need `"preference"` and `"similarity"`.
 
     Raises:
         BudgetError: no prompts, or curves that do not run from 0 to 1 without falling, one for each layer.
@@ -46,6 +56,7 @@ class Profile:
     policy: Policy
     layers: tuple[LayerSpec, ...]
     model: str
+    layer_means: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
@@ -57,6 +68,8 @@ class Profile:
             raise BudgetError("layers must be LayerSpecs, one for each layer that owns a KV cache; at least one")
         if not curves:
             raise BudgetError("a profile needs the curves of at least one prompt")
+        means = {str(name): _checked_means(name, values, len(layers)) for name, values in self.layer_means.items()}
+        object.__setattr__(self, "layer_means", dict(sorted(means.items())))
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "curves", tuple(_frozen(c, i, len(layers)) for i, c in enumerate(curves)))
 
@@ -78,8 +91,8 @@ class Profile:
 
     @property
     def statistics(self) -> dict[str, NDArray[np.float64]]:
-        """What else was measured of each layer, by name, float64 `[layers]`."""
-        return {}
+        """`layer_means` as arrays, float64 `[layers]`."""
+        return {name: np.array(values) for name, values in self.layer_means.items()}
 
     def mean_curve(self, context: int) -> NDArray[np.float64]:
         """Each layer's curve for prompts of `context` tokens, the mean over prompts: float64 `[layers, context + 1]`.
@@ -137,6 +150,7 @@ class Profile:
             "model": self.model,
             "policy": self.policy.to_dict(),
             "layers": [dataclasses.asdict(spec) for spec in self.layers],
+            "layer_means": {name: list(values) for name, values in self.layer_means.items()},
         }
         return json.dumps(description, sort_keys=True, default=operator.index)
 
@@ -165,7 +179,13 @@ class Profile:
             with safetensors.safe_open(os.fspath(path), framework="np") as file:
                 header = read_header(file.metadata(), FORMAT, FORMAT_VERSION, _FIELDS)
                 curves = _read_curves(file, len(header["layers"]))
-            profile = cls(curves, Policy.from_dict(header["policy"]), layer_specs(header["layers"]), header["model"])
+            profile = cls(
+                curves,
+                Policy.from_dict(header["policy"]),
+                layer_specs(header["layers"]),
+                header["model"],
+                header["layer_means"],
+            )
             if profile.digest() != header["sha256"]:
                 raise FileFormatError("its content does not match its checksum; it is damaged, so profile again")
             return profile
@@ -207,6 +227,16 @@ def _frozen(curves: Any, prompt: int, layers: int) -> NDArray[np.float32]:
             raise BudgetError(f"{where} must run from 0 to 1; it runs from {curve[0]} to {curve[-1]}")
     copy.flags.writeable = False
     return copy
+
+
+def _checked_means(name: object, values: Any, layers: int) -> tuple[float, ...]:
+    """One number of each layer, or the reason why these cannot be used."""
+    numbers = tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else ()
+    if len(numbers) != layers or not all(
+        isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value) for value in numbers
+    ):
+        raise BudgetError(f"{name!r} must be {layers} finite numbers, one a layer; got {values!r:.200}")
+    return tuple(float(value) for value in numbers)
 
 
 def _tensor_name(prompt: int) -> str:

@@ -92,20 +92,26 @@ def summary(kl: Sequence[float]) -> dict[str, float]:
     return {"mean": float(np.mean(kl)), "median": float(np.median(kl)), "p95": float(np.percentile(kl, 95))}
 
 
-def verify_plan(
+def verify_plans(
     captured: CapturedModel,
-    budgets: Budgets,
+    plans: Sequence[Budgets],
     prompts: Sequence[Tensor],
     continuation: int = CONTINUATION,
     progress: Progress | None = None,
-) -> Verification:
-    """Compare a plan with a uniform one of equal bytes; see `xkv_fx.verify`."""
-    uniform = uniform_like(budgets, captured.layers)
-    kl = divergence_of_plans(captured, (budgets, uniform), prompts, continuation, progress).mean(2)
-    ours, theirs = kl.T
-    return Verification(
-        tuple(ours.tolist()), tuple(theirs.tolist()), uniform.capacities, ratio_of_means(ours, theirs), continuation
-    )
+) -> tuple[Verification, ...]:
+    """Compare each plan with a uniform one of equal bytes, all in one pass over the prompts; see `xkv_fx.verify`."""
+    even = [uniform_like(plan, captured.layers) for plan in plans]
+    capacities = {plan.capacities: plan for plan in (*plans, *even)}
+    kl = divergence_of_plans(captured, tuple(capacities.values()), prompts, continuation, progress).mean(2)
+    of = dict(zip(capacities, kl.T, strict=True))
+    reports = []
+    for plan, uniform in zip(plans, even, strict=True):
+        ours, theirs = of[plan.capacities], of[uniform.capacities]
+        ratio = ratio_of_means(ours, theirs)
+        reports.append(
+            Verification(tuple(ours.tolist()), tuple(theirs.tolist()), uniform.capacities, ratio, continuation)
+        )
+    return tuple(reports)
 
 
 def divergence_of_plans(
