@@ -1,0 +1,179 @@
+"""What the runtime promises, measured: `python -m xkv_fx.evaluation.runtime_bench COMMAND`.
+
+prefill-memory   live bytes of a long prefill, beside the same forward without any cache
+first-token      time to the first token, beside transformers' own prefill, in turns
+long-session     one session far past its budget: speed, memory, recompiles, NaN
+
+The model is a SmolLM2-135M shape with random weights: none of these figures depends on what a model has learned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import statistics
+import sys
+import time
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import track
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import xkv_fx
+from xkv_fx.evaluation.allocated import peak_bytes
+
+app = typer.Typer(add_completion=False, help="What the runtime promises, measured.")
+LAYERS = 30
+Prompt = Annotated[int, typer.Option(help="Tokens in the prompt.")]
+Capacity = Annotated[int, typer.Option(help="Slots of each layer.")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+
+
+def smollm2_shape(positions: int, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A model of SmolLM2-135M's shape with random weights and so many positions."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=positions,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        tie_word_embeddings=True,
+    )
+    model: Any = LlamaForCausalLM(config)
+    shaped: LlamaForCausalLM = model.to(dtype).eval()
+    return shaped
+
+
+def random_prompt(tokens: int) -> Tensor:
+    """Token ids, int64 `[1, tokens]`."""
+    return torch.randint(49152, (1, tokens), generator=torch.Generator().manual_seed(1))
+
+
+@app.command()
+def prefill_memory(prompt: Prompt = 8000, capacity: Capacity = 3072) -> None:
+    """Peak of live tensor bytes above the same forward without a cache; at most the budget and 1.5 layers' full K/V."""
+    model, ids = smollm2_shape(prompt + 64), random_prompt(prompt)
+    budgets = xkv_fx.Budgets.uniform(LAYERS, capacity)
+    llm = xkv_fx.transform(model, budgets, backend="eager")
+
+    def without_cache() -> None:
+        with torch.no_grad():
+            model(ids, use_cache=False, logits_to_keep=1)
+
+    def dynamic_cache() -> None:
+        with torch.no_grad():
+            model(ids, use_cache=True, logits_to_keep=1)
+
+    def budgeted() -> None:
+        llm(ids, past_key_values=llm.new_session(), logits_to_keep=1)
+
+    peaks = {run.__name__: peak_bytes(run) for run in (without_cache, dynamic_cache, budgeted)}
+    layer = llm.layers[0].slot_bytes(torch.float32) * prompt
+    above = peaks["budgeted"] - peaks["without_cache"]
+    _report(
+        prompt=prompt,
+        capacity=capacity,
+        peak_bytes=peaks,
+        above_no_cache=above,
+        kv_bytes=llm.kv_bytes,
+        full_layer_bytes=layer,
+        layers_above_budget=(above - llm.kv_bytes) / layer,
+    )
+
+
+@app.command()
+def first_token(prompt: Prompt = 3500, capacity: Capacity = 1344, rounds: int = 7) -> None:
+    """Time to the first token against transformers' own prefill with `logits_to_keep=1`, in turns."""
+    model, ids = smollm2_shape(prompt + 64), random_prompt(prompt)
+    llm = xkv_fx.transform(model, xkv_fx.Budgets.uniform(LAYERS, capacity), backend="eager")
+    session = llm.new_session()
+
+    def transformers_prefill() -> None:
+        with torch.no_grad():
+            model(ids, use_cache=True, logits_to_keep=1)
+
+    def budgeted() -> None:
+        session.reset()
+        llm(ids, past_key_values=session, logits_to_keep=1)
+
+    seconds: dict[str, list[float]] = {"transformers_prefill": [], "budgeted": []}
+    for _ in track(range(rounds), "rounds"):
+        for run in (transformers_prefill, budgeted):
+            started = time.perf_counter()
+            run()
+            seconds[run.__name__].append(time.perf_counter() - started)
+    pairs = zip(seconds["budgeted"], seconds["transformers_prefill"], strict=True)
+    _report(
+        prompt=prompt,
+        capacity=capacity,
+        median_seconds={name: statistics.median(times) for name, times in seconds.items()},
+        median_ratio=statistics.median(ours / theirs for ours, theirs in pairs),
+    )
+
+
+@app.command()
+def long_session(
+    tokens: int = 20_000, prompt: Prompt = 2000, capacity: Capacity = 512, dtype: Dtype = "float32"
+) -> None:
+    """Decode far past the budget in one session and look at every thousand tokens."""
+    model = smollm2_shape(32_768, getattr(torch, dtype))
+    llm = xkv_fx.transform(model, xkv_fx.Budgets.uniform(LAYERS, capacity), backend="inductor", check=False)
+    session = llm.new_session()
+    logits = llm(random_prompt(prompt), past_key_values=session, logits_to_keep=1).logits
+    buffers = [tensor.data_ptr() for tensor in session.session.state.tensors]
+    compiled, spans = None, []
+    for start in track(range(0, tokens, 1000), "thousands of tokens"):
+        times: list[float] = []
+        finite = True
+        for _ in range(min(1000, tokens - start)):
+            began = time.perf_counter()
+            logits = llm(logits.argmax(-1), past_key_values=session, decoding=True).logits
+            times.append(time.perf_counter() - began)
+            finite = finite and bool(torch.isfinite(logits).all())
+        compiled = _compilations() if compiled is None else compiled
+        spans.append(_Span(start + len(times), statistics.median(times) * 1e3, _peak_rss(), session.kv_bytes, finite))
+    _report(
+        tokens=tokens,
+        capacity=capacity,
+        dtype=dtype,
+        recompiled=_compilations() != compiled,
+        buffers_moved=[tensor.data_ptr() for tensor in session.session.state.tensors] != buffers,
+        last_to_first=spans[-1].median_ms / spans[0].median_ms,
+        spans=[dataclasses.asdict(span) for span in spans],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Span:
+    tokens: int
+    median_ms: float
+    peak_rss: int
+    kv_bytes: int
+    finite: bool
+
+
+def _compilations() -> dict[str, dict[str, int]]:
+    counters: Any = torch._dynamo.utils.counters
+    return {part: dict(counter) for part, counter in counters.items()}
+
+
+def _peak_rss() -> int:
+    """The most memory that this process ever held, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _report(**figures: Any) -> None:
+    json.dump({"threads": torch.get_num_threads(), "torch": torch.__version__, **figures}, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    app()
