@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import xkv_fx
-from xkv_fx.errors import PromptError, XkvError
+from xkv_fx.errors import BudgetError, PromptError, XkvError
+from xkv_fx.planning.load_measured import load_measured
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Per-layer KV cache budgets: measure, solve, generate, inspect."
@@ -26,6 +28,12 @@ _errors = Console(stderr=True)
 Model = Annotated[str, typer.Option(help="A model folder, a .gguf file, or the alias smollm2.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Plan = Annotated[Path, typer.Argument(help="A budgets file.")]
+Texts = Annotated[list[Path], typer.Option(help="Text files, each of them a prompt; may be given repeatedly.")]
+Length = Annotated[int | None, typer.Option(help="Cut each text into prompts of so many tokens.", min=2)]
+Scorer = Annotated[str, typer.Option(help="How tokens are ranked.")]
+Recent = Annotated[int | None, typer.Option(help="Newest tokens always kept; min(64, C/4) by default.")]
+Sinks = Annotated[int, typer.Option(help="First tokens always kept.")]
+Continuation = Annotated[int, typer.Option(help="Last tokens of each prompt, fed as decode would and measured.", min=1)]
 
 
 def main() -> None:
@@ -40,14 +48,17 @@ def main() -> None:
 @app.command()
 def profile(
     out: Annotated[Path, typer.Option(help="Where to write the profile.")],
-    prompts: Annotated[list[Path], typer.Option(help="Text files, each of them a prompt; may be given repeatedly.")],
+    prompts: Texts,
     model: Model = "smollm2",
-    length: Annotated[int | None, typer.Option(help="Cut each text into prompts of so many tokens.", min=2)] = None,
+    length: Length = None,
     sampling: Annotated[float, typer.Option(help="Share of the prompts to measure.")] = 1.0,
-    scorer: Annotated[str, typer.Option(help="How tokens are ranked.")] = "snapkv",
-    eviction: Annotated[str, typer.Option(help="ring, append or none.")] = "ring",
-    recent: Annotated[int | None, typer.Option(help="Newest tokens always kept; min(64, C/4) by default.")] = None,
-    sinks: Annotated[int, typer.Option(help="First tokens always kept.")] = 0,
+    statistics: Annotated[
+        list[str] | None, typer.Option(help="preference (for the allocator entropy), similarity (for squeeze).")
+    ] = None,
+    scorer: Scorer = "snapkv",
+    eviction: Annotated[str, typer.Option(help="ring, scored, append or none.")] = "ring",
+    recent: Recent = None,
+    sinks: Sinks = 0,
     json_: Json = False,
 ) -> None:
     """Measure how much attention mass each layer keeps at every capacity."""
@@ -55,7 +66,9 @@ def profile(
     loaded, tokenizer = _load(model)
     rows = _token_rows(prompts, tokenizer, length)
     with _progress("profile") as advance:
-        measured = xkv_fx.profile(loaded, rows, sampling=sampling, policy=policy, progress=advance)
+        measured = xkv_fx.profile(
+            loaded, rows, sampling=sampling, policy=policy, progress=advance, statistics=tuple(statistics or ())
+        )
     measured.save(out)
     _show(
         {
@@ -70,8 +83,54 @@ def profile(
 
 
 @app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Where to write the calibration.")],
+    prompts: Texts,
+    model: Model = "smollm2",
+    length: Length = None,
+    continuation: Continuation = 16,
+    grid: Annotated[
+        list[float] | None, typer.Option(help="Capacities as shares of a prompt, ascending; may be given repeatedly.")
+    ] = None,
+    scorer: Scorer = "snapkv",
+    eviction: Annotated[str, typer.Option(help="ring, scored or append: what will serve.")] = "ring",
+    recent: Recent = None,
+    sinks: Sinks = 0,
+    json_: Json = False,
+) -> None:
+    """Measure the KL to the full cache when one layer alone holds less. Goes on where it was interrupted."""
+    policy = xkv_fx.Policy(scorer=scorer, eviction=eviction, recent=recent, sinks=sinks)  # type: ignore[arg-type]
+    loaded, tokenizer = _load(model)
+    rows = _token_rows(prompts, tokenizer, None if length is None else length + continuation)
+    parts = out.with_name(f"{out.name}.parts")
+    try:
+        with _progress("calibrate") as advance:
+            measured = xkv_fx.calibrate(
+                loaded, rows, grid=grid, policy=policy, continuation=continuation, progress=advance, resume=parts
+            )
+    except KeyboardInterrupt:
+        _errors.print(
+            f"interrupted; what was measured is kept in {parts}, and the same command goes on from there", markup=False
+        )
+        raise typer.Exit(130) from None
+    measured.save(out)
+    shutil.rmtree(parts, ignore_errors=True)
+    _show(
+        {
+            "calibration": str(out),
+            "model": measured.model,
+            "layers": len(measured.layers),
+            "prompts": len(measured.lengths),
+            "longest": measured.context_default,
+            "grid": list(measured.grid),
+        },
+        json_,
+    )
+
+
+@app.command()
 def solve(
-    profile: Annotated[Path, typer.Argument(help="A profile that `xkv-fx profile` wrote.")],
+    measured: Annotated[Path, typer.Argument(help="A profile or a calibration.")],
     out: Annotated[Path, typer.Option(help="Where to write the budgets.")],
     fraction: Annotated[float | None, typer.Option(help="Share of layers x context to keep.")] = None,
     total_tokens: Annotated[int | None, typer.Option(help="Sum of the capacities.")] = None,
@@ -79,13 +138,29 @@ def solve(
     kv_bytes: Annotated[int | None, typer.Option(help="Most bytes of KV cache.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows that --kv-bytes is for.", min=1)] = 1,
     context: Annotated[int | None, typer.Option(help="Tokens to plan for; the longest prompt by default.")] = None,
-    allocator: Annotated[str, typer.Option(help="xkv or uniform.")] = "xkv",
+    allocator: Annotated[
+        str | None, typer.Option(help="By default xkv for a profile, calibrated for a calibration.")
+    ] = None,
     multiple: Annotated[int, typer.Option(help="Round capacities to multiples of this.", min=1)] = 16,
+    floor: Annotated[int, typer.Option(help="Fewest slots of a layer.", min=1)] = 1,
+    holdout: Annotated[
+        list[Path] | None, typer.Option(help="Text files to measure the plan on, against uniform at equal bytes.")
+    ] = None,
+    fall_back: Annotated[bool, typer.Option(help="Write the uniform plan if the solved one is not better.")] = False,
+    model: Model = "smollm2",
+    length: Length = None,
+    continuation: Continuation = 48,
     json_: Json = False,
 ) -> None:
-    """Solve how many slots each layer gets; give exactly one of the constraints."""
+    """Solve how many slots each layer gets; give exactly one of the constraints.
+
+    With --holdout the plan is measured on those texts; what was found is stored in it, and a plan that is not better
+    than uniform is warned of.
+    """
+    if fall_back and not holdout:
+        raise BudgetError("--fall-back needs --holdout: without held-out texts nobody knows whether the plan is better")
     budgets = xkv_fx.solve(
-        xkv_fx.Profile.load(profile),
+        load_measured(measured),
         fraction=fraction,
         total_tokens=total_tokens,
         retention=retention,
@@ -94,9 +169,41 @@ def solve(
         context=context,
         allocator=allocator,
         multiple=multiple,
+        floor=floor,
     )
+    if holdout:
+        report = _verify(budgets, holdout, model, length, continuation)
+        _errors.print(str(report), markup=False, soft_wrap=True)
+        plan = report.stored_in(budgets)
+        if not report.better:
+            kept = "the uniform plan is written instead" if fall_back else "--fall-back writes the uniform plan instead"
+            _errors.print(
+                f"warning: the plan is not better than uniform on these prompts; {kept}", style="yellow", soft_wrap=True
+            )
+            plan = report.uniform_plan(budgets) if fall_back else plan
+        budgets = plan
     budgets.save(out)
     _show_plan(budgets, json_)
+
+
+@app.command()
+def verify(
+    plan: Plan,
+    prompts: Texts,
+    model: Model = "smollm2",
+    length: Length = None,
+    continuation: Continuation = 48,
+    out: Annotated[Path | None, typer.Option(help="Write the plan with the result in it here.")] = None,
+    json_: Json = False,
+) -> None:
+    """Measure a plan on held-out texts, against a uniform plan of equal bytes."""
+    budgets = xkv_fx.Budgets.load(plan)
+    report = _verify(budgets, prompts, model, length, continuation)
+    if out is not None:
+        report.stored_in(budgets).save(out)
+    if not json_:
+        _console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+    _show({"better": report.better, **report.to_dict()}, json_)
 
 
 @app.command()
@@ -129,6 +236,15 @@ def generate(
 def inspect(plan: Plan, json_: Json = False) -> None:
     """Show a budgets file: capacities, policy, and how it was made."""
     _show_plan(xkv_fx.Budgets.load(plan), json_)
+
+
+def _verify(
+    budgets: xkv_fx.Budgets, texts: list[Path], model: str, length: int | None, continuation: int
+) -> xkv_fx.Verification:
+    loaded, tokenizer = _load(model)
+    rows = _token_rows(texts, tokenizer, None if length is None else length + continuation)
+    with _progress("verify") as advance:
+        return xkv_fx.verify(loaded, budgets, rows, continuation=continuation, progress=advance)
 
 
 def _load(name: str) -> tuple[Any, Any]:

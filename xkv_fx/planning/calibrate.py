@@ -21,7 +21,7 @@ from xkv_fx.files import is_int, written_whole
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.cut_at_attention import CutModel
 from xkv_fx.planning.calibration_data import Calibration, check_grid
-from xkv_fx.planning.continuation import FullRun, LayerPlans, cut_model, run_full
+from xkv_fx.planning.continuation import FullRun, LayerPlans, cut_model, kl_divergence, run_full
 from xkv_fx.runtime.scorers import Scorer, scorer_of
 from xkv_fx.runtime.slots import SlotPlan, slot_plans
 
@@ -127,6 +127,10 @@ def cut_checked(captured: CapturedModel, scorer: Scorer, ids: Tensor, continuati
     short = ids[:, : min(ids.shape[1], 64 + few)]
     full = run_full(model, scorer, short, few)
     error = float(full.divergence([(None,) * len(captured.layers)] * 2).mean())
+    with torch.no_grad():
+        positions = torch.arange(short.shape[1], device=short.device)[None]
+        uncut = torch.log_softmax(captured.prompt(short, positions)[0, -few:].float(), -1)
+    error = max(error, float(kl_divergence(uncut, full.logits).mean()))
     limit = _SAME.get(captured.dtype, 1e-2)
     if not error <= limit:
         raise UnsupportedModelError(

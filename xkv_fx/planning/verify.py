@@ -77,6 +77,17 @@ class Verification:
         provenance = dataclasses.replace(budgets.provenance, held_out=self.to_dict())
         return dataclasses.replace(budgets, provenance=provenance)
 
+    def uniform_plan(self, budgets: Budgets) -> Budgets:
+        """The uniform plan of equal bytes in the place of `budgets`, saying so, with this in its provenance."""
+        provenance = dataclasses.replace(
+            budgets.provenance,
+            allocator="uniform",
+            expected_retention=None,
+            expected_kl=None,
+            held_out={**self.to_dict(), "instead_of": budgets.provenance.allocator or "a plan by hand"},
+        )
+        return dataclasses.replace(budgets, capacities=self.uniform, provenance=provenance)
+
     def __str__(self) -> str:
         plan, uniform = summary(self.kl), summary(self.uniform_kl)
         return (
