@@ -111,6 +111,9 @@ def verify_plans(
     progress: Progress | None = None,
 ) -> tuple[Verification, ...]:
     """Compare each plan with a uniform one of equal bytes, all in one pass over the prompts; see `xkv_fx.verify`."""
+    _one_policy(plans)
+    for plan in plans:
+        plan.check_layers(captured.layers, captured.fingerprint)
     even = [uniform_like(plan, captured.layers) for plan in plans]
     capacities = {plan.capacities: plan for plan in (*plans, *even)}
     kl = divergence_of_plans(captured, tuple(capacities.values()), prompts, continuation, progress).mean(2)
