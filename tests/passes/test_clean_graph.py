@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from graph_checks import assert_meta_is_true, export
-from ready_models import captured
-from tiny_models import random_ids
-from torch import Tensor
+from tiny_models import llama, random_ids
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from xkv_fx.hf.capture import NAME
+from xkv_fx.hf.inspect import shadow
 from xkv_fx.passes.clean_graph import CHECKS, CleanGraph
+from xkv_fx.passes.export_graph import export_graph
 from xkv_fx.passes.graph import calls
 
 aten = torch.ops.aten
@@ -35,9 +37,20 @@ def prompt_inputs(length: int = 9) -> tuple[Tensor, Tensor]:
     return random_ids(2, length), torch.arange(length).expand(2, -1)
 
 
+class Exported(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = shadow(llama(2), NAME)
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        return logits
+
+
 @pytest.fixture
 def graph() -> GraphModule:
-    return captured().graph("prompt")
+    """A model's graph as `torch.export` leaves it; a captured one is clean already."""
+    return export_graph(Exported(), prompt_inputs())[0]
 
 
 def test_logits_stay_the_same_to_the_bit(graph: GraphModule) -> None:

@@ -49,13 +49,12 @@ def test_keys_and_values_may_differ_in_size() -> None:
 
 
 def test_a_graph_without_attention_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="no attention was captured"):
+    with pytest.raises(UnsupportedModelError, match="no attention was found"):
         attention_sites(export(lambda x: x + 1, torch.randn(1, 4)))
 
 
-def test_a_layer_that_attends_twice_is_refused_by_name() -> None:
+def test_a_layer_that_attends_twice_has_two_sites() -> None:
     module = captured().graph("prompt")
     first, _, third = calls(module, attention)
     third.args = (*third.args[:3], first.args[3], *third.args[4:])
-    with pytest.raises(UnsupportedModelError, match=f"layer 0 .* more than once .{first.name}, {third.name}."):
-        attention_sites(module)
+    assert [(site.index, site.layer) for site in attention_sites(module)] == [(0, 0), (1, 1), (2, 0)]

@@ -61,6 +61,7 @@ def test_arguments_gives_every_argument_by_name() -> None:
         "sliding_window": None,
         "softcap": 2.0,
         "sinks": None,
+        "slopes": None,
     }
 
 

@@ -87,8 +87,8 @@ def compare(model: PreTrainedModel, prompt: Tensor, expected: tuple[Tensor, Tens
     tight = llm.with_budgets(half)
     session = tight.new_session()
     output = tight.generate(
-        prompt, max_new_tokens=LONG, do_sample=False, past_key_values=session, return_dict_in_generate=True,
-        output_logits=True,
+        prompt, max_new_tokens=LONG, do_sample=False, use_cache=True, past_key_values=session,
+        return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
     planned = half.kv_bytes(model)
     if not session.kv_bytes == tight.kv_bytes == planned:

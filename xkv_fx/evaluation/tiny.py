@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 VOCABULARY = 64
 POSITIONS = 256
 SLIDING_WINDOW = 8
-CHUNK = 16
+CHUNK = 128
 
 # Sizes by the names that configurations use; a name counts where a configuration has it and its default is a number.
 _SIZES: dict[str, int] = {
@@ -76,6 +76,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 6,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
         "num_kv_shared_layers": 2,
+        "intermediate_size": 48,
     },
     "gemma4_assistant": {"text_config": _NO_LAYER_INPUTS},
     "gemma4_unified_assistant": {"text_config": _NO_LAYER_INPUTS},

@@ -1,12 +1,13 @@
 """Capture: a transformers model becomes a graph with one `xkv::attention` node for each layer.
 
 The way in is transformers' own attention interface: an entry named `xkv` whose mask is None, so that no mask arithmetic
-enters the graph, and whose attention is our op.
+enters the graph, and whose attention is our op. A model that does not go through it writes its attention out; there the
+pass `MatchAttention` looks for it in the graph.
 """
 
 from __future__ import annotations
 
-import warnings
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -14,7 +15,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.fx.graph import CodeGen
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -23,14 +23,21 @@ from xkv_fx.budgets import LayerSpec
 from xkv_fx.errors import UnsupportedModelError, XkvError
 from xkv_fx.hf.inspect import check_model, fingerprint, max_positions, shadow
 from xkv_fx.passes.captured import CapturedModel
+from xkv_fx.passes.check_continuation import LENGTH, continuation_error
+from xkv_fx.passes.clean_graph import CleanGraph
+from xkv_fx.passes.export_graph import export_graph
 from xkv_fx.passes.find_attention import attention_sites
+from xkv_fx.passes.find_positions import FindPositions
 from xkv_fx.passes.graph import output_node
+from xkv_fx.passes.match_attention import MatchAttention
+from xkv_fx.passes.specialize import one_token_graph
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 
 NAME = "xkv"
 PROBE_LENGTH = 24
 # Arguments that say nothing about the mathematics of attention once the mask is causal.
 _HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
+_HARMLESS |= {"logits_to_keep"}
 # Largest difference of logits, relative to their size, between a model and its captured graph.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -84,8 +91,17 @@ class _Entry(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        logits: Tensor = _logits(self.model, input_ids, position_ids)
         return logits
+
+
+def _logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Logits without a cache. A model that takes no positions counts them itself."""
+    kinds = {name: parameter.kind for name, parameter in inspect.signature(model.forward).parameters.items()}
+    takes_positions = "position_ids" in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values()
+    options = {"position_ids": position_ids} if takes_positions else {}
+    logits: Tensor = model(input_ids=input_ids, use_cache=False, return_dict=True, **options).logits
+    return logits
 
 
 def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) -> CapturedModel:
@@ -100,28 +116,34 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
         UnsupportedModelError: the model cannot be captured exactly; the message says what stands in the way.
     """
     model = check_model(model)
-    twin = shadow(model, NAME)
-    layers = _probe_layers(twin)
-    _check_layer_count(model, layers)
-    entry = _Entry(twin)
+    twin, probed = _twin(model)
+    longest = max_positions(model)
     device = model.device
-    example = min(PROBE_LENGTH, max_positions(model) or PROBE_LENGTH)
+    example = min(PROBE_LENGTH, longest or PROBE_LENGTH)
     ids = torch.zeros(rows, example, dtype=torch.int64, device=device)
     positions = torch.arange(example, device=device).expand(rows, -1).contiguous()
-    length = torch.export.Dim("length", min=2, max=max_positions(model) or 2**20)
-    prompt = _export(entry, (ids, positions), {"input_ids": {1: length}, "position_ids": {1: length}})
-    token = _export(entry, (ids[:, :1].clone(), positions[:, :1].clone()), None) if decode else None
-    for graph in filter(None, (prompt, token)):
-        captured = tuple(site.spec for site in attention_sites(graph))
-        if captured != layers:
+    entry = _Entry(twin)
+    with _refusing(model):
+        prompt, longest = export_graph(entry, (ids, positions), longest)
+        rewritten = _rewrite(prompt, rows, longest, written=not probed)
+        token = None
+        if decode and rewritten:
+            token = one_token_graph(prompt, rows)
+        elif decode:
+            token, _ = export_graph(entry, (ids[:, :1].clone(), positions[:, :1].clone()))
+    layers = tuple(site.spec for site in attention_sites(prompt))
+    _check_layer_count(model, layers)
+    for found in (probed or layers, layers if token is None else tuple(site.spec for site in attention_sites(token))):
+        if found != layers:
             raise UnsupportedModelError(
-                f"{type(model).__name__}: export kept {len(captured)} attentions of the {len(layers)} that ran"
+                f"{type(model).__name__}: export kept {len(layers)} attentions of the {len(found)} that ran"
             )
     logits = cast(Any, output_node(prompt.graph).args[0]).meta["val"]
     if logits.dim() != 3:
         raise UnsupportedModelError(f"{type(model).__name__} gives no logits for each token; it is no language model")
     if check:
         _check_parity(model, prompt, rows)
+        _check_continuation(model, prompt, token, rows)
     return CapturedModel(
         prompt=prompt,
         token=token,
@@ -130,9 +152,37 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
         rows=rows,
         dtype=model.dtype,
         device=device,
-        max_positions=max_positions(model),
+        max_positions=longest,
         vocabulary=int(logits.shape[2]),
     )
+
+
+def _twin(model: PreTrainedModel) -> tuple[PreTrainedModel, tuple[LayerSpec, ...]]:
+    """A shadow of the model to capture, and what its attentions cache; nothing where it writes its attention out."""
+    if _takes_attention(model):
+        twin = shadow(model, NAME)
+        layers = _probe_layers(twin)
+        if layers:
+            _check_layer_count(model, layers)
+            return twin, layers
+    return shadow(model, None), ()
+
+
+def _takes_attention(model: PreTrainedModel) -> bool:
+    try:
+        shadow(model, NAME)
+    except UnsupportedModelError:
+        return False
+    return True
+
+
+def _rewrite(prompt: GraphModule, rows: int, longest: int | None, written: bool) -> bool:
+    """Find what capture did not: attention that is written out, and positions counted from the length."""
+    CleanGraph()(prompt)
+    if written:
+        MatchAttention(rows, longest)(prompt)
+    attention_sites(prompt)
+    return bool(FindPositions(rows, longest)(prompt).changed) or written
 
 
 def layers_of_model(model: Any) -> tuple[LayerSpec, ...]:
@@ -142,9 +192,8 @@ def layers_of_model(model: Any) -> tuple[LayerSpec, ...]:
         UnsupportedModelError: as `capture`.
     """
     model = check_model(model)
-    layers = _probe_layers(shadow(model, NAME))
-    _check_layer_count(model, layers)
-    return layers
+    _, layers = _twin(model)
+    return layers or capture(model, decode=False).layers
 
 
 class _RecordAttention(TorchDispatchMode):
@@ -167,25 +216,15 @@ def _probe_layers(twin: PreTrainedModel) -> tuple[LayerSpec, ...]:
     return tuple(record.layers)
 
 
-def _export(entry: _Entry, args: tuple[Tensor, Tensor], dynamic_shapes: Any) -> GraphModule:
-    with _refusing(entry.model), torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
-        program = torch.export.export(entry, args, dynamic_shapes=dynamic_shapes, strict=False)
-        module = program.module(check_guards=False)
-    graph = module.graph
-    graph.set_codegen(CodeGen())  # plain positional inputs and one plain output, instead of pytrees
-    output = output_node(graph)
-    output.args = (cast(Any, output.args[0])[0],)
-    module.recompile()
-    return module
-
-
 @contextmanager
 def _refusing(model: nn.Module) -> Iterator[None]:
     """Whatever goes wrong while a model is traced means that it cannot be captured."""
     try:
         yield
+    except UnsupportedModelError as error:
+        if type(model).__name__ in str(error):
+            raise
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be captured: {error}") from error
     except XkvError:
         raise
     except Exception as error:
@@ -194,30 +233,44 @@ def _refusing(model: nn.Module) -> Iterator[None]:
 
 
 def _check_layer_count(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> None:
+    """Fewer attentions than layers: the others hold some other state. More: each has a cache of its own."""
     expected = model.config.get_text_config(decoder=True).num_hidden_layers
-    if not layers:
+    if len(layers) < expected:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: no attention was captured; it does not call attention through transformers' "
-            "attention interface"
+            f"{type(model).__name__} has {expected} layers but {len(layers)} attentions; models that mix in other "
+            "kinds of layers (recurrent, linear attention, convolution), whose state is no KV cache, are not supported"
         )
-    if len(layers) != expected:
+
+
+def _check_continuation(model: PreTrainedModel, prompt: GraphModule, token: GraphModule | None, rows: int) -> None:
+    """A graph that knows of earlier tokens in any other way than through attention would go on wrongly from a cache."""
+    length = min(LENGTH, max_positions(model) or LENGTH)
+    if length < 3:
+        return
+    error = continuation_error(prompt, token, _random_ids(model, rows, length))
+    limit = _TOLERANCE.get(model.dtype, 1e-2)
+    if not error <= limit:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has {expected} layers but {len(layers)} calls of captured attention; models that "
-            "mix in other kinds of layers are not supported"
+            f"{type(model).__name__}: a prompt fed in pieces gives logits that differ by {error:.2g} of the largest "
+            f"(limit {limit:.0e}); it keeps something of earlier tokens besides keys and values, or looks at later ones"
         )
+
+
+def _random_ids(model: PreTrainedModel, rows: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    return torch.randint(vocabulary, (rows, length), generator=generator).to(model.device)
 
 
 def _check_parity(model: PreTrainedModel, graph: GraphModule, rows: int) -> None:
     """Run the model and its graph on the same random tokens; a difference means that something was lost."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     length = min(PROBE_LENGTH, max_positions(model) or PROBE_LENGTH)
-    ids = torch.randint(vocabulary, (rows, length), generator=generator).to(model.device)
+    ids = _random_ids(model, rows, length)
     positions = torch.arange(length, device=model.device).expand(rows, -1).contiguous()
     training = model.training
     with torch.no_grad():
         twin = shadow(model, model.config._attn_implementation) if training else model
-        expected = twin(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+        expected = _logits(twin, ids, positions).float()
         got = graph(ids, positions).float()
     error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
     limit = _TOLERANCE.get(model.dtype, 1e-2)

@@ -107,8 +107,12 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """The longest sequence the model has positions for."""
+    """The longest sequence the model has positions for. Attention in chunks (Llama 4) is plain causal attention within
+    the first chunk, and ends there."""
     config = model.config.get_text_config(decoder=True)
+    chunk = getattr(config, "attention_chunk_size", None)
+    if isinstance(chunk, int) and "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return chunk
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:

@@ -47,6 +47,9 @@ def _obstacle(node: Node) -> str | None:
         return f"dtype {k_cache.dtype}"
     if k_cache.shape[3] % decode_cpu.STEP or v_cache.shape[3] % decode_cpu.STEP:
         return f"head sizes {k_cache.shape[3]} and {v_cache.shape[3]} are not multiples of {decode_cpu.STEP}"
+    mask = given["mask"].meta["val"]
+    if mask.dtype != k_cache.dtype or mask.shape[1] not in (1, k_cache.shape[1]):
+        return "biased attention"
     extra = [name for name, value in given.items() if value is not None and name not in decode_cpu.ARGUMENTS]
     return f"it takes {', '.join(extra)}" if extra else None
 

@@ -27,28 +27,22 @@ class AttentionSite:
     sliding_window: int | None
     softcap: float | None
     sinks: Node | None
+    slopes: Node | None
     spec: LayerSpec
 
 
 def attention_sites(module: GraphModule) -> tuple[AttentionSite, ...]:
-    """The attention nodes in execution order.
+    """The attention nodes in execution order. A layer that attends several times has as many of them.
 
     Raises:
-        UnsupportedModelError: none was captured, or one layer calls attention more than once.
+        UnsupportedModelError: none was captured.
     """
     sites = tuple(_site(index, node) for index, node in enumerate(calls(module, torch.ops.xkv.attention.default)))
     if not sites:
         raise UnsupportedModelError(
-            "no attention was captured: the model does not call attention through transformers' attention interface"
+            "no attention was found: the model neither calls it through transformers' attention interface nor writes "
+            "it out as softmax(queries @ keys) @ values or scaled_dot_product_attention"
         )
-    seen: dict[int, Node] = {}
-    for site in sites:
-        if site.layer in seen:
-            raise UnsupportedModelError(
-                f"layer {site.layer} calls attention more than once ({seen[site.layer].name}, {site.node.name}); "
-                "such models are not supported"
-            )
-        seen[site.layer] = site.node
     return sites
 
 

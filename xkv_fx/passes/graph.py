@@ -81,7 +81,7 @@ def emit(graph: Graph, target: Callable[..., Any], *args: Any, name: str | None 
     A target that has an attribute `fake` is not run for that: `fake`, called alike, says what it returns.
     """
     node = graph.create_node("call_function", target, args, kwargs, name=name)
-    node.meta["val"] = _run_fake(graph, target, args, kwargs)
+    node.meta["val"] = run_fake(graph, target, args, kwargs)
     return node
 
 
@@ -121,7 +121,7 @@ def propagate(graph: Graph, changed: Node) -> None:
     stale = {changed}
     for node in graph.nodes:
         if node.op == "call_function" and stale.intersection(node.all_input_nodes):
-            node.meta["val"] = _run_fake(graph, node.target, node.args, node.kwargs)
+            node.meta["val"] = run_fake(graph, node.target, node.args, node.kwargs)
             stale.add(node)
 
 
@@ -140,7 +140,17 @@ def at_end(graph: Graph) -> Iterator[None]:
         yield
 
 
-def _run_fake(graph: Graph, target: Any, args: Any, kwargs: Any) -> Any:
+def constant(module: GraphModule, name: str, value: torch.Tensor) -> Node:
+    """Add a tensor to a graph's module and a node that reads it, at the insertion point."""
+    module.register_buffer(name, value, persistent=False)
+    node = module.graph.get_attr(name)
+    mode = fake_mode(module.graph)
+    node.meta["val"] = mode.from_tensor(value, static_shapes=True)
+    return node
+
+
+def run_fake(graph: Graph, target: Any, args: Any, kwargs: Any) -> Any:
+    """What a call returns on the fake values of its arguments."""
     values = map_arg(args, _value_of), map_arg(kwargs, _value_of)
     with fake_mode(graph), torch.no_grad():
         return getattr(target, "fake", target)(*values[0], **values[1])

@@ -18,6 +18,7 @@ from xkv_fx.errors import PassError
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.find_attention import AttentionSite, attention_sites
 from xkv_fx.passes.graph import add_input, at_end, at_start, emit, inline, named
+from xkv_fx.runtime.attention import distance_bias
 from xkv_fx.runtime.scorers import Scorer, rescore_tokens, score_tokens
 from xkv_fx.runtime.slots import SlotPlan
 from xkv_fx.runtime.state import CachePlan
@@ -45,7 +46,7 @@ class InsertPrefillCache(GraphPass):
                 score = scoring(score_tokens, self.scorer, sliding_window=site.sliding_window, softcap=site.softcap)
                 scores = emit(
                     graph, score, site.q, site.k, site.v if self.scorer.reads_values else None, length, None,
-                    site.scale, sinks=site.sinks, name=f"scores_{site.index}",
+                    site.scale, sinks=site.sinks, slopes=site.slopes, name=f"scores_{site.index}",
                 )  # fmt: skip
             with graph.inserting_after(scores):
                 kept = _keep(graph, site, plan, scores, length, state, fresh=True)
@@ -80,10 +81,11 @@ class InsertExtendCache(GraphPass):
                     mask = inline(graph, _extend_mask(plan), positions, seen, base, site.q)
                     if plan.sliding_window is None:
                         shared[plan] = mask
+                ages = None if site.slopes is None else inline(graph, plan.extend_ages, positions, seen, base)
                 attended = emit(
                     graph, xkv.extend_attention.default, site.q, site.k, site.v, k_cache, v_cache, mask, site.scale,
-                    sliding_window=site.sliding_window, softcap=site.softcap, sinks=site.sinks,
-                    name=f"attention_{site.index}",
+                    sliding_window=site.sliding_window, softcap=site.softcap, sinks=site.sinks, slopes=site.slopes,
+                    ages=ages, name=f"attention_{site.index}",
                 )  # fmt: skip
                 score = scoring(
                     rescore_tokens, self.scorer, plan.slots, plan=plan, sliding_window=site.sliding_window,
@@ -91,7 +93,7 @@ class InsertExtendCache(GraphPass):
                 )  # fmt: skip
                 scores = emit(
                     graph, score, site.q, site.k, site.v, length, seen, base, k_cache, v_cache, positions, site.scale,
-                    sinks=site.sinks, name=f"scores_{site.index}",
+                    sinks=site.sinks, slopes=site.slopes, name=f"scores_{site.index}",
                 )  # fmt: skip
                 kept = _keep(graph, site, plan, scores, length, state, fresh=False)
                 if plan.eviction == "scored":
@@ -138,7 +140,9 @@ class InsertDecodeCache(GraphPass):
         self, graph: Graph, site: AttentionSite, slot: Node, mask: Node | None, plan: SlotPlan, state: dict[str, Node]
     ) -> Node:
         k_cache, v_cache, positions = _buffers(state, site.index)
-        if mask is None:
+        if site.slopes is not None:
+            mask = inline(graph, _biased_mask(plan), positions, state["seen"], state["base"], site.slopes)
+        elif mask is None:
             mask = inline(graph, _decode_mask(plan, self.plan.dtype), positions, state["seen"], state["base"])
         return emit(
             graph, xkv.decode_attention.default, site.q, site.k, site.v, k_cache, v_cache, slot, mask, site.scale,
@@ -149,7 +153,8 @@ class InsertDecodeCache(GraphPass):
         return emit(
             graph, xkv.decode_scored.default, site.q, site.k, site.v, *_buffers(state, site.index),
             state[f"scores_{site.index}"], state["seen"], site.scale, recent=plan.recent, sink_tokens=plan.sinks,
-            sliding_window=plan.sliding_window, softcap=site.softcap, sinks=site.sinks, name=f"attention_{site.index}",
+            sliding_window=plan.sliding_window, softcap=site.softcap, sinks=site.sinks, slopes=site.slopes,
+            name=f"attention_{site.index}",
         )  # fmt: skip
 
     def _shared_slots(self, graph: Graph, seen: Node, base: Node) -> dict[SlotPlan, Node]:
@@ -243,6 +248,15 @@ def _decode_mask(plan: SlotPlan, dtype: torch.dtype) -> Callable[[Tensor, Tensor
     def mask(positions: Tensor, seen: Tensor, base: Tensor) -> Tensor:
         valid = plan.decode_mask(positions, seen, base)
         return torch.zeros(valid.shape, dtype=dtype, device=seen.device).masked_fill(~valid, float("-inf"))
+
+    return mask
+
+
+def _biased_mask(plan: SlotPlan) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def mask(positions: Tensor, seen: Tensor, base: Tensor, slopes: Tensor) -> Tensor:
+        valid = plan.decode_mask(positions, seen, base)
+        bias = distance_bias(slopes, plan.decode_ages(positions, seen, base)[:, :, None])
+        return bias.masked_fill(~valid[:, :, None], float("-inf")).flatten(1, 2)
 
     return mask
 

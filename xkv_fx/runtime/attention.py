@@ -22,42 +22,57 @@ def causal_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of S queries over their own S keys.
+
+    Args:
+        slopes: `[query_heads]`, what a logit loses for each token of distance.
 
     Returns:
         the output `[rows, query_heads, S, value_dim]` and the log-sum-exp `[rows, query_heads, S]` of the logits
         without the sinks.
     """
     windowed = sliding_window is not None and k.shape[2] > sliding_window
-    if _flash_applies(q, k, v) and softcap is None and not windowed:
+    if _flash_applies(q, k, v) and softcap is None and slopes is None and not windowed:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
     else:
-        out, lse = _causal_in_blocks(q, k, v, scale, sliding_window if windowed else None, softcap)
+        out, lse = _causal_in_blocks(q, k, v, scale, sliding_window if windowed else None, softcap, slopes)
     return apply_sinks(out, lse, sinks), lse
 
 
 def slot_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    slopes: Tensor | None = None,
+    ages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of S queries over the kept slots of a cache, all of them earlier than every query.
 
     Args:
         mask: bool, broadcastable to `[rows, kv_heads, S, slots]`; True where a slot may be attended to.
+        slopes: `[query_heads]`, what a logit loses for each token of distance.
+        ages: int64 `[rows, kv_heads, slots]`, the distance of each slot's token from the first query; with `slopes`.
 
     Returns:
         as `causal_attention`; a query without any slot gets output 0 and a log-sum-exp of minus infinity.
     """
     empty = ~mask.any(-1)
     per_head = mask.shape[1] != 1
-    if _flash_applies(q, k, v) and softcap is None and not per_head:
+    if _flash_applies(q, k, v) and softcap is None and slopes is None and not per_head:
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=bias, scale=scale
         )
     else:
         blocks = [
-            _softmax_block(part, k, v, scale, _rows_of(mask, start, start + BLOCK), softcap)
+            _softmax_block(
+                part, k, v, scale, _rows_of(mask, start, start + BLOCK), softcap, _slot_bias(slopes, ages, start, part)
+            )
             for start, part in _blocks(q)
         ]
         out, lse = (torch.cat(parts, 2) for parts in zip(*blocks, strict=True))
@@ -98,10 +113,32 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def distance_bias(slopes: Tensor, distance: Tensor) -> Tensor:
+    """What is added to logits under `slopes` `[query_heads]`.
+
+    Args:
+        distance: tokens between a query and a key, `[rows or 1, kv_heads or 1, S, N]`.
+
+    Returns:
+        float32 `[rows or 1, kv_heads, group, S, N]`; `[rows or 1, 1, query_heads, S, N]` for distances of all heads.
+    """
+    return -slopes.float().view(1, distance.shape[1], -1, 1, 1) * distance[:, :, None]
+
+
+def _slot_bias(slopes: Tensor | None, ages: Tensor | None, start: int, part: Tensor) -> Tensor | None:
+    if slopes is None or ages is None:
+        return None
+    query = torch.arange(start, start + part.shape[2], device=part.device)
+    return distance_bias(slopes, ages[:, :, None] + query[:, None])
+
+
 def _softmax_block(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, softcap: float | None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    logits = group_logits(q, k, scale, softcap).masked_fill_(~mask[:, :, None], float("-inf"))
+    logits = group_logits(q, k, scale, softcap)
+    if bias is not None:
+        logits += bias.reshape(bias.shape[0], *logits.shape[1:3], *bias.shape[3:])
+    logits = logits.masked_fill_(~mask[:, :, None], float("-inf"))
     lse = torch.logsumexp(logits, -1)
     weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     out = torch.matmul(weights, _wide(v)[:, :, None])
@@ -109,7 +146,13 @@ def _softmax_block(
 
 
 def _causal_in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, sliding_window: int | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     outs, lses = [], []
     for start, part in _blocks(q):
@@ -120,7 +163,10 @@ def _causal_in_blocks(
         mask = key <= query
         if sliding_window is not None:
             mask &= key > query - sliding_window
-        out, lse = _softmax_block(part, k[:, :, first:stop], v[:, :, first:stop], scale, mask[None, None], softcap)
+        bias = None if slopes is None else distance_bias(slopes, (query - key)[None, None])
+        out, lse = _softmax_block(
+            part, k[:, :, first:stop], v[:, :, first:stop], scale, mask[None, None], softcap, bias
+        )
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 2), torch.cat(lses, 2)

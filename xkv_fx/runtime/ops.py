@@ -18,7 +18,13 @@ from torch import Tensor
 
 from xkv_fx.budgets import EVICTIONS
 from xkv_fx.runtime.attention import apply_sinks as _apply_sinks
-from xkv_fx.runtime.attention import causal_attention, group_logits, merge_attention, slot_attention
+from xkv_fx.runtime.attention import (
+    causal_attention,
+    distance_bias,
+    group_logits,
+    merge_attention,
+    slot_attention,
+)
 from xkv_fx.runtime.selection import write_survivors
 from xkv_fx.runtime.slots import SlotPlan
 
@@ -33,6 +39,7 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of S tokens over themselves; what a model's attention becomes when it is captured.
 
@@ -42,11 +49,12 @@ def attention(
         sliding_window: attend to the newest so many tokens only, the query's own included.
         softcap: bound on the logits' size.
         sinks: `[query_heads]`, one more logit per head in the softmax's denominator.
+        slopes: `[query_heads]`, what a logit loses for each token between query and key (ALiBi, arXiv 2108.12409).
 
     Returns:
         `[rows, query_heads, S, value_dim]`.
     """
-    return causal_attention(q, k, v, scale, sliding_window, softcap, sinks)[0].contiguous()
+    return causal_attention(q, k, v, scale, sliding_window, softcap, sinks, slopes)[0].contiguous()
 
 
 @attention.register_fake
@@ -59,6 +67,7 @@ def _(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     return _like_output(q, v)
 
@@ -75,17 +84,20 @@ def extend_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    ages: Tensor | None = None,
 ) -> Tensor:
     """Attention of S new tokens over the kept slots and causally over themselves, merged by log-sum-exp.
 
     Args:
         mask: bool `[rows, kv_heads or 1, S or 1, slots]`, slots that a query may attend to.
+        slopes, ages: as in `slot_attention`.
 
     Returns:
         `[rows, query_heads, S, value_dim]`.
     """
-    among_new = causal_attention(q, k, v, scale, sliding_window, softcap)
-    over_slots = slot_attention(q, k_cache, v_cache, mask, scale, softcap)
+    among_new = causal_attention(q, k, v, scale, sliding_window, softcap, slopes=slopes)
+    over_slots = slot_attention(q, k_cache, v_cache, mask, scale, softcap, slopes, ages)
     out, lse = merge_attention(among_new, over_slots)
     return _apply_sinks(out, lse, sinks).contiguous()
 
@@ -102,6 +114,8 @@ def _(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    ages: Tensor | None = None,
 ) -> Tensor:
     return _like_output(q, v)
 
@@ -180,7 +194,8 @@ def decode_attention(
     Args:
         q, k, v: one token, S = 1.
         slot: int64 `[rows]`, the slot that the token takes.
-        mask: additive, q's dtype, `[rows, kv_heads or 1, 1, slots]`: 0 for a valid slot, minus infinity otherwise.
+        mask: additive, `[rows, kv_heads or 1, 1, slots]` in q's dtype: 0 for a valid slot, minus infinity otherwise;
+            or with a bias for valid slots, `[rows, query_heads, 1, slots]`, float32.
 
     Returns:
         `[rows, query_heads, 1, value_dim]`.
@@ -222,7 +237,9 @@ def _decode(
     k_cache.index_put_((row, head, slot[:, None]), k[:, :, 0])
     v_cache.index_put_((row, head, slot[:, None]), v[:, :, 0])
     grouped = q.reshape(rows, kv_heads, -1, q.shape[-1])  # the query group takes the place of the query length
-    if softcap is None and sinks is None:
+    if mask.shape[1] not in (1, kv_heads):
+        mask = mask.reshape(rows, kv_heads, -1, mask.shape[-1])
+    if softcap is None and sinks is None and mask.dtype == q.dtype:
         out = torch.nn.functional.scaled_dot_product_attention(grouped, k_cache, v_cache, attn_mask=mask, scale=scale)
         return out.reshape(rows, -1, 1, v.shape[-1])
     logits = group_logits(q, k_cache, scale, softcap)[:, :, :, 0] + mask
@@ -247,6 +264,7 @@ def decode_scored(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """As `decode_attention`, each KV head choosing its own slot, and each slot's attention added to its score (H2O,
     arXiv 2306.14048, section 4): the mean over the query group.
@@ -257,8 +275,9 @@ def decode_scored(
         recent, sink_tokens: newest and first tokens that are not evicted.
     """
     return _decode_scored(
-        q, k, v, k_cache, v_cache, positions, scores, seen, scale, recent, sink_tokens, sliding_window, softcap, sinks
-    )
+        q, k, v, k_cache, v_cache, positions, scores, seen, scale, recent, sink_tokens, sliding_window, softcap, sinks,
+        slopes,
+    )  # fmt: skip
 
 
 @decode_scored.register_fake
@@ -277,6 +296,7 @@ def _(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     return _like_output(q, v)
 
@@ -296,6 +316,7 @@ def _decode_scored(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     rows, kv_heads, slots = positions.shape
     plan = SlotPlan(slots, slots, recent, sink_tokens, "scored", sliding_window)
@@ -308,7 +329,10 @@ def _decode_scored(
     scores.index_put_((row, head, slot), scores.new_zeros(rows, kv_heads))
 
     valid = plan.decode_mask(positions, seen, seen)
-    logits = group_logits(q, k_cache, scale, softcap)[:, :, :, 0].masked_fill(~valid, float("-inf"))
+    logits = group_logits(q, k_cache, scale, softcap)[:, :, :, 0]
+    if slopes is not None:
+        logits = logits + distance_bias(slopes, (seen[:, None, None] - positions)[:, :, None])[:, :, :, 0]
+    logits = logits.masked_fill(~valid, float("-inf"))
     lse = torch.logsumexp(logits, -1, keepdim=True)
     weights = torch.exp(logits - lse)
     out = torch.matmul(weights.to(v.dtype), v_cache).reshape(rows, -1, 1, v.shape[-1])

@@ -128,6 +128,14 @@ class SlotPlan:
         inside = ordinals > (seen - self.sliding_window)[:, None, None]
         return ((ordinals != EMPTY) & inside)[:, :, None]
 
+    def decode_ages(self, positions: Tensor, seen: Tensor, base: Tensor) -> Tensor:
+        """How far the next token is from each slot's, itself 0: int64 `[rows, kv_heads, slots]`, for valid slots."""
+        return seen[:, None, None] - self.ordinals(positions, seen + 1, base)
+
+    def extend_ages(self, positions: Tensor, seen: Tensor, base: Tensor) -> Tensor:
+        """How far the first next token is from each slot's: int64 `[rows, kv_heads, slots]`, for valid slots."""
+        return seen[:, None, None] - self.ordinals(positions, seen, base)
+
     def extend_mask(self, positions: Tensor, seen: Tensor, base: Tensor, length: int) -> Tensor:
         """Slots that each of the next `length` tokens attends to: bool `[rows, kv_heads or 1, length or 1, slots]`."""
         if self.sliding_window is None:

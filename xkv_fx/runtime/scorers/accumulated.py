@@ -41,6 +41,7 @@ class H2O:
             prompt.sliding_window,
             prompt.softcap,
             prompt.sinks,
+            prompt.slopes,
         )
         return mass
 
@@ -58,6 +59,7 @@ def accumulated_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """Attention that each candidate is paid by all valid new queries; the arguments are fields of `PromptView`.
 
@@ -78,6 +80,7 @@ def accumulated_attention(
         sliding_window=sliding_window,
         softcap=softcap,
         sinks=sinks,
+        slopes=slopes,
     )
     mass = torch.zeros(prompt.ordinals.shape, dtype=torch.float32, device=q.device)
     for start in range(0, q.shape[2], BLOCK):
@@ -98,6 +101,7 @@ def _(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     slots = 0 if old_k is None else old_k.shape[2]
     return k.new_empty((k.shape[0], k.shape[1], slots + k.shape[2]), dtype=torch.float32)

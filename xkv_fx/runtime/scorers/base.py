@@ -137,11 +137,15 @@ def score_tokens(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """Scores of the new tokens in a fresh prefill, float32 `[rows, kv_heads, S]`; see `PromptView` for the shapes."""
     seen = torch.zeros_like(length) if seen is None else seen
     return _run(
-        scorer, PromptView(q, k, v, length, scale, seen, sliding_window=sliding_window, softcap=softcap, sinks=sinks)
+        scorer,
+        PromptView(
+            q, k, v, length, scale, seen, sliding_window=sliding_window, softcap=softcap, sinks=sinks, slopes=slopes
+        ),
     )
 
 
@@ -161,12 +165,13 @@ def rescore_tokens(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """Scores of a layer's slots and of the new tokens together, float32 `[rows, kv_heads, slots + S]`."""
     ordinals = plan.ordinals(positions, seen, base)
     return _run(
         scorer,
-        PromptView(q, k, v, length, scale, seen, k_cache, v_cache, ordinals, sliding_window, softcap, sinks),
+        PromptView(q, k, v, length, scale, seen, k_cache, v_cache, ordinals, sliding_window, softcap, sinks, slopes),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xkv_fx.errors import BudgetError
-from xkv_fx.runtime.attention import apply_sinks, group_logits
+from xkv_fx.runtime.attention import apply_sinks, distance_bias, group_logits
 from xkv_fx.runtime.slots import EMPTY
 
 
@@ -26,7 +26,7 @@ class PromptView:
         seen: int64 `[rows]`, tokens seen before these.
         old_k, old_v: what the slots hold, `[rows, kv_heads, slots, ...]`; None in a fresh prefill.
         old_ordinals: int64 `[rows, kv_heads, slots]`, -1 for a free slot; None in a fresh prefill.
-        sliding_window, softcap, sinks: as in the layer's attention.
+        sliding_window, softcap, sinks, slopes: as in the layer's attention.
     """
 
     q: Tensor
@@ -41,6 +41,7 @@ class PromptView:
     sliding_window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    slopes: Tensor | None = None
 
     @functools.cached_property
     def ordinals(self) -> Tensor:
@@ -100,6 +101,8 @@ class PromptView:
 
         query = (self.seen[:, None] + which)[:, None, :, None]
         key = self.ordinals[:, :, None, : logits.shape[-1]]
+        if self.slopes is not None:
+            logits += distance_bias(self.slopes, query - key).view(*logits.shape)
         exists = (which >= 0) & (which < self.length[:, None])
         reach = (key != EMPTY) & (key <= query) & exists[:, None, :, None]
         if self.sliding_window is not None:

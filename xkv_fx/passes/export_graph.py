@@ -1,0 +1,101 @@
+"""From a module to the graph that the passes work on."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import UserError
+from torch.fx import GraphModule
+from torch.fx.graph import CodeGen
+
+from xkv_fx.errors import UnsupportedModelError
+from xkv_fx.passes.graph import output_node
+
+aten = torch.ops.aten
+UNBOUNDED = 2**20
+
+
+def export_graph(
+    module: nn.Module, inputs: tuple[Tensor, Tensor], longest: int | None = None
+) -> tuple[GraphModule, int | None]:
+    """The graph of a module of `(input_ids, position_ids)`; plain positional inputs, one plain output, weights shared.
+
+    Args:
+        inputs: int64 `[rows, S]` each. With S = 1 all sizes are static, otherwise S is left open.
+        longest: the largest S; none when None.
+
+    Returns:
+        the graph, and the largest S for which it is the module; None when there is none.
+
+    Raises:
+        UnsupportedModelError: the module branches on S.
+    """
+    length = torch.export.Dim("length", min=2, max=longest or UNBOUNDED)
+    dynamic = None if inputs[0].shape[1] == 1 else ({1: length}, {1: length})
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it would hide attention in one op that cannot be looked into
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+            exported, longest = _exported(module, inputs, dynamic, longest)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    graph = exported.graph
+    graph.set_codegen(CodeGen())
+    output = output_node(graph)
+    output.args = (cast(Any, output.args[0])[0],)
+    exported.recompile()
+    return exported, longest
+
+
+def _exported(
+    module: nn.Module, inputs: tuple[Tensor, Tensor], dynamic: Any, longest: int | None
+) -> tuple[GraphModule, int | None]:
+    """Guards that torch cannot prove for every length become assertions in the graph, which bound the length."""
+    try:
+        program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
+        return program.module(check_guards=False), longest
+    except UserError as error:
+        try:
+            program = torch.export.export(
+                module, inputs, dynamic_shapes=dynamic, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+            )
+        except Exception:
+            raise UnsupportedModelError(f"it branches on the number of tokens: {_guards(error)}") from error
+    exported: Any = program.module(check_guards=False)
+    held = _held_up_to(exported, longest or UNBOUNDED, inputs[0].shape[1])
+    return exported, held if longest is not None or held < UNBOUNDED else None
+
+
+def _guards(error: Exception) -> str:
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip().startswith("-")]
+    return " ".join(lines[:1]) or str(error).splitlines()[0]
+
+
+def _held_up_to(module: GraphModule, longest: int, example: int) -> int:
+    """The largest length such that the assertions of a graph hold for it and all shorter ones.
+
+    Each compares formulas of the length with numbers, so that its truth changes near these numbers.
+    """
+    for node in module.graph.nodes:
+        if node.target is not aten._assert_scalar.default or not isinstance(node.args[0], torch.fx.Node):
+            continue
+        condition = node.args[0].meta.get("val")
+        if not isinstance(condition, torch.SymBool):
+            continue
+        formula = condition.node.expr
+        if len(formula.free_symbols) > 1 or any(str(symbol).startswith("u") for symbol in formula.free_symbols):
+            raise UnsupportedModelError(f"it branches on its tokens ({formula})")
+        near = {int(atom) + step for atom in formula.atoms() if atom.is_Integer for step in range(-3, 4)}
+        for length in sorted({*range(2, 130), *near, longest}):
+            if 2 <= length <= longest and not formula.subs(dict.fromkeys(formula.free_symbols, length)):
+                longest = length - 1
+        if longest < example:
+            raise UnsupportedModelError(
+                f"it branches on the number of tokens: {formula} does not hold for {longest + 1}"
+            )
+    return longest
