@@ -1,0 +1,127 @@
+"""The commands that measure and plan, run in process on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ready_models import model, remember_captures
+from typer.testing import CliRunner
+
+import xkv_fx
+from xkv_fx import cli
+from xkv_fx.errors import BudgetError
+
+RUN = CliRunner()
+MEASURE = ["--length", "30", "--continuation", "6"]
+
+
+class Letters:
+    """A tokenizer of single letters."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [3 + ord(letter) % 50 for letter in text]}
+
+
+@pytest.fixture(autouse=True)
+def _tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    remember_captures(monkeypatch)
+    monkeypatch.setattr(cli, "_load", lambda name: (model(), Letters()))
+
+
+def invoke(*arguments: Any) -> str:
+    result = RUN.invoke(cli.app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(
+        "How vainly men themselves amaze to win the palm, the oak, or bays; and their uncessant labours see."
+    )
+    return path
+
+
+@pytest.fixture
+def calibrated(tmp_path: Path, text: Path) -> Path:
+    path = tmp_path / "calibration.safetensors"
+    invoke("calibrate", "--out", path, "--prompts", text, "--eviction", "append", *MEASURE)
+    return path
+
+
+def test_calibrate_solve_verify(calibrated: Path, text: Path, tmp_path: Path) -> None:
+    assert not Path(f"{calibrated}.parts").exists(), "what was written aside is gone"
+    calibration = xkv_fx.Calibration.load(calibrated)
+    assert calibration.lengths == (30, 30)
+    assert calibration.policy.eviction == "append"
+
+    plan = tmp_path / "plan.json"
+    shown = json.loads(invoke("solve", calibrated, "--out", plan, "--fraction", "0.4", "--multiple", "1", "--json"))
+    assert shown["provenance"]["allocator"] == "calibrated"
+    assert xkv_fx.Budgets.load(plan) == xkv_fx.solve(calibration, fraction=0.4, multiple=1)
+
+    checked = tmp_path / "checked.json"
+    report = json.loads(invoke("verify", plan, "--prompts", text, "--out", checked, *MEASURE, "--json"))
+    held_out = xkv_fx.Budgets.load(checked).provenance.held_out
+    assert held_out is not None
+    assert report == {"better": report["better"], **held_out}
+
+
+def test_a_plan_that_is_not_better_is_warned_of_and_replaced_if_asked(
+    calibrated: Path, text: Path, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    options = ["--total-tokens", "20", "--multiple", "1", "--allocator", "pyramid", "--holdout", text, *MEASURE]
+    result = RUN.invoke(cli.app, [str(part) for part in ("solve", calibrated, "--out", plan, *options)])
+    assert result.exit_code == 0
+    assert "warning: the plan is not better than uniform" in result.stderr
+    kept = xkv_fx.Budgets.load(plan)
+    assert kept.provenance.allocator == "pyramid"
+    assert kept.provenance.held_out is not None
+
+    invoke("solve", calibrated, "--out", plan, *options, "--fall-back")
+    fallen = xkv_fx.Budgets.load(plan)
+    assert fallen.capacities == (10, 10)
+    assert fallen.provenance.allocator == "uniform"
+
+
+def test_falling_back_needs_something_to_judge_by(calibrated: Path, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="needs --holdout"):
+        invoke("solve", calibrated, "--out", tmp_path / "plan.json", "--fraction", "0.4", "--fall-back")
+
+
+def test_an_interrupted_calibration_says_where_it_goes_on(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "calibration.safetensors"
+    measure = xkv_fx.calibrate
+
+    def interrupted(*args: Any, progress: Any, **options: Any) -> Any:
+        def stop(done: int, total: int) -> None:
+            raise KeyboardInterrupt
+
+        return measure(*args, progress=stop, **options)
+
+    monkeypatch.setattr(xkv_fx, "calibrate", interrupted)
+    arguments = ["calibrate", "--out", str(out), "--prompts", str(text), *MEASURE]
+    result = RUN.invoke(cli.app, arguments)
+    assert result.exit_code == 130
+    assert "goes on from there" in result.stderr.replace("\n", " ")
+    assert len(list(Path(f"{out}.parts").iterdir())) == 1
+    assert not out.exists()
+    monkeypatch.setattr(xkv_fx, "calibrate", measure)
+    invoke(*arguments)
+    assert out.exists()
+
+
+def test_profile_measures_statistics_on_demand(tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "profile.safetensors"
+    invoke("profile", "--out", out, "--prompts", text, "--length", "30", "--statistics", "preference")
+    assert set(xkv_fx.Profile.load(out).layer_means) == {"preference"}
+    invoke("solve", out, "--out", tmp_path / "plan.json", "--fraction", "0.5", "--allocator", "entropy")
