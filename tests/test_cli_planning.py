@@ -102,11 +102,11 @@ def test_an_interrupted_calibration_says_where_it_goes_on(
     out = tmp_path / "calibration.safetensors"
     measure = xkv_fx.calibrate
 
-    def interrupted(*args: Any, progress: Any, **options: Any) -> Any:
+    def interrupted(loaded: Any, rows: Any, **options: Any) -> Any:
         def stop(done: int, total: int) -> None:
             raise KeyboardInterrupt
 
-        return measure(*args, progress=stop, **options)
+        return measure(loaded, rows, **{**options, "progress": stop})
 
     monkeypatch.setattr(xkv_fx, "calibrate", interrupted)
     arguments = ["calibrate", "--out", str(out), "--prompts", str(text), *MEASURE]

@@ -102,9 +102,9 @@ def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path: Path, monkeyp
 def test_partial_results_of_other_weights_are_not_taken(tmp_path: Path) -> None:
     first = calibrate(resume=tmp_path)
     other = captured_of(llama(2, seed=5))
-    options: Any = (PROMPTS_ROWS, APPEND, SHARES, CONTINUATION)
-    assert measure_calibration(other, *options, resume=tmp_path) != first
-    assert measure_calibration(other, *options, resume=tmp_path) == measure_calibration(other, *options)
+    again = measure_calibration(other, PROMPTS_ROWS, APPEND, SHARES, CONTINUATION, resume=tmp_path)
+    assert again != first
+    assert again == measure_calibration(other, PROMPTS_ROWS, APPEND, SHARES, CONTINUATION)
 
 
 def captured_of(source: Any) -> Any:
@@ -145,9 +145,7 @@ def test_a_model_whose_tokens_meet_elsewhere_is_refused(monkeypatch: pytest.Monk
     graph = cut_model(source)
     last = graph.segments[-1]
     mixing = torch.nn.Module()
-    mixing.forward = lambda *inputs: tuple(  # type: ignore[method-assign]
-        part + part.mean(1, keepdim=True) for part in last.module(*inputs)
-    )
+    mixing.forward = lambda *inputs: tuple(part + part.mean(1, keepdim=True) for part in last.module(*inputs))
     mixed = dataclasses.replace(graph, segments=(*graph.segments[:-1], dataclasses.replace(last, module=mixing)))  # type: ignore[arg-type]
     monkeypatch.setattr("xkv_fx.planning.calibrate.cut_model", lambda captured: mixed)
     with pytest.raises(UnsupportedModelError, match="tokens meet outside attention"):

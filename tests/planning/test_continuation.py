@@ -49,7 +49,8 @@ def decoded(family: str, capacities: tuple[int, ...], eviction: str) -> Tensor:
     with torch.no_grad():
         reference = model(family)(IDS).logits[0, -NEW:].double().log_softmax(-1)
     log_q = torch.stack(logits).detach().double().log_softmax(-1)
-    return (reference.exp() * (reference - log_q)).sum(-1)
+    kl: Tensor = (reference.exp() * (reference - log_q)).sum(-1)
+    return kl
 
 
 @pytest.mark.parametrize("eviction", EVICTIONS)

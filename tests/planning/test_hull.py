@@ -15,7 +15,7 @@ POINTS = st.lists(st.floats(0, 10), min_size=2, max_size=8)
 
 @given(POINTS)
 def test_the_hull_is_the_largest_convex_curve_below_the_points(values: list[float]) -> None:
-    x, y = np.arange(len(values)) ** 2.0, np.array(values)
+    x, y = np.square(np.arange(len(values), dtype=np.float64)), np.array(values)
     corners = lower_hull(x, y)
     assert corners[0] == 0
     assert corners[-1] == len(values) - 1
