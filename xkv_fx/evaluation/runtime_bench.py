@@ -3,6 +3,7 @@
 prefill-memory   live bytes of a long prefill, beside the same forward without any cache
 first-token      time to the first token, beside transformers' own prefill, in turns
 long-session     one session far past its budget: speed, memory, recompiles, NaN
+decode-attention our CPU kernel, torch's attention and a plain read of the same K/V, in turns
 
 The model is a SmolLM2-135M shape with random weights: none of these figures depends on what a model has learned.
 """
@@ -25,6 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import xkv_fx
 from xkv_fx.evaluation.allocated import peak_bytes
+from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
+from xkv_fx.runtime.kernels import decode_cpu  # noqa: F401
 
 app = typer.Typer(add_completion=False, help="What the runtime promises, measured.")
 LAYERS = 30
@@ -148,6 +151,46 @@ def long_session(
         buffers_moved=[tensor.data_ptr() for tensor in session.session.state.tensors] != buffers,
         last_to_first=spans[-1].median_ms / spans[0].median_ms,
         spans=[dataclasses.asdict(span) for span in spans],
+    )
+
+
+@app.command()
+def decode_attention(
+    rows: int = 8, capacity: Capacity = 1536, dtype: Dtype = "float32", rounds: int = 15, layers: int = LAYERS
+) -> None:
+    """Attention of one token a row over the kept K/V of all layers: milliseconds, and the share of the read's speed."""
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    q, k, v = (torch.randn(rows, heads, 1, 64).to(kind) for heads in (9, 3, 3))
+    caches = [tuple(torch.randn(rows, 3, capacity, 64).to(kind) for _ in "kv") for _ in range(layers)]
+    slot, mask = torch.full((rows,), 7), torch.zeros(rows, 1, 1, capacity, dtype=kind)
+
+    def kernel() -> None:
+        for k_cache, v_cache in caches:
+            torch.ops.xkv.decode_attention_cpu(q, k, v, k_cache, v_cache, slot, mask, 0.125)
+
+    def torch_ops() -> None:
+        for k_cache, v_cache in caches:
+            torch.ops.xkv.decode_attention(q, k, v, k_cache, v_cache, slot, mask, 0.125)
+
+    def read() -> None:
+        for buffers in caches:
+            for buffer in buffers:
+                buffer.view(-1).view(torch.int64).sum()
+
+    seconds: dict[str, list[float]] = {"kernel": [], "torch_ops": [], "read": []}
+    for _ in track(range(rounds), "rounds"):
+        for run in (kernel, torch_ops, read):
+            started = time.perf_counter()
+            run()
+            seconds[run.__name__].append(time.perf_counter() - started)
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    _report(
+        rows=rows,
+        capacity=capacity,
+        dtype=dtype,
+        median_ms={name: median * 1e3 for name, median in medians.items()},
+        share_of_read_speed={name: medians["read"] / medians[name] for name in ("kernel", "torch_ops")},
     )
 
 
