@@ -597,3 +597,41 @@ def test_saved_plan_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
     RICH.save(tmp_path / "budgets.json")
     (tmp_path / "other.json").touch()
     assert (tmp_path / "budgets.json").stat().st_mode == (tmp_path / "other.json").stat().st_mode
+
+
+# Other engines
+
+
+def test_per_layer_engines_get_the_capacities_and_say_what_is_lost(tmp_path: Path) -> None:
+    plan = Budgets((64, 256, 128), Policy(sinks=4))
+    carried = plan.to("tensorrt-llm", tmp_path / "settings.json")
+    assert carried["settings"] == {"max_attention_window": [64, 256, 128], "sink_token_length": 4}
+    assert "newest tokens" in carried["note"]
+    assert json.loads((tmp_path / "settings.json").read_text()) == carried
+    assert Budgets((8,)).to("tensorrt-llm")["settings"] == {"max_attention_window": [8]}
+    carried = plan.to("executorch")
+    assert carried["settings"] == {"layer_sizes": [64, 256, 128]}
+    assert "4 sinks of the plan are not kept" in carried["note"]
+
+
+@pytest.mark.parametrize(("mean", "sinks"), [(96, 0), (100, 4), (1000, 40)])
+def test_openvino_gets_whole_blocks_within_the_mean(mean: int, sinks: int) -> None:
+    carried = Budgets((mean - 10, mean + 10), Policy(sinks=sinks)).to("openvino")
+    settings = carried["settings"]
+    assert all(size % 32 == 0 and size > 0 for size in settings.values())
+    assert mean - 32 < settings["max_cache_size"] <= mean
+    assert settings["start_size"] >= sinks
+    assert settings["start_size"] + settings["recent_size"] < settings["max_cache_size"]
+    assert "one size for all layers" in carried["note"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "engine", "message"),
+    [
+        (Budgets((64,)), "vllm", "unknown engine 'vllm'; choose one of tensorrt-llm, executorch, openvino"),
+        (Budgets((95,)), "openvino", "which needs 96"),
+    ],
+)
+def test_what_cannot_be_carried_is_refused(plan: Budgets, engine: str, message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        plan.to(engine)

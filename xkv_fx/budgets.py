@@ -319,6 +319,34 @@ class Budgets:
             },
         )
 
+    def to(self, engine: str, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+        """This plan in another engine's own settings. These engines keep the newest tokens only (and sinks): what the
+        policy's scorer would keep of the middle of a prompt is lost there, so measured quality does not carry over.
+
+        - `"tensorrt-llm"`: arguments of its `KvCacheConfig`, one size a layer.
+        - `"executorch"`: the argument of its `replace_kv_cache_with_ring_kv_cache`, one ring a layer; no sinks.
+        - `"openvino"`: arguments of OpenVINO GenAI's `CacheEvictionConfig`. It has one size for all layers, so only the
+          plan's total carries over: the mean capacity, rounded down to whole blocks of 32 tokens.
+
+        Args:
+            engine: one of these names.
+            path: where to write the same as JSON, if anywhere.
+
+        Returns:
+            `engine`, `settings`, and a `note` that says what is lost.
+
+        Raises:
+            BudgetError: an unknown engine, or a plan too small for its blocks.
+        """
+        makers = {"tensorrt-llm": _for_tensorrt_llm, "executorch": _for_executorch, "openvino": _for_openvino}
+        if engine not in makers:
+            raise BudgetError(f"unknown engine {engine!r}; choose one of {', '.join(makers)}")
+        settings, note = makers[engine](self)
+        result = {"engine": engine, "settings": settings, "note": note}
+        if path is not None:
+            write_json(path, result)
+        return result
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Budgets:
         """Read a plan that `save` wrote.
@@ -342,6 +370,40 @@ class Budgets:
             )
         except (FileFormatError, BudgetError) as error:
             raise FileFormatError(f"{os.fspath(path)}: {error}") from error
+
+
+_RECENCY = "keeps the newest tokens of each layer, not those that the plan's scorer ranks highest"
+_OPENVINO_BLOCK = 32
+
+
+def _for_tensorrt_llm(budgets: Budgets) -> tuple[dict[str, Any], str]:
+    settings: dict[str, Any] = {"max_attention_window": list(budgets.capacities)}
+    if budgets.policy.sinks:
+        settings["sink_token_length"] = budgets.policy.sinks
+    return settings, f"TensorRT-LLM {_RECENCY}"
+
+
+def _for_executorch(budgets: Budgets) -> tuple[dict[str, Any], str]:
+    lost = f"; the {budgets.policy.sinks} sinks of the plan are not kept" if budgets.policy.sinks else ""
+    return {"layer_sizes": list(budgets.capacities)}, f"ExecuTorch {_RECENCY}{lost}"
+
+
+def _for_openvino(budgets: Budgets) -> tuple[dict[str, Any], str]:
+    """Its sizes are whole blocks, and besides the first and the newest tokens it wants one block at least to evict."""
+    block = _OPENVINO_BLOCK
+    start = max(1, -(-budgets.policy.sinks // block)) * block
+    most = budgets.total_tokens // len(budgets.capacities) // block * block
+    recent = most - start - block
+    if recent < block:
+        raise BudgetError(
+            f"a mean of {budgets.total_tokens / len(budgets.capacities):.0f} slots a layer is too small for OpenVINO, "
+            f"which needs {start + 2 * block}: the first {start}, the newest {block} and a block of {block} to evict"
+        )
+    return (
+        {"start_size": start, "recent_size": recent, "max_cache_size": most},
+        "OpenVINO has one size for all layers, so the capacities of single layers are lost; it keeps the first and the "
+        "newest tokens, and one block between them by its own scores",
+    )
 
 
 ModelReader = Callable[[Any], tuple[LayerSpec, ...]]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -24,6 +25,7 @@ import xkv_fx
 from xkv_fx.evaluation.texts import KINDS, cut_prompts
 from xkv_fx.files import write_json
 from xkv_fx.hf.models import load_model
+from xkv_fx.planning.verify import ratio_of_means, summary
 
 FRACTIONS = (0.06, 0.125, 0.25, 0.384)
 ALLOCATORS = ("xkv", "maxmin", "pyramid", "entropy", "squeeze", "calibrated")
@@ -144,33 +146,54 @@ def reporter(progress: Progress, what: str) -> Any:
 
 
 def as_tables(results: dict[str, Any]) -> str:
-    """One Markdown table for each kind of eviction and text."""
+    """Markdown: for each kind of eviction one table over all held-out prompts and one for each kind of text."""
     parts = []
     for eviction, measured in results["evictions"].items():
-        for kind in dict.fromkeys(row["kind"] for row in measured["rows"]):
+        kinds = list(dict.fromkeys(row["kind"] for row in measured["rows"]))
+        parts += _table(f'`eviction="{eviction}"`, all held-out prompts', measured["rows"])
+        for kind in kinds:
+            held = "other stretches were calibrated on" if kind == results["calibrated_on"] else "another kind of text"
             rows = [row for row in measured["rows"] if row["kind"] == kind]
-            held = "calibrated on other stretches of it" if kind == results["calibrated_on"] else "another kind of text"
-            parts += [
-                f'`eviction="{eviction}"`, {kind} ({held}), {rows[0]["prompts"]} prompts',
-                "",
-                "| of full | allocator | mean KL | against uniform | 95 % interval | median | 95th percentile |",
-                "|---|---|---|---|---|---|---|",
-            ]
-            for fraction in dict.fromkeys(row["fraction"] for row in rows):
-                of_fraction = [row for row in rows if row["fraction"] == fraction]
-                first = of_fraction[0]
-                parts.append(
-                    f"| {fraction:.1%} | uniform | {first['uniform_mean_kl']:.4f} | | | "
-                    f"{first['uniform_median_kl']:.4f} | {first['uniform_p95_kl']:.4f} |"
-                )
-                parts += [
-                    f"| | {row['allocator']} | {row['mean_kl']:.4f} | {row['ratio'] - 1:+.0%} | "
-                    f"{row['ratio_low'] - 1:+.0%} to {row['ratio_high'] - 1:+.0%} | {row['median_kl']:.4f} | "
-                    f"{row['p95_kl']:.4f} |"
-                    for row in of_fraction
-                ]
-            parts.append("")
+            parts += _table(f'`eviction="{eviction}"`, {kind} ({held})', rows)
     return "\n".join(parts)
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of a table with a row for each allocator and a column for each fraction; rows of one plan and of several
+    kinds of text are taken together."""
+    fractions = list(dict.fromkeys(row["fraction"] for row in rows))
+    allocators = list(dict.fromkeys(row["allocator"] for row in rows))
+    together = {
+        (fraction, name): [row for row in rows if (row["fraction"], row["allocator"]) == (fraction, name)]
+        for fraction in fractions
+        for name in allocators
+    }
+    kl = {key: np.concatenate([row["kl"] for row in found]) for key, found in together.items()}
+    even = {
+        fraction: np.concatenate([row["uniform_kl"] for row in together[fraction, allocators[0]]])
+        for fraction in fractions
+    }
+    prompts = len(even[fractions[0]])
+    lines = [
+        f"{title}, {prompts} prompts: mean KL (median, 95th percentile)",
+        "",
+        "| allocator | " + " | ".join(f"{fraction:.1%} of full" for fraction in fractions) + " |",
+        "|---" * (len(fractions) + 1) + "|",
+        "| uniform | " + " | ".join(_cell(even[fraction]) for fraction in fractions) + " |",
+    ]
+    for name in allocators:
+        cells = []
+        for fraction in fractions:
+            ratio = ratio_of_means(kl[fraction, name], even[fraction])
+            change = f"**{ratio.value - 1:+.0%}** [{ratio.low - 1:+.0%}, {ratio.high - 1:+.0%}]"
+            cells.append(f"{change} {_cell(kl[fraction, name])}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _cell(kl: NDArray[np.float64]) -> str:
+    found = summary(kl.tolist())
+    return f"{found['mean']:.3f} ({found['median']:.3f}, {found['p95']:.3f})"
 
 
 if __name__ == "__main__":
