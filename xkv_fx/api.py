@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from xkv_fx.hf.generation import BudgetedLM
+    from xkv_fx.lowering.plain import BudgetedModule
     from xkv_fx.planning.calibration_data import Calibration
     from xkv_fx.planning.profile_data import Profile
     from xkv_fx.planning.verify import Verification
@@ -229,6 +230,7 @@ def fit_quality(
     return smallest_plan(captured, calib, rows, kl, context, multiple, resolution, continuation, progress)
 
 
+@overload
 def transform(
     model: Any,
     budgets: Budgets,
@@ -236,16 +238,48 @@ def transform(
     backend: str = "inductor",
     max_new_tokens: int = 0,
     check: bool = True,
-) -> BudgetedLM:
+    example_inputs: None = None,
+) -> BudgetedLM: ...
+
+
+@overload
+def transform(
+    model: Any,
+    budgets: Budgets,
+    batch_size: int = 1,
+    backend: str = "inductor",
+    max_new_tokens: int = 0,
+    check: bool = True,
+    *,
+    example_inputs: tuple[Tensor, Tensor],
+) -> BudgetedModule: ...
+
+
+def transform(
+    model: Any,
+    budgets: Budgets,
+    batch_size: int = 1,
+    backend: str = "inductor",
+    max_new_tokens: int = 0,
+    check: bool = True,
+    example_inputs: tuple[Tensor, Tensor] | None = None,
+) -> BudgetedLM | BudgetedModule:
     """Compile a causal language model with a KV cache of exactly the planned size.
 
     Args:
-        model: a transformers causal language model. It is not changed, and its weights are shared, not copied.
+        model: a transformers causal language model, or with `example_inputs` any `torch.nn.Module`. It is not changed,
+            and its weights are shared, not copied.
         budgets: capacities and policy; see `solve`, or `Budgets.full` for an exact cache.
         batch_size: rows after expansion: batch x beams or return sequences.
         backend: `"inductor"` compiles decode, `"eager"` runs the same graphs without a compiler.
         max_new_tokens: room for generated tokens under `eviction="append"`.
         check: compare the captured graph with the model on a short prompt before anything is built on it.
+        example_inputs: `(input_ids, position_ids)`, int64 `[rows, S]` each, for a plain module that is called with them
+            and returns logits `[rows, S, vocabulary]`.
+
+    Returns:
+        `xkv_fx.hf.generation.BudgetedLM`, with transformers' own `generate`; for a plain module
+        `xkv_fx.lowering.plain.BudgetedModule`, with a plain greedy or sampling one.
 
     Raises:
         BudgetError: the plan does not fit the model's layers, its scorer cannot be made or does not go with its
@@ -256,13 +290,18 @@ def transform(
     """
     from xkv_fx.hf.capture import capture
     from xkv_fx.hf.generation import BudgetedLM
+    from xkv_fx.lowering.plain import BudgetedModule
     from xkv_fx.lowering.program import check_request, compile_program
+    from xkv_fx.passes.capture_module import capture_module
 
-    if isinstance(model, BudgetedLM):
+    if isinstance(model, BudgetedLM | BudgetedModule):
         raise UnsupportedModelError("this model was transformed already; transform the model that it was made from")
     if not is_int(batch_size) or batch_size < 1:
         raise BudgetError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
     check_request(budgets, backend)  # before capture, which takes seconds
+    if example_inputs is not None:
+        plain = capture_module(model, example_inputs, rows=batch_size, check=check)
+        return BudgetedModule(budgets, compile_program(plain, budgets, backend, max_new_tokens))
     captured = capture(model, rows=batch_size, check=check)
     program = compile_program(captured, budgets, backend, max_new_tokens)
     return BudgetedLM(model.config, model.generation_config, budgets, program)

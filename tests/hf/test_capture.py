@@ -222,7 +222,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "Mamba": (
         lambda: build(MambaForCausalLM, MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2)),
-        "MambaForCausalLM cannot be captured",
+        "MambaForCausalLM keeps another state than keys and values",
     ),
     "hybrid": (
         lambda: build(Lfm2ForCausalLM, Lfm2Config(**LLAMA, layer_types=["conv", "full_attention"])),

@@ -27,6 +27,8 @@ _PRELOADED = (
     "xkv_fx.evaluation.classify",
     "xkv_fx.hf.generation",
     "xkv_fx.hf.capture",
+    "xkv_fx.api",
+    "xkv_fx.lowering.plain",
     "torch._dynamo",
     "torch.export._trace",
 )
@@ -86,7 +88,9 @@ def _document(verdicts: Sequence[Verdict]) -> str:
         f"**{counts(verdicts)}** ({versions}, CPU, float32).\n\n"
         f"*exact*: at full budgets, {STEPS} greedy tokens behind a prompt of {PROMPT} are those of transformers' own "
         f"cached generation, logits within {TOLERANCE:.0e}; at half budgets the bytes allocated are those of the plan, "
-        f"and {LONG} tokens are generated without NaN. *refused*: `transform` says why it does not take the model. "
+        f"and {LONG} tokens are generated without NaN. "
+        "*refused*: `transform` says why it does not take the model, or there is no reference to compare with, since "
+        "this version of transformers cannot build the class here or its own generation is broken. "
         "*failed*: anything else.\n\n"
         f"{table(verdicts)}\n"
     )

@@ -22,6 +22,7 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size", "word_embed_proj_dim"), 32),
     **dict.fromkeys(("input_embedding_size", "embedding_dim", "attention_hidden_size", "lru_width"), 32),
     **dict.fromkeys(("backbone_hidden_size", "hidden_size_global", "input_size", "out_hidden_size"), 32),
+    **dict.fromkeys(("adapter_in_dim", "adapter_out_dim", "adapter_input_size"), 32),
     **dict.fromkeys(("output_embedding_size", "d_ff", "dff", "dim_ff", "d_inner", "ffn_dim", "n_inner"), 48),
     **dict.fromkeys(("intermediate_size", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size"), 48),
     **dict.fromkeys(("intermediate_size_mlp", "dense_intermediate_size", "feed_forward_size", "mlp_dim"), 48),
@@ -64,11 +65,31 @@ _QWEN_TEXT = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-_NO_LAYER_INPUTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 2}
+_COMPASS_ROPE = {
+    kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", "full_attention")
+}
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 32,
+    "indexer_compress_ratio": 2,
+}
+_NO_LAYER_INPUTS = {
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "num_kv_shared_layers": 2,
+}
 _FAMILIES: dict[str, dict[str, Any]] = {
     "axk2": {"q_lora_rank": 16},
-    "bamba": {**_MAMBA, "layers_block_type": ["mamba", "attention"], "attn_layer_indices": [1]},
-    "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"]},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": _COMPASS_ROPE,
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
@@ -86,6 +107,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8, "chunk_size": 16},
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
     "reformer": {"axial_pos_embds_dim": (8, 24), "axial_pos_shape": (16, 16), "is_decoder": True},
     "roc_bert": {
         "pronunciation_vocab_size": 8,
@@ -95,7 +118,12 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     },
     "xlstm": {"num_blocks": 2, "num_hidden_layers": 2},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+    },
     "zamba2": {"num_hidden_layers": 4, "hybrid_layer_ids": [1, 3], "layers_block_type": ["mamba", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -155,8 +183,8 @@ def _of_class(config: PreTrainedConfig, kind: type[PreTrainedConfig]) -> PreTrai
 
 
 def _shrink(kind: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrainedConfig:
-    own = {name: value for name, value in overrides.items() if not isinstance(value, dict)}
-    default = _default(kind, own)
+    own = {name: value for name, value in overrides.items() if not name.endswith("_config")}
+    default = _default(kind, overrides)
     fields = {field.name for field in dataclasses.fields(kind)}
     chosen: dict[str, Any] = {}
     for name in fields:

@@ -22,6 +22,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from xkv_fx.budgets import LayerSpec
 from xkv_fx.errors import UnsupportedModelError, XkvError
 from xkv_fx.hf.inspect import check_model, fingerprint, max_positions, shadow
+from xkv_fx.hf.masks import check_masks, no_mask, recording_masks
+from xkv_fx.passes.capture_module import PROBE_LENGTH, TOLERANCE
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.check_continuation import LENGTH, continuation_error
 from xkv_fx.passes.clean_graph import CleanGraph
@@ -34,12 +36,9 @@ from xkv_fx.passes.specialize import one_token_graph
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 
 NAME = "xkv"
-PROBE_LENGTH = 24
 # Arguments that say nothing about the mathematics of attention once the mask is causal.
 _HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
 _HARMLESS |= {"logits_to_keep"}
-# Largest difference of logits, relative to their size, between a model and its captured graph.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def _attention(
@@ -75,12 +74,8 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The graphs mask by counting: padding is moved out of the way and causality is the op's own."""
-
-
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionMaskInterface.register(NAME, no_mask)
 
 
 class _Entry(nn.Module):
@@ -211,8 +206,10 @@ class _RecordAttention(TorchDispatchMode):
 
 def _probe_layers(twin: PreTrainedModel) -> tuple[LayerSpec, ...]:
     ids = torch.zeros(1, 2, dtype=torch.int64, device=twin.device)
-    with _refusing(twin), torch.no_grad(), _RecordAttention() as record:
+    with _refusing(twin), torch.no_grad(), recording_masks() as masks, _RecordAttention() as record:
         _Entry(twin)(ids, torch.arange(2, device=twin.device)[None])
+    if record.layers:
+        check_masks(twin, masks, [layer.sliding_window for layer in record.layers], max_positions(twin))
     return tuple(record.layers)
 
 
@@ -247,8 +244,9 @@ def _check_continuation(model: PreTrainedModel, prompt: GraphModule, token: Grap
     length = min(LENGTH, max_positions(model) or LENGTH)
     if length < 3:
         return
-    error = continuation_error(prompt, token, _random_ids(model, rows, length))
-    limit = _TOLERANCE.get(model.dtype, 1e-2)
+    with _refusing(model):
+        error = continuation_error(prompt, token, _random_ids(model, rows, length))
+    limit = TOLERANCE.get(model.dtype, 1e-2)
     if not error <= limit:
         raise UnsupportedModelError(
             f"{type(model).__name__}: a prompt fed in pieces gives logits that differ by {error:.2g} of the largest "
@@ -273,7 +271,7 @@ def _check_parity(model: PreTrainedModel, graph: GraphModule, rows: int) -> None
         expected = _logits(twin, ids, positions).float()
         got = graph(ids, positions).float()
     error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
-    limit = _TOLERANCE.get(model.dtype, 1e-2)
+    limit = TOLERANCE.get(model.dtype, 1e-2)
     if not error <= limit:
         raise UnsupportedModelError(
             f"{type(model).__name__}: the captured graph differs from the model by {error:.2g} of its largest logit "

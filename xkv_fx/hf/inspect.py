@@ -28,6 +28,8 @@ _VOLATILE = {
     "pad_token_id",
 }
 
+_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+
 
 def check_model(model: Any) -> PreTrainedModel:
     """`model`, or the model inside it that holds peft adapters, if it is a decoder-only causal language model.
@@ -45,6 +47,7 @@ def check_model(model: Any) -> PreTrainedModel:
         )
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder model; only decoders are supported")
+    _check_state(model)
     _check_placement(model)
     _check_rotary_embedding(model)
     return model
@@ -63,6 +66,25 @@ def _adapted_model(model: nn.Module) -> nn.Module:
         )
     inner: nn.Module = model.get_base_model()  # type: ignore[operator]
     return inner
+
+
+def _check_state(model: PreTrainedModel) -> None:
+    """A cache of keys and values is all that is kept of earlier tokens."""
+    name = type(model).__name__
+    for path, module in model.named_modules():
+        if "indexer" in type(module).__name__.lower():
+            raise UnsupportedModelError(
+                f"{name} cannot be captured: {path} ({type(module).__name__}) picks the keys of each query by what the "
+                "tokens are, from keys of its own that it keeps for all of them"
+            )
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    others = sorted({kind for kind in kinds if kind not in _ATTENTION_KINDS})
+    if getattr(model, "_is_stateful", False) and (others or not kinds):
+        raise UnsupportedModelError(
+            f"{name} keeps another state than keys and values ({', '.join(others) or 'recurrent'}), which a KV cache "
+            "plan does not carry along; recurrent and hybrid models are not supported"
+        )
 
 
 def _check_placement(model: PreTrainedModel) -> None:

@@ -59,4 +59,5 @@ class _Continuing(Interpreter):
         self.history[self.calls] = (k, v)
         self.calls += 1
         earlier = q.new_zeros(*q.shape[:2], k.shape[2] - q.shape[2], q.shape[3])
-        return super().call_function(target, (torch.cat((earlier, q), 2), k, v, *rest), kwargs)[:, :, -q.shape[2] :]
+        attended = super().call_function(target, (torch.cat((earlier, q), 2), k, v, *rest), kwargs)
+        return attended[:, :, -q.shape[2] :].contiguous()

@@ -6,7 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from xkv_fx.passes.base import GraphPass, PassRecord
 
@@ -41,11 +41,34 @@ class CleanGraph(GraphPass):
             elif node.target in NO_OPS and _changes_nothing(node):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
-        graph.eliminate_dead_code()
+        remove_dead_code(graph)
         for node in list(graph.nodes):
             if node.op == "get_attr":
                 min(node.users).prepend(node)
         return PassRecord(self.name, before, before - len(graph.nodes))
+
+
+def remove_dead_code(graph: Graph) -> None:
+    """As `Graph.eliminate_dead_code`, and ops that change, in place, a tensor that nothing else reads."""
+    graph.eliminate_dead_code()
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users and _changes_only_its_own(node):
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _changes_only_its_own(node: Node) -> bool:
+    """Whether what a node returns is new, or is a new tensor that it alone has been given and changes in place."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or len(schema.returns) != 1:
+        return False
+    if schema.returns[0].alias_info is None:
+        return not schema.is_mutable
+    source = node.args[0]
+    written = [argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write]
+    if not isinstance(source, Node) or source.op != "call_function" or written != [schema.arguments[0].name]:
+        return False
+    return set(source.users) <= {node} and _changes_only_its_own(source)
 
 
 def _changes_nothing(node: Node) -> bool:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
 from xkv_fx.errors import UnsupportedModelError
-from xkv_fx.passes.graph import output_node
+from xkv_fx.passes.graph import arguments, output_node
 
 aten = torch.ops.aten
 UNBOUNDED = 2**20
@@ -49,7 +49,17 @@ def export_graph(
     output = output_node(graph)
     output.args = (cast(Any, output.args[0])[0],)
     exported.recompile()
+    _check_not_random(graph)
     return exported, longest
+
+
+def _check_not_random(graph: torch.fx.Graph) -> None:
+    for node in graph.nodes:
+        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+            continue
+        given = arguments(node)
+        if any(given.get(name) for name in ("train", "dropout_p")) or not {"train", "dropout_p"} & given.keys():
+            raise UnsupportedModelError(f"{node.name} is random, {node.target}; switch dropout off")
 
 
 def _exported(

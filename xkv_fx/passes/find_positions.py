@@ -121,6 +121,21 @@ class FindPositions(GraphPass):
         return table
 
 
+def position_limit(module: GraphModule, rows: int) -> int | None:
+    """How many positions the tables of a graph have that are looked up by position alone; None if there are none."""
+    graph = module.graph
+    ids, positions = list(placeholders(graph).values())[:2]
+    tokens = dependents(graph, [ids])
+    limits = []
+    for node in graph.nodes:
+        if node.target is not aten.embedding.default or node.args[1] in tokens:
+            continue
+        given = torch.arange(2, device=ids.meta["val"].device).expand(rows, -1)
+        index = Evaluation(module, {ids: torch.zeros_like(given), positions: given}).value(node.args[1])
+        limits.append(node.args[0].meta["val"].shape[0] - int(index.min()))
+    return min(limits, default=None)
+
+
 def _is_tensor(node: Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
 

@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.passes.base import GraphPass, PassRecord
+from xkv_fx.passes.clean_graph import remove_dead_code
 from xkv_fx.passes.dependence import Evaluation, behind, dependents, size_at, value_inputs
 from xkv_fx.passes.graph import arguments, constant, emit, inline, placeholders
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
@@ -144,7 +145,7 @@ class MatchAttention(GraphPass):
         prover = Prover(module, ids, positions, self.rows, self.longest)
         for index, (written, reach) in enumerate([(written, prover.reach(written)) for written in found]):
             self._replace(module, written, reach, index)
-        graph.eliminate_dead_code()
+        remove_dead_code(graph)
         return PassRecord(self.name, len(found), len(found))
 
     def _replace(self, module: GraphModule, written: WrittenAttention, reach: Reach, index: int) -> None:
@@ -166,7 +167,6 @@ class MatchAttention(GraphPass):
             )  # fmt: skip
             result = inline(graph, _shaped(node), attended)
         node.replace_all_uses_with(result)
-        _erase(node, written.chain)
 
 
 def match_written(node: Node, dependent: set[Node]) -> WrittenAttention | None:
@@ -462,18 +462,3 @@ def _as_dtype(like: Node) -> Callable[[Tensor], Tensor]:
 def _shaped(like: Node) -> Callable[[Tensor], Tensor]:
     value = like.meta["val"]
     return lambda attended: (attended if value.dim() == 4 else attended.flatten(0, 1)).to(value.dtype)
-
-
-def _erase(output: Node, chain: tuple[Node, ...]) -> None:
-    """Take out what is no longer used between an attention's products and its output; ops in place never count as
-    dead."""
-    stack = [output]
-    while stack:
-        node = stack.pop()
-        if node.users or node in chain[:1]:
-            continue
-        sources = list(node.all_input_nodes)
-        if node is not output and node.target not in (*SOFTMAX, *ELEMENTWISE, *RESHAPES, *CASTS, aten.dropout.default):
-            continue
-        node.graph.erase_node(node)
-        stack += sources

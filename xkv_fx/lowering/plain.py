@@ -1,0 +1,145 @@
+"""A transformed plain module: graphs, sessions, and a plain greedy or sampling `generate`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from xkv_fx.budgets import Budgets, LayerSpec
+from xkv_fx.errors import PromptError
+from xkv_fx.files import is_int
+from xkv_fx.lowering.program import CompiledProgram, compile_program
+from xkv_fx.runtime.session import Session
+
+
+class BudgetedModule(nn.Module):
+    """What `xkv_fx.transform(module, budgets, example_inputs=...)` returns. It shares the module's weights.
+
+    Attributes:
+        budgets: the plan it was made with.
+        layers: what each attention caches, in execution order.
+        program: the graphs and what they were lowered to.
+    """
+
+    def __init__(self, budgets: Budgets, program: CompiledProgram) -> None:
+        super().__init__()
+        self.budgets = budgets
+        self.program = program
+        self.layers: tuple[LayerSpec, ...] = program.plan.layers
+        self.eval()
+
+    @property
+    def prefill(self) -> GraphModule:
+        """`(input_ids, position_ids, valid, *state)` -> logits `[rows, 1, vocabulary]` of each last valid token."""
+        return self.program.graphs.prefill
+
+    @property
+    def extend(self) -> GraphModule:
+        """As `prefill`, going on from what the state holds."""
+        return self.program.graphs.extend
+
+    @property
+    def decode(self) -> GraphModule:
+        """`(input_ids, position_ids, *state)` -> logits `[rows, 1, vocabulary]`."""
+        return self.program.graphs.decode
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K/V that each session allocates."""
+        return self.program.plan.kv_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of positions and counters that each session allocates."""
+        return self.program.plan.state_bytes
+
+    def new_session(self) -> Session:
+        """An empty session; feed it prompts and turns with `feed`, decoded tokens with `step`."""
+        return Session(self.program)
+
+    def with_budgets(self, budgets: Budgets, backend: str | None = None, max_new_tokens: int = 0) -> BudgetedModule:
+        """The same captured module under another plan; `transform` without capturing again.
+
+        Raises:
+            BudgetError, ModelMismatchError, BackendError: as `transform`.
+        """
+        backend = self.program.backend if backend is None else backend
+        return BudgetedModule(budgets, compile_program(self.program.graphs.captured, budgets, backend, max_new_tokens))
+
+    def describe(self) -> str:
+        """Layers, capacities, policy, lowering and every choice that was made, as text."""
+        return self.program.describe(self.budgets)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits `[rows, S, vocabulary]` of a prompt, in a session of its own that is thrown away."""
+        valid = None if attention_mask is None else attention_mask != 0
+        return self.new_session().feed(input_ids, valid=valid, all_logits=True)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        attention_mask: Tensor | None = None,
+        session: Session | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        eos_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Feed a prompt or a turn, and decode behind it.
+
+        Args:
+            input_ids: int64 `[rows, S]`, the new tokens.
+            max_new_tokens: how many are decoded at most, at least 1.
+            attention_mask: `[rows, S]`, 0 for padding before or after a row's tokens.
+            session: one of this module's, to go on with; a new one when None. The last token that is returned has not
+                been fed to it.
+            do_sample: draw from the distribution instead of taking the likeliest token.
+            temperature, top_k: of that distribution.
+            eos_token_id: a row is over once it has this token, and is filled up with it.
+            generator: of the random numbers.
+
+        Returns:
+            int64 `[rows, S + new]`.
+
+        Raises:
+            PromptError: an argument out of its range, or as `Session.feed`.
+            CapacityError, SessionError: as `Session.feed` and `Session.check_owner`.
+        """
+        if not is_int(max_new_tokens) or max_new_tokens < 1:
+            raise PromptError(f"max_new_tokens must be a whole number of at least 1; got {max_new_tokens!r}")
+        if do_sample and not temperature > 0:
+            raise PromptError(f"temperature must be above 0; got {temperature!r}")
+        if top_k is not None and (not is_int(top_k) or top_k < 1):
+            raise PromptError(f"top_k must be a whole number of at least 1, or None; got {top_k!r}")
+        if session is None:
+            session = self.new_session()
+        session.check_owner(self.program)
+        valid = None if attention_mask is None else attention_mask != 0
+        if valid is not None and not bool(valid.any(-1).all()):
+            raise PromptError("a row of the prompt is nothing but padding; give every row at least one token")
+        logits = session.feed(input_ids, valid=valid)
+        over = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        tokens = [input_ids]
+        for _ in range(max_new_tokens):
+            if len(tokens) > 1:
+                logits = session.step(tokens[-1])
+            chosen = _choose(logits[:, -1], temperature, top_k, generator) if do_sample else logits[:, -1].argmax(-1)
+            if eos_token_id is not None:
+                chosen = chosen.masked_fill(over, eos_token_id)
+                over = over | (chosen == eos_token_id)
+            tokens.append(chosen[:, None])
+            if bool(over.all()):
+                break
+        return torch.cat(tokens, 1)
+
+
+def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """A token for each row `[rows]`, drawn from logits `[rows, vocabulary]`."""
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    return torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)[:, 0]

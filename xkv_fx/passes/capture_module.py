@@ -1,0 +1,128 @@
+"""Capture of a plain PyTorch decoder: any module of `(input_ids, position_ids)` that returns logits."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from xkv_fx.errors import UnsupportedModelError, XkvError
+from xkv_fx.passes.captured import CapturedModel
+from xkv_fx.passes.check_continuation import LENGTH, continuation_error
+from xkv_fx.passes.clean_graph import CleanGraph
+from xkv_fx.passes.export_graph import export_graph
+from xkv_fx.passes.find_attention import attention_sites
+from xkv_fx.passes.find_positions import FindPositions, position_limit
+from xkv_fx.passes.graph import output_node
+from xkv_fx.passes.match_attention import MatchAttention
+from xkv_fx.passes.specialize import one_token_graph
+
+PROBE_LENGTH = 24
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference of logits, relative to their size, between a model and its captured graph."""
+
+
+def capture_module(
+    module: Any, example_inputs: Any, rows: int = 1, check: bool = True, decode: bool = True
+) -> CapturedModel:
+    """Capture a module for `rows` batch rows, in evaluation mode. It is not changed, and its weights are shared.
+
+    Args:
+        module: called as `module(input_ids, position_ids)`, int64 `[rows, S]` each, for any S; returns logits
+            `[rows, S, vocabulary]`.
+        example_inputs: `(input_ids, position_ids)` as the module takes them, int64 `[any rows, S]`, S at least 1. Their
+            tokens are those that the checks use.
+        check: compare the graph's logits with the module's own, and those of a prompt fed in pieces.
+        decode: make the graph of one token too.
+
+    Raises:
+        UnsupportedModelError: the module or its inputs are not of that kind, or it cannot be captured exactly; the
+            message names the module or the node.
+    """
+    name = type(module).__name__
+    if not isinstance(module, nn.Module):
+        raise UnsupportedModelError(f"expected a torch.nn.Module, got {name}")
+    tokens = _tokens(example_inputs)
+    ids = tokens[torch.arange(rows * PROBE_LENGTH, device=tokens.device) % len(tokens)].view(rows, PROBE_LENGTH)
+    positions = torch.arange(PROBE_LENGTH, device=ids.device).expand(rows, -1).contiguous()
+    weights = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    twin = copy.deepcopy(module, weights).eval()
+    try:
+        with torch.no_grad():
+            expected = twin(ids, positions)
+        if not isinstance(expected, Tensor) or expected.shape[:2] != ids.shape or expected.dim() != 3:
+            raise UnsupportedModelError("it does not return logits of shape [rows, S, vocabulary]")
+        prompt, longest = _prompt_graph(twin, ids, positions, rows)
+        token = one_token_graph(prompt, rows) if decode else None
+        layers = tuple(site.spec for site in attention_sites(prompt))
+        if check:
+            _check(prompt, token, ids, positions, expected)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{name} cannot be captured: {error}") from error
+    except XkvError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UnsupportedModelError(f"{name} cannot be captured: {reason}") from error
+    return CapturedModel(
+        prompt=prompt,
+        token=token,
+        layers=layers,
+        fingerprint=_fingerprint(module),
+        rows=rows,
+        dtype=attention_sites(prompt)[0].k.meta["val"].dtype,
+        device=ids.device,
+        max_positions=longest,
+        vocabulary=int(cast(Any, output_node(prompt.graph).args[0]).meta["val"].shape[2]),
+    )
+
+
+def _prompt_graph(twin: nn.Module, ids: Tensor, positions: Tensor, rows: int) -> tuple[GraphModule, int | None]:
+    prompt, longest = export_graph(twin, (ids, positions))
+    CleanGraph()(prompt)
+    limits = [limit for limit in (longest, position_limit(prompt, rows)) if limit is not None]
+    longest = min(limits, default=None)
+    MatchAttention(rows, longest)(prompt)
+    attention_sites(prompt)
+    FindPositions(rows, longest)(prompt)
+    return prompt, longest
+
+
+def _tokens(example_inputs: Any) -> Tensor:
+    if not isinstance(example_inputs, tuple | list) or len(example_inputs) != 2:
+        raise UnsupportedModelError("example_inputs must be (input_ids, position_ids), int64 of shape [rows, S] each")
+    for tensor in example_inputs:
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tensor.dim() != 2 or not tensor.numel():
+            got = f"{tensor.dtype} of {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise UnsupportedModelError(f"example_inputs must be int64 tensors of shape [rows, S]; got {got}")
+    if example_inputs[0].shape != example_inputs[1].shape:
+        raise UnsupportedModelError("example_inputs: input_ids and position_ids must have the same shape")
+    flat: Tensor = example_inputs[0].flatten()
+    return flat
+
+
+def _check(prompt: GraphModule, token: GraphModule | None, ids: Tensor, positions: Tensor, expected: Tensor) -> None:
+    with torch.no_grad():
+        difference = (prompt(ids, positions).float() - expected.float()).abs().max()
+    error = float(difference / expected.float().abs().max().clamp(min=1.0))
+    limit = TOLERANCE.get(expected.dtype, 1e-2)
+    if not error <= limit:
+        raise UnsupportedModelError(
+            f"the captured graph differs from the module by {error:.2g} of its largest logit (limit {limit:.0e})"
+        )
+    error = continuation_error(prompt, token, ids[:, :LENGTH])
+    if not error <= limit:
+        raise UnsupportedModelError(
+            f"a prompt fed in pieces gives logits that differ by {error:.2g} of the largest (limit {limit:.0e}); it "
+            "keeps something of earlier tokens besides keys and values, or looks at later ones"
+        )
+
+
+def _fingerprint(module: nn.Module) -> str:
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in (*module.named_parameters(), *module.named_buffers())]
+    digest = hashlib.sha256(repr((repr(module), shapes)).encode()).hexdigest()
+    return f"{type(module).__name__}:{digest[:16]}"
