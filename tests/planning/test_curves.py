@@ -271,3 +271,27 @@ def test_curves_that_cannot_be_used_are_refused(curves: Any, message: str) -> No
 def test_falls_that_rounding_explains_are_flattened() -> None:
     curves = np.array([[0.0, 1.0 + 2e-16, 1.0]])
     assert (np.diff(checked_curves(curves)) >= 0).all()
+
+
+@pytest.mark.parametrize("points", [2048, 2049, 2100, 6401])
+@pytest.mark.parametrize("kind", range(3))
+def test_long_curves_have_the_majorant_of_all_their_points(points: int, kind: int) -> None:
+    generator = np.random.default_rng(kind)
+    steps = [
+        generator.random(points - 1) ** 4,
+        np.exp(-np.arange(points - 1) / 300) + 0.1 * generator.random(points - 1),
+        (generator.random(points - 1) < 0.05) * 1.0,
+    ][kind]
+    curve = np.concatenate(([0.0], steps.cumsum()))
+    kept: list[int] = []  # one point after another, as in any book on convex hulls
+    for point, value in enumerate(curve):
+        while len(kept) >= 2 and (curve[kept[-1]] - curve[kept[-2]]) * (point - kept[-2]) <= (
+            value - curve[kept[-2]]
+        ) * (kept[-1] - kept[-2]):
+            kept.pop()
+        kept.append(point)
+    expected = np.interp(np.arange(points), kept, curve[kept])
+    np.testing.assert_allclose(concave_majorant(curve), expected, rtol=1e-12)
+    gains = concave_gains(curve)
+    assert (np.diff(gains) <= 0).all()
+    np.testing.assert_allclose(gains.cumsum(), expected[1:], rtol=1e-9)

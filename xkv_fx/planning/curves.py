@@ -17,6 +17,9 @@ from xkv_fx.budgets import Policy
 from xkv_fx.errors import BudgetError
 from xkv_fx.files import is_int
 
+# Of a long curve, every so many points are looked at first.
+_STRIDE = 64
+
 
 def retention_curve(scores: NDArray[np.floating[Any]], policy: Policy) -> NDArray[np.float64]:
     """R[c]: the share of one layer's attention mass that prefill keeps at capacity c, after the XKV paper, section 4.
@@ -199,14 +202,33 @@ def checked_curves(curves: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
 def _corners(values: NDArray[np.float64]) -> NDArray[np.int64]:
     """The points where the concave majorant touches the curve and may turn: int64, ascending, both ends included.
 
-    A point below the line between its neighbours is no corner, so all such points go at once. When only few go, a bend
-    is eating its way along the curve point by point; then only its surroundings are looked at.
+    A long curve is first compared with the majorant of every 64th of its points: what lies on or below that is no
+    corner, which leaves few points to look at.
     """
     steps = np.diff(values)
     if (steps[1:] <= steps[:-1]).all():
         return np.arange(len(values))
-    rises = np.flatnonzero(steps[:-1] > 0) + 1  # of points at one height only the first, and the curve's last, count
-    corners = np.concatenate(([0], rises, [len(values) - 1]))
+    if len(values) < 32 * _STRIDE:
+        rises = np.flatnonzero(steps[:-1] > 0) + 1  # of points at one height only the first, and the last, count
+        return _bent(values, np.concatenate(([0], rises, [len(values) - 1])))
+    coarse = np.append(np.arange(0, len(values) - 1, _STRIDE), len(values) - 1)
+    coarse = coarse[_bent(values[coarse], np.arange(len(coarse)))]
+    blocks = len(values) // _STRIDE
+    starts = np.interp(np.arange(blocks + 1) * _STRIDE, coarse, values[coarse])
+    line = starts[:-1, None] + np.diff(starts)[:, None] * (np.arange(_STRIDE) / _STRIDE)
+    above = values[: blocks * _STRIDE].reshape(blocks, _STRIDE) > line
+    rest = np.arange(blocks * _STRIDE, len(values))
+    # Within a block the line is a chord of the majorant of the coarse points, so it hides no corner.
+    candidates = np.concatenate((coarse, np.flatnonzero(above), rest))
+    return _bent(values, np.unique(candidates))
+
+
+def _bent(values: NDArray[np.float64], corners: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those of some points, ascending, that are corners of the concave majorant of these points; collinear ones stay.
+
+    A point below the line between its neighbours is no corner, so all such points go at once. When only few go, a bend
+    is eating its way along the curve point by point; then only its surroundings are looked at.
+    """
     while True:
         slopes = np.diff(values[corners]) / np.diff(corners)
         below = np.flatnonzero(slopes[1:] > slopes[:-1]) + 1
