@@ -22,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from xkv_fx.budgets import LayerSpec
 from xkv_fx.errors import UnsupportedModelError, XkvError
 from xkv_fx.hf.inspect import check_model, fingerprint, max_positions, shadow
-from xkv_fx.hf.masks import check_masks, no_mask, recording_masks
+from xkv_fx.hf.masks import FARTHEST, OutOfSightError, check_masks, no_mask, recording_masks
 from xkv_fx.passes.capture_module import PROBE_LENGTH, TOLERANCE
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.check_continuation import LENGTH, continuation_error
@@ -204,12 +204,21 @@ class _RecordAttention(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _probe_layers(twin: PreTrainedModel) -> tuple[LayerSpec, ...]:
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=twin.device)
+def _probe_layers(twin: PreTrainedModel, length: int = 2) -> tuple[LayerSpec, ...]:
+    """What the attentions of a model cache, from a run on `length` tokens."""
+    ids = torch.zeros(1, length, dtype=torch.int64, device=twin.device)
+    positions = torch.arange(length, device=twin.device)[None]
     with _refusing(twin), torch.no_grad(), recording_masks() as masks, _RecordAttention() as record:
-        _Entry(twin)(ids, torch.arange(2, device=twin.device)[None])
-    if record.layers:
-        check_masks(twin, masks, [layer.sliding_window for layer in record.layers], max_positions(twin))
+        _Entry(twin)(ids, positions)
+    if not record.layers:
+        return ()
+    windows = [layer.sliding_window for layer in record.layers]
+    longest = max_positions(twin) or FARTHEST
+    try:
+        check_masks(twin, masks, windows, length - 1 if length > 2 else min(longest, FARTHEST) - 1)
+    except OutOfSightError:
+        enough = min(2 * max((window or 0 for window in windows), default=0) + 64, longest)
+        return _probe_layers(twin, max(enough, 3))
     return tuple(record.layers)
 
 

@@ -40,24 +40,31 @@ def recording_masks() -> Iterator[list[MaskFunction]]:
         _recorded.reset(token)
 
 
+class OutOfSightError(Exception):
+    """A mask looks tokens up, and the tokens that it was made for are too few to show what it does."""
+
+
 def check_masks(
-    model: PreTrainedModel, masks: Sequence[MaskFunction], windows: Sequence[int | None], longest: int | None
+    model: PreTrainedModel, masks: Sequence[MaskFunction], windows: Sequence[int | None], last: int
 ) -> None:
     """Check that the sliding windows given to attention are those of the masks.
 
     Args:
         masks: what masks say: `(row, head, query, key)` -> whether it is seen.
         windows: the sliding window of each attention.
-        longest: the longest sequence that the model has positions for.
+        last: the last query to look at.
 
     Raises:
         UnsupportedModelError: a mask is neither causal nor a sliding window, or attention is not told of one.
+        OutOfSightError: see there.
     """
     if not masks:
         return
     name = type(model).__name__
-    last = min(longest or FARTHEST, FARTHEST) - 1
-    made = {_window(mask, last, name) for mask in masks}
+    causal = [mask for mask in masks if not _looks_ahead(mask)]  # others are for encoders, which are not in use
+    if not causal:
+        raise UnsupportedModelError(f"{name} attends to tokens that come later; only causal attention has a KV cache")
+    made = {_window(mask, last, name) for mask in causal}
     given = {None if window is None or window > last else window for window in windows}
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
     told = any("sliding" in kind for kind in kinds)
@@ -71,28 +78,31 @@ def check_masks(
 
 def _window(mask: MaskFunction, last: int, name: str) -> int | None:
     """The sliding window of a mask, None if it is plainly causal up to the query `last`."""
-    zero = torch.zeros((), dtype=torch.int64)
     sizes = []
     for query in {last, max(last - 1, 0), last // 2}:
-        keys = torch.arange(query + 2)
-        try:
-            seen = mask(zero, zero, torch.tensor(query), keys).expand(query + 2)
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"{name} makes a mask that depends on more than two tokens' positions; it cannot be captured exactly"
-            ) from error
-        if bool(seen[-1]):
-            raise UnsupportedModelError(
-                f"{name} attends to tokens that come later; only causal attention has a KV cache"
-            )
+        seen = _seen(mask, query)
         size = int(seen.sum())
-        if not bool(seen[query + 1 - size : query + 1].all()):
+        if not bool(seen[query + 1 - size :].all()):
             raise UnsupportedModelError(f"{name} makes a mask that is neither causal nor a sliding window")
         sizes.append(None if size == query + 1 else size)
     found = {size for size in sizes if size is not None}
-    if len(found) > 1 or (found and sizes.count(None) and max(found) <= last // 2):
+    if len(found) > 1 or (found and None in sizes and max(found) <= last // 2):
         raise UnsupportedModelError(f"{name} makes a mask that is neither causal nor a sliding window, but in chunks")
     return next(iter(found), None)
+
+
+def _seen(mask: MaskFunction, query: int) -> Tensor:
+    """Which keys a query sees, bool `[query + 1]`, up to its own."""
+    zero = torch.zeros((), dtype=torch.int64)
+    try:
+        return mask(zero, zero, torch.tensor(query), torch.arange(query + 1)).expand(query + 1)
+    except IndexError as error:
+        raise OutOfSightError from error
+
+
+def _looks_ahead(mask: MaskFunction) -> bool:
+    zero = torch.zeros((), dtype=torch.int64)
+    return bool(mask(zero, zero, zero, torch.arange(2)).expand(2)[1])
 
 
 def _listed(windows: set[int | None]) -> str:
