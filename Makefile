@@ -6,7 +6,7 @@ VENV_PYTHON := .venv/bin/python
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-exhaustive lint format clean
+.PHONY: help .venv demo test test-exhaustive coverage lint format clean
 
 help:  ## Say what each target does
 	@sed -n 's/^\([a-z.]*\):.*  ## /\1\t/p' Makefile | expand -t 10
@@ -39,6 +39,9 @@ test: lint  ## Run linter, type checker and tests
 
 test-exhaustive: .venv/.installed  ## Run the long forms of the tests on the real model
 	XKV_FX_EXHAUSTIVE=1 $(VENV_PYTHON) -m pytest tests/test_smollm2.py
+
+coverage: .venv/.installed  ## Try every causal language model that transformers registers; writes docs/coverage.md
+	$(VENV_PYTHON) -m xkv_fx.evaluation.coverage --output docs/coverage.md
 
 lint: .venv/.installed  ## Check style and format
 	$(VENV_PYTHON) -m ruff check .

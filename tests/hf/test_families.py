@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from graph_checks import assert_meta_is_true
 from ready_models import FULL, captured, full, model, transformed
-from tiny_models import FAMILIES, POSITIONS, WINDOW, Snapshot, random_ids
+from tiny_models import FAMILIES, POSITIONS, WINDOW, Snapshot, gemma3, random_ids
+from transformers import PreTrainedModel
 
+import xkv_fx
 from xkv_fx import Budgets
+from xkv_fx.hf.generation import BudgetedLM
 from xkv_fx.passes.graph import calls
 
 SLIDING = {
@@ -86,3 +91,27 @@ def test_tight_budgets_go_on_beyond_their_capacity(family: str) -> None:
 
 def test_every_family_is_tested() -> None:
     assert SLIDING.keys() == FAMILIES.keys()
+
+
+@functools.cache
+def gemma_stack() -> tuple[PreTrainedModel, BudgetedLM]:
+    source = gemma3(6, layer_types=["sliding_attention"] * 5 + ["full_attention"])
+    return source, xkv_fx.transform(source, Budgets.full(6, 140), backend="eager")
+
+
+@pytest.mark.parametrize("length", [3 * WINDOW, 3 * WINDOW + 5, 100])
+def test_five_sliding_layers_to_a_full_one(length: int) -> None:
+    """Gemma 3's stack, on prompts of three sliding windows and more, chunked and in a second turn too."""
+    source, llm = gemma_stack()
+    assert [spec.sliding_window for spec in llm.layers] == [WINDOW] * 5 + [None]
+    options = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    ids = random_ids(1, length)
+    expected = source.generate(ids, **options)
+    for more in ({}, {"prefill_chunk_size": 11}):
+        got = llm.generate(ids, **options, **more)
+        assert torch.equal(got.sequences, expected.sequences)
+        torch.testing.assert_close(torch.cat(got.logits), torch.cat(expected.logits), atol=1e-4, rtol=0)
+    session = llm.new_session()
+    llm.generate(ids[:, : length // 2], past_key_values=session, max_new_tokens=1, do_sample=False)
+    assert torch.equal(llm.generate(ids, past_key_values=session, **options).sequences, expected.sequences)
+    assert session.kv_bytes == (5 * WINDOW + 140) * 2 * (8 + 8) * 4

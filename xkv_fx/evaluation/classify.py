@@ -65,7 +65,9 @@ def _judge(entry: Registered) -> tuple[Outcome, str]:
         expected, broken = None, _line(error)
     try:
         if expected is None:
-            xkv_fx.transform(model, xkv_fx.Budgets.full(_layers(model), PROMPT + STEPS), backend="eager")
+            xkv_fx.transform(
+                model, xkv_fx.Budgets.full(len(xkv_fx.budgets.layers_of(model)), PROMPT + STEPS), backend="eager"
+            )
             return "refused", f"no reference: transformers' own cached generation fails: {broken}"
         outcome, reason = compare(model, prompt, expected)
         if outcome == "failed" and (off := _reference_error(model, prompt, expected)) > TOLERANCE:
@@ -78,10 +80,6 @@ def _judge(entry: Registered) -> tuple[Outcome, str]:
     except Exception as error:
         return "failed", f"{type(error).__name__}: {_line(error)}"
     return outcome, reason
-
-
-def _layers(model: PreTrainedModel) -> int:
-    return len(xkv_fx.budgets.layers_of(model))
 
 
 def _reference_error(model: PreTrainedModel, prompt: Tensor, expected: tuple[Tensor, Tensor]) -> float:
@@ -102,7 +100,8 @@ def compare(model: PreTrainedModel, prompt: Tensor, expected: tuple[Tensor, Tens
     Raises:
         UnsupportedModelError: the model is refused.
     """
-    layers = _layers(model)
+    specs = xkv_fx.budgets.layers_of(model)
+    layers = len(specs)
     tokens = prompt.shape[1] + expected[0].shape[0]
     llm = xkv_fx.transform(model, xkv_fx.Budgets.full(layers, tokens), backend="eager")
     got, logits = greedy(llm, prompt, expected[0].shape[0])
@@ -116,10 +115,10 @@ def compare(model: PreTrainedModel, prompt: Tensor, expected: tuple[Tensor, Tens
     tight = llm.with_budgets(half)
     session = tight.new_session()
     output = tight.generate(
-        prompt, max_new_tokens=LONG, do_sample=False, use_cache=True, past_key_values=session,
+        prompt, max_new_tokens=LONG, do_sample=False, past_key_values=session,
         return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
-    planned = half.kv_bytes(model)
+    planned = half.kv_bytes(specs)
     if not session.kv_bytes == tight.kv_bytes == planned:
         return "failed", f"half budgets: {session.kv_bytes} bytes allocated, {planned} planned"
     if output.sequences.shape[1] != prompt.shape[1] + LONG or not torch.cat(output.logits).isfinite().all():

@@ -23,7 +23,7 @@ from xkv_fx.evaluation.tiny import Registered, registered
 
 TIME_LIMIT = 240.0
 # What every process needs and would take seconds to import: it is imported once, and processes are forked from there.
-_PRELOADED = (
+PRELOADED = (
     "xkv_fx.evaluation.classify",
     "xkv_fx.hf.generation",
     "xkv_fx.hf.capture",
@@ -39,7 +39,7 @@ def sweep(
 ) -> list[Verdict]:
     """Classify each entry in a process of its own, so that none can stall or crash the others."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
+    context.set_forkserver_preload(list(PRELOADED))
     verdicts = []
     for entry in entries:
         verdicts.append(_guarded(context, entry, time_limit))
@@ -104,6 +104,8 @@ def main(
     """Classify causal language models as exact, refused or failed."""
     console = Console(soft_wrap=True, highlight=False)
     entries = [entry for entry in registered() if not names or {entry.class_name, entry.model_type} & set(names)]
+    if not entries:
+        raise typer.BadParameter(f"no registered class or model type is called {', '.join(names or [])}")
     verdicts = sweep(entries, time_limit, console)
     console.print(counts(verdicts))
     if output is not None:

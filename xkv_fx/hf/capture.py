@@ -27,7 +27,7 @@ from xkv_fx.passes.capture_module import PROBE_LENGTH, TOLERANCE
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.check_continuation import LENGTH, continuation_error
 from xkv_fx.passes.clean_graph import CleanGraph
-from xkv_fx.passes.export_graph import export_graph
+from xkv_fx.passes.export_graph import export_graph, reason_of
 from xkv_fx.passes.find_attention import attention_sites
 from xkv_fx.passes.find_positions import FindPositions
 from xkv_fx.passes.graph import output_node
@@ -234,8 +234,7 @@ def _refusing(model: nn.Module) -> Iterator[None]:
     except XkvError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be captured: {reason[0]}") from error
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be captured: {reason_of(error)}") from error
 
 
 def _check_layer_count(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, cast
 
@@ -39,7 +40,7 @@ class BudgetedLM(nn.Module, GenerationMixin):
     ) -> None:
         super().__init__()
         self.config = config
-        self.generation_config = generation_config
+        self.generation_config = _with_cache(generation_config)
         self.budgets = budgets
         self.program = program
         self.layers: tuple[LayerSpec, ...] = program.plan.layers
@@ -238,6 +239,15 @@ class BudgetedLM(nn.Module, GenerationMixin):
     def can_generate(self) -> bool:
         """Part of what `GenerationMixin` asks of a model."""
         return True
+
+
+def _with_cache(config: GenerationConfig) -> GenerationConfig:
+    """Some models (MPT) come with the cache switched off, which is no wish of the caller's."""
+    if config.use_cache is not False:
+        return config
+    config = copy.deepcopy(config)
+    config.use_cache = True
+    return config
 
 
 def _refuse_rows_of_padding(mask: Tensor | None) -> None:

@@ -14,7 +14,7 @@ from xkv_fx.errors import UnsupportedModelError, XkvError
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.check_continuation import LENGTH, continuation_error
 from xkv_fx.passes.clean_graph import CleanGraph
-from xkv_fx.passes.export_graph import export_graph
+from xkv_fx.passes.export_graph import export_graph, reason_of
 from xkv_fx.passes.find_attention import attention_sites
 from xkv_fx.passes.find_positions import FindPositions, position_limit
 from xkv_fx.passes.graph import output_node
@@ -66,8 +66,7 @@ def capture_module(
     except XkvError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UnsupportedModelError(f"{name} cannot be captured: {reason}") from error
+        raise UnsupportedModelError(f"{name} cannot be captured: {reason_of(error)}") from error
     return CapturedModel(
         prompt=prompt,
         token=token,

@@ -81,9 +81,18 @@ def _exported(
     return exported, held if longest is not None or held < UNBOUNDED else None
 
 
+def reason_of(error: Exception) -> str:
+    """Why a module could not be traced, in one line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "data-dependent" in lines[0]:
+        return f"it branches on what the tokens are, or loops over what was chosen for them ({lines[0].strip()})"
+    return lines[0]
+
+
 def _guards(error: Exception) -> str:
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip().startswith("-")]
-    return " ".join(lines[:1]) or str(error).splitlines()[0]
+    first = (lines or str(error).splitlines())[0]
+    return "it takes one length only" if "specialized it to be a constant" in first else first
 
 
 def _held_up_to(module: GraphModule, longest: int, example: int) -> int:
