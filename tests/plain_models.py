@@ -59,6 +59,19 @@ def batched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(-1), values).view(q.shape)
 
 
+def rotary_counted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Angles made from the length alone."""
+    half = q.shape[-1] // 2
+    angles = torch.arange(q.shape[2])[:, None] * 0.3 ** torch.arange(half)
+    cos, sin = angles.cos(), angles.sin()
+
+    def rotated(x: Tensor) -> Tensor:
+        first, second = x[..., :half], x[..., half:]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+    return F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
+
+
 # What is no causal attention over K/V
 
 

@@ -29,6 +29,7 @@ MODELS: dict[str, Callable[[], Decoder]] = {
     "grouped, expanded": lambda: decoder(plain.written_out, kv_heads=2),
     "ALiBi, grouped": lambda: decoder(plain.sdpa_alibi, kv_heads=2),
     "positions counted": lambda: decoder(plain.sdpa, counted=True),
+    "angles counted": lambda: decoder(plain.rotary_counted, kv_heads=4),
     "MultiheadAttention": lambda: Decoder(lambda: plain.TorchAttention(need_weights=False)),
     "MultiheadAttention with weights": lambda: Decoder(lambda: plain.TorchAttention(need_weights=True)),
 }
