@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import plain_models as plain
@@ -39,12 +40,17 @@ def transform(model: nn.Module, budgets: Budgets, rows: int = 1, backend: str = 
     return xkv_fx.transform(model, budgets, batch_size=rows, backend=backend, example_inputs=example())
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_full_budgets_are_exact(name: str) -> None:
+@functools.cache
+def full(name: str) -> tuple[Decoder, BudgetedModule]:
     model = MODELS[name]().train()  # it is captured in evaluation mode, whatever it is in
     llm = transform(model, Budgets.full(2, 60), rows=2)
     assert model.training
-    model.eval()
+    return model.eval(), llm
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_full_budgets_are_exact(name: str) -> None:
+    model, llm = full(name)
     ids = random_ids(2, 20)
     expected, logits = plain.greedy_by_recomputing(model, ids, 24)
     assert torch.equal(llm.generate(ids, 24), expected)
@@ -57,7 +63,7 @@ def test_full_budgets_are_exact(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_attention_is_found_with_what_it_caches(name: str) -> None:
-    found = capture_module(MODELS[name](), example())
+    found = full(name)[1].program.graphs.captured
     kv_heads = 2 if "grouped" in name else HEADS
     window = SLIDING_WINDOW if "sliding" in name else None
     for spec in found.layers:
@@ -73,13 +79,13 @@ def test_every_attention_is_found_with_what_it_caches(name: str) -> None:
 @pytest.mark.parametrize("policy", [Policy(), Policy(eviction="scored", scorer="h2o"), Policy(scorer="tova", sinks=1)])
 @pytest.mark.parametrize("name", ["sdpa, ALiBi", "ALiBi, grouped", "sdpa, sliding window"])
 def test_tight_budgets_keep_to_their_bytes(name: str, policy: Policy) -> None:
-    llm = transform(MODELS[name](), Budgets((6, 9), policy))
+    llm = full(name)[1].with_budgets(Budgets((6, 9), policy))
     session = llm.new_session()
-    out = llm.generate(random_ids(1, 30), 40, session=session)
-    assert out.shape == (1, 70)
+    out = llm.generate(random_ids(2, 30), 40, session=session)
+    assert out.shape == (2, 70)
     slots = [min(capacity, SLIDING_WINDOW) if "sliding" in name else capacity for capacity in (6, 9)]
     kv_heads = 2 if "grouped" in name else HEADS
-    assert session.state.kv_bytes == llm.kv_bytes == sum(slots) * 2 * kv_heads * HEAD_DIM * 4
+    assert session.state.kv_bytes == llm.kv_bytes == sum(slots) * 2 * kv_heads * HEAD_DIM * 4 * 2
 
 
 def test_alibi_of_kept_tokens_follows_their_positions() -> None:
