@@ -2,7 +2,15 @@
 # Programs are run as `.venv/bin/python -m ...`: their start scripts hold absolute paths, which spaces can break.
 
 PYTHON ?= python3
+HERE := $(shell pwd -P)
+# Inductor cannot compile with a torch whose path has spaces, so that such a folder is entered by a link without any.
+ifeq "$(words $(HERE))" "1"
 VENV_PYTHON := .venv/bin/python
+else
+LINKS := $(HOME)/.cache/xkv_fx
+VENV_PYTHON := $(shell link="$(LINKS)/$$(pwd -P | cksum | cut -d' ' -f1)"; mkdir -p "$(LINKS)" && \
+    ln -sfn "$$(pwd -P)/.venv" "$$link" && echo "$$link/bin/python")
+endif
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
@@ -15,7 +23,6 @@ help:  ## Say what each target does
 
 # The stamp holds the folder that the package was installed from, and is written last. An environment that was moved or
 # copied here would import xkv_fx from its old folder, so it is made anew.
-HERE := $(shell pwd -P)
 ifneq "$(shell cat .venv/.installed 2>/dev/null)" "$(HERE)"
 .PHONY: .venv/.installed
 endif
@@ -38,7 +45,7 @@ test: lint  ## Run linter, type checker and tests
 	$(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS)
 
 test-exhaustive: .venv/.installed  ## Run the long forms of the tests on the real model
-	XKV_FX_EXHAUSTIVE=1 $(VENV_PYTHON) -m pytest tests/test_smollm2.py
+	XKV_FX_EXHAUSTIVE=1 $(VENV_PYTHON) -m pytest tests/test_smollm2.py tests/test_smollm2_scorers.py
 
 coverage: .venv/.installed  ## Try every causal language model that transformers registers; writes docs/coverage.md
 	$(VENV_PYTHON) -m xkv_fx.evaluation.coverage --output docs/coverage.md

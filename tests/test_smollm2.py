@@ -61,7 +61,7 @@ def generate(model: Any, ids: torch.Tensor) -> Generated:
     return Generated(output.sequences, torch.stack(output.logits))
 
 
-@pytest.fixture(scope="module", params=["eager", "inductor"])
+@pytest.fixture(scope="module", params=["eager", "inductor"] if EXHAUSTIVE else ["inductor"])
 def full(request: pytest.FixtureRequest, smollm2: Loaded) -> Any:
     return xkv_fx.transform(smollm2.model, xkv_fx.Budgets.full(LAYERS, LONGEST), backend=request.param)
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from xkv_fx.errors import BudgetError
 from xkv_fx.planning import allocators as module
+from xkv_fx.planning import peer_allocators  # noqa: F401  (registers them)
 from xkv_fx.planning.allocators import allocator, allocator_names, register_allocator
 from xkv_fx.planning.solve import capacities_for_total
 
@@ -31,12 +32,12 @@ def registry_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_registered_names() -> None:
-    assert allocator_names() == ("calibrated", "uniform", "xkv")
+    assert allocator_names() == ("calibrated", "entropy", "maxmin", "pyramid", "squeeze", "uniform", "xkv")
     assert [allocator(name).name for name in allocator_names()] == list(allocator_names())
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(BudgetError, match="unknown allocator 'ours'; registered are calibrated, uniform, xkv"):
+    with pytest.raises(BudgetError, match=r"unknown allocator 'ours'; registered are calibrated, entropy, .*xkv"):
         allocator("ours")
 
 

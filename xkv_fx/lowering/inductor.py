@@ -20,8 +20,13 @@ def lower_inductor(module: GraphModule) -> tuple[Callable[..., Tensor], str]:
         the compiled function, and what was chosen for its attention.
 
     Raises:
-        BackendError: the compiler is missing or fails.
+        BackendError: the compiler is missing or fails, or torch lies in a folder that it cannot be given.
     """
+    if any(character.isspace() for character in torch.__file__):
+        raise BackendError(
+            f"Inductor cannot compile with a torch whose path has spaces ({torch.__file__}); install it elsewhere, or "
+            "start Python through a link without spaces. backend='eager' runs without"
+        )
     lifted, weights = lift_weights(module)
     attention = choose_attention(lifted)
     output = next(iter(reversed(lifted.graph.nodes)))
