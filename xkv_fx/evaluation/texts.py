@@ -24,7 +24,7 @@ SOURCES = (
 
 
 def documentation() -> str:
-    """About 700 KB of English: the language reference as `help()` shows it, topics in alphabetical order."""
+    """Some 500 KB of English, by the version of Python: the language reference as `help()` shows it."""
     topics: dict[str, str] = pydoc_data.topics.topics
     return "\n\n".join(topics[name] for name in sorted(topics))
 

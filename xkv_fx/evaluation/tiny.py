@@ -59,12 +59,6 @@ _FLAGS = {"is_decoder": True}
 
 # What a family needs besides, or instead; a dictionary is for a nested configuration.
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
-_QWEN_TEXT = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
 _COMPASS_ROPE = {
     kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", "full_attention")
 }

@@ -23,9 +23,9 @@ from xkv_fx.budgets import LayerSpec
 from xkv_fx.errors import UnsupportedModelError, XkvError
 from xkv_fx.hf.inspect import check_model, fingerprint, max_positions, shadow
 from xkv_fx.hf.masks import FARTHEST, OutOfSightError, check_masks, no_mask, recording_masks
-from xkv_fx.passes.capture_module import PROBE_LENGTH, TOLERANCE
+from xkv_fx.passes.capture_module import PROBE_LENGTH
 from xkv_fx.passes.captured import CapturedModel
-from xkv_fx.passes.check_continuation import LENGTH, continuation_error
+from xkv_fx.passes.check_capture import check_capture
 from xkv_fx.passes.clean_graph import CleanGraph
 from xkv_fx.passes.export_graph import export_graph, reason_of
 from xkv_fx.passes.find_attention import attention_sites
@@ -37,8 +37,10 @@ from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 
 NAME = "xkv"
 # Arguments that say nothing about the mathematics of attention once the mask is causal.
-_HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
-_HARMLESS |= {"logits_to_keep"}
+_HARMLESS = {
+    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal",
+    "logits_to_keep",
+}  # fmt: skip
 
 
 def _attention(
@@ -86,8 +88,7 @@ class _Entry(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        logits: Tensor = _logits(self.model, input_ids, position_ids)
-        return logits
+        return _logits(self.model, input_ids, position_ids)
 
 
 def _logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -137,8 +138,7 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
     if logits.dim() != 3:
         raise UnsupportedModelError(f"{type(model).__name__} gives no logits for each token; it is no language model")
     if check:
-        _check_parity(model, prompt, rows)
-        _check_continuation(model, prompt, token, rows)
+        _check(model, prompt, token, rows)
     return CapturedModel(
         prompt=prompt,
         token=token,
@@ -154,21 +154,15 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
 
 def _twin(model: PreTrainedModel) -> tuple[PreTrainedModel, tuple[LayerSpec, ...]]:
     """A shadow of the model to capture, and what its attentions cache; nothing where it writes its attention out."""
-    if _takes_attention(model):
-        twin = shadow(model, NAME)
-        layers = _probe_layers(twin)
-        if layers:
-            _check_layer_count(model, layers)
-            return twin, layers
-    return shadow(model, None), ()
-
-
-def _takes_attention(model: PreTrainedModel) -> bool:
     try:
-        shadow(model, NAME)
-    except UnsupportedModelError:
-        return False
-    return True
+        twin = shadow(model, NAME)
+    except UnsupportedModelError:  # its attention cannot be replaced
+        return shadow(model, None), ()
+    layers = _probe_layers(twin)
+    if not layers:
+        return shadow(model, None), ()
+    _check_layer_count(model, layers)
+    return twin, layers
 
 
 def _rewrite(prompt: GraphModule, rows: int, longest: int | None, written: bool) -> bool:
@@ -247,41 +241,20 @@ def _check_layer_count(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) ->
         )
 
 
-def _check_continuation(model: PreTrainedModel, prompt: GraphModule, token: GraphModule | None, rows: int) -> None:
-    """A graph that knows of earlier tokens in any other way than through attention would go on wrongly from a cache."""
-    length = min(LENGTH, max_positions(model) or LENGTH)
-    if length < 3:
-        return
-    with _refusing(model):
-        error = continuation_error(prompt, token, _random_ids(model, rows, length))
-    limit = TOLERANCE.get(model.dtype, 1e-2)
-    if not error <= limit:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: a prompt fed in pieces gives logits that differ by {error:.2g} of the largest "
-            f"(limit {limit:.0e}); it keeps something of earlier tokens besides keys and values, or looks at later ones"
-        )
-
-
 def _random_ids(model: PreTrainedModel, rows: int, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     vocabulary = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     return torch.randint(vocabulary, (rows, length), generator=generator).to(model.device)
 
 
-def _check_parity(model: PreTrainedModel, graph: GraphModule, rows: int) -> None:
-    """Run the model and its graph on the same random tokens; a difference means that something was lost."""
-    length = min(PROBE_LENGTH, max_positions(model) or PROBE_LENGTH)
-    ids = _random_ids(model, rows, length)
-    positions = torch.arange(length, device=model.device).expand(rows, -1).contiguous()
-    training = model.training
+def _check(model: PreTrainedModel, prompt: GraphModule, token: GraphModule | None, rows: int) -> None:
+    """Run the model and its graphs on the same random tokens."""
+    ids = _random_ids(model, rows, min(PROBE_LENGTH, max_positions(model) or PROBE_LENGTH))
+    positions = torch.arange(ids.shape[1], device=model.device).expand(rows, -1).contiguous()
     with torch.no_grad():
-        twin = shadow(model, model.config._attn_implementation) if training else model
-        expected = _logits(twin, ids, positions).float()
-        got = graph(ids, positions).float()
-    error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
-    limit = TOLERANCE.get(model.dtype, 1e-2)
-    if not error <= limit:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: the captured graph differs from the model by {error:.2g} of its largest logit "
-            f"(limit {limit:.0e}); its attention does something that was not captured"
-        )
+        expected = _logits(shadow(model, None) if model.training else model, ids, positions)
+    with _refusing(model):
+        try:
+            check_capture(prompt, token, ids, expected, model.dtype)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{type(model).__name__}: {error}") from error

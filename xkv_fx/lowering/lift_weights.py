@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+
+from xkv_fx.passes.graph import attribute
 
 
 def lift_weights(module: GraphModule) -> tuple[GraphModule, tuple[Tensor, ...]]:
@@ -23,6 +24,6 @@ def lift_weights(module: GraphModule) -> tuple[GraphModule, tuple[Tensor, ...]]:
             inputs[target].meta.update(node.meta)
         node.replace_all_uses_with(inputs[target])
         graph.erase_node(node)
-    weights = tuple(reduce(getattr, target.split("."), module) for target in inputs)
+    weights = tuple(attribute(module, target) for target in inputs)
     lifted = GraphModule(torch.nn.Module(), graph)
-    return lifted, weights  # type: ignore[return-value]
+    return lifted, weights

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from xkv_fx.errors import UnsupportedModelError, XkvError
 from xkv_fx.passes.captured import CapturedModel
-from xkv_fx.passes.check_continuation import LENGTH, continuation_error
+from xkv_fx.passes.check_capture import check_capture
 from xkv_fx.passes.clean_graph import CleanGraph
 from xkv_fx.passes.export_graph import export_graph, reason_of
 from xkv_fx.passes.find_attention import attention_sites
@@ -22,8 +22,6 @@ from xkv_fx.passes.match_attention import MatchAttention
 from xkv_fx.passes.specialize import one_token_graph
 
 PROBE_LENGTH = 24
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference of logits, relative to their size, between a model and its captured graph."""
 
 
 def capture_module(
@@ -58,9 +56,10 @@ def capture_module(
             raise UnsupportedModelError("it does not return logits of shape [rows, S, vocabulary]")
         prompt, longest = _prompt_graph(twin, ids, positions, rows)
         token = one_token_graph(prompt, rows) if decode else None
-        layers = tuple(site.spec for site in attention_sites(prompt))
+        sites = attention_sites(prompt)
+        dtype = sites[0].k.meta["val"].dtype
         if check:
-            _check(prompt, token, ids, positions, expected)
+            check_capture(prompt, token, ids, expected, dtype)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{name} cannot be captured: {error}") from error
     except XkvError:
@@ -70,10 +69,10 @@ def capture_module(
     return CapturedModel(
         prompt=prompt,
         token=token,
-        layers=layers,
+        layers=tuple(site.spec for site in sites),
         fingerprint=_fingerprint(module),
         rows=rows,
-        dtype=attention_sites(prompt)[0].k.meta["val"].dtype,
+        dtype=dtype,
         device=ids.device,
         max_positions=longest,
         vocabulary=int(cast(Any, output_node(prompt.graph).args[0]).meta["val"].shape[2]),
@@ -102,23 +101,6 @@ def _tokens(example_inputs: Any) -> Tensor:
         raise UnsupportedModelError("example_inputs: input_ids and position_ids must have the same shape")
     flat: Tensor = example_inputs[0].flatten()
     return flat
-
-
-def _check(prompt: GraphModule, token: GraphModule | None, ids: Tensor, positions: Tensor, expected: Tensor) -> None:
-    with torch.no_grad():
-        difference = (prompt(ids, positions).float() - expected.float()).abs().max()
-    error = float(difference / expected.float().abs().max().clamp(min=1.0))
-    limit = TOLERANCE.get(expected.dtype, 1e-2)
-    if not error <= limit:
-        raise UnsupportedModelError(
-            f"the captured graph differs from the module by {error:.2g} of its largest logit (limit {limit:.0e})"
-        )
-    error = continuation_error(prompt, token, ids[:, :LENGTH])
-    if not error <= limit:
-        raise UnsupportedModelError(
-            f"a prompt fed in pieces gives logits that differ by {error:.2g} of the largest (limit {limit:.0e}); it "
-            "keeps something of earlier tokens besides keys and values, or looks at later ones"
-        )
 
 
 def _fingerprint(module: nn.Module) -> str:

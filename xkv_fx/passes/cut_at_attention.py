@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.passes.find_attention import AttentionSite, attention_sites
-from xkv_fx.passes.graph import arguments, output_node, placeholders
+from xkv_fx.passes.graph import arguments, at_length, attribute, output_node, placeholders
 
 _KNOWN = {"q", "k", "v", "layer", "scale", "sliding_window", "softcap", "sinks"}
 
@@ -34,7 +34,7 @@ class Value:
 
     def size_of(self, tokens: int) -> int:
         """The whole number that stands for this value when the graph runs on so many tokens."""
-        return int(self.size.subs(dict.fromkeys(self.size.free_symbols, tokens)))
+        return int(at_length(self.size, tokens))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +113,8 @@ def cut_at_attention(module: GraphModule) -> CutModel:
         nodes = [node for node in place if place[node] == index]
         outputs = [node for node in nodes if node in crossing or node in wanted]
         segments.append(_segment(module, nodes, outputs))
-    sinks = {s.index: _attribute(module, str(s.sinks.target)) for s in sites if s.sinks is not None}
+    sinks = {s.index: attribute(module, str(s.sinks.target)) for s in sites if s.sinks is not None}
     return CutModel(sites, tuple(segments), tuple(placeholders(graph)), logits.name, sinks)
-
-
-def _attribute(module: GraphModule, target: str) -> Tensor:
-    found: Any = functools.reduce(getattr, target.split("."), module)
-    return cast(Tensor, found)
 
 
 def _segment_of(graph: Graph, sites: Sequence[AttentionSite]) -> dict[Node, int]:

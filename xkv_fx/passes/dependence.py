@@ -6,16 +6,15 @@ A node that reads only a tensor's size does not depend on its values: masks and 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import reduce
 from typing import Any
 
 import networkx as nx
 import torch
-from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from xkv_fx.errors import PassError
+from xkv_fx.passes.graph import at_length, attribute
 
 aten = torch.ops.aten
 # These read the size, dtype and device of their first argument, and nothing of its values; those their second.
@@ -95,7 +94,7 @@ class Evaluation:
     def run(self, node: Node, instead: Mapping[Node, Any]) -> Any:
         """What a node computes with other values for some of its inputs."""
         if node.op == "get_attr":
-            return attribute(self.module, node)
+            return attribute(self.module, str(node.target))
         if node.op != "call_function":
             raise PassError(f"{node.name} is not given")
 
@@ -107,19 +106,10 @@ class Evaluation:
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def attribute(module: GraphModule, node: Node) -> Tensor:
-    """The tensor that a `get_attr` node reads."""
-    found: Any = reduce(getattr, str(node.target).split("."), module)
-    return found  # type: ignore[no-any-return]
-
-
 def size_at(node: Node, length: int) -> tuple[int, ...]:
     """The shape of a node's tensor when a row has `length` tokens."""
 
-    def size(dim: Any) -> int:
-        if not isinstance(dim, torch.SymInt):
-            return int(dim)
-        formula = dim.node.expr
-        return int(formula.subs(dict.fromkeys(formula.free_symbols, length)))
-
-    return tuple(size(dim) for dim in node.meta["val"].shape)
+    return tuple(
+        int(at_length(dim.node.expr, length)) if isinstance(dim, torch.SymInt) else dim
+        for dim in node.meta["val"].shape
+    )

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
 from xkv_fx.errors import UnsupportedModelError
-from xkv_fx.passes.graph import arguments, output_node
+from xkv_fx.passes.graph import arguments, at_length, output_node
 
 aten = torch.ops.aten
 UNBOUNDED = 2**20
@@ -111,7 +111,7 @@ def _held_up_to(module: GraphModule, longest: int, example: int) -> int:
             raise UnsupportedModelError(f"it branches on its tokens ({formula})")
         near = {int(atom) + step for atom in formula.atoms() if atom.is_Integer for step in range(-3, 4)}
         for length in sorted({*range(2, 130), *near, longest}):
-            if 2 <= length <= longest and not formula.subs(dict.fromkeys(formula.free_symbols, length)):
+            if 2 <= length <= longest and not at_length(formula, length):
                 longest = length - 1
         if longest < example:
             raise UnsupportedModelError(

@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from xkv_fx.errors import UnsupportedModelError
+from xkv_fx.passes.dependence import behind
 from xkv_fx.passes.find_attention import AttentionSite
 
 
@@ -19,7 +20,7 @@ def residual_of(module: GraphModule, site: AttentionSite) -> tuple[Node, Node]:
     Raises:
         UnsupportedModelError: there is no such sum; the model has no residual connection around its attention.
     """
-    above = _ancestors(site.q)
+    above = behind(module.graph, [site.q])
     below = {site.node}
     for node in module.graph.nodes:
         if node in below or not below.intersection(node.all_input_nodes):
@@ -30,17 +31,6 @@ def residual_of(module: GraphModule, site: AttentionSite) -> tuple[Node, Node]:
             if len(before) == 1:
                 return before[0], node
     raise UnsupportedModelError(f"the output of attention {site.layer} is not added to the hidden state it came from")
-
-
-def _ancestors(node: Node) -> set[Node]:
-    found: set[Node] = set()
-    waiting = [node]
-    while waiting:
-        for source in waiting.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                waiting.append(source)
-    return found
 
 
 def _shape(node: Node) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import torch
@@ -47,6 +48,17 @@ def named(graph: Graph, name: str) -> Node:
     if found is not None:
         return found
     raise PassError(f"the graph has no node {name!r}; the pass that adds it has not run")
+
+
+def attribute(module: GraphModule, target: str) -> torch.Tensor:
+    """The tensor that `get_attr` nodes of that target read."""
+    found: torch.Tensor = reduce(getattr, target.split("."), module)  # type: ignore[assignment]
+    return found
+
+
+def at_length(formula: Any, length: int) -> Any:
+    """A size's formula (`SymInt.node.expr`, of the number of tokens alone) for so many tokens."""
+    return formula.subs(dict.fromkeys(formula.free_symbols, length))
 
 
 def placeholders(graph: Graph) -> dict[str, Node]:

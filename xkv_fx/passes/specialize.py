@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xkv_fx.passes.clean_graph import CleanGraph
@@ -49,11 +48,3 @@ def _put_number(node: Node, value: Any) -> None:
         user.args = torch.fx.node.map_aggregate(user.args, put)
         user.kwargs = torch.fx.node.map_aggregate(user.kwargs, put)
     node.graph.erase_node(node)
-
-
-def is_static(module: GraphModule) -> bool:
-    """Whether no size in a graph is left open."""
-    values = (node.meta.get("val") for node in module.graph.nodes)
-    return not any(
-        isinstance(size, torch.SymInt) for value in values if isinstance(value, Tensor) for size in value.shape
-    )

@@ -1,0 +1,104 @@
+"""Whether a captured graph is its model, and may go on from a cache.
+
+It must know nothing of earlier tokens but through its attention. Convolutions and recurrences over tokens, positions
+counted from the length, and attention to later tokens all show when the tokens of a prompt are fed in pieces, each
+attention being given the keys and values of the earlier ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter
+
+from xkv_fx.errors import UnsupportedModelError
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference of logits, relative to their size, between a model and its captured graph."""
+LENGTH = 17
+PIECES = (9, 14)
+
+
+def check_capture(
+    prompt: GraphModule, token: GraphModule | None, ids: Tensor, expected: Tensor, dtype: torch.dtype
+) -> None:
+    """Compare a captured graph with its model, and with itself when the prompt comes in pieces.
+
+    Args:
+        prompt, token: captured graphs of `(input_ids, position_ids)`; the last tokens go through `token` one by one.
+        ids: int64 `[rows, S]`.
+        expected: the model's own logits for them, `[rows, S, vocabulary]`.
+        dtype: what the model computes in, which may be less exact than its logits.
+
+    Raises:
+        UnsupportedModelError: they differ; the message does not name the model.
+    """
+    limit = TOLERANCE.get(dtype, 1e-2)
+    with torch.no_grad():
+        error = _difference(prompt(ids, _positions(ids)), expected)
+    if not error <= limit:
+        raise UnsupportedModelError(
+            f"the captured graph differs from the model by {error:.2g} of its largest logit (limit {limit:.0e}); its "
+            "attention does something that was not captured"
+        )
+    few = ids[:, :LENGTH]
+    if few.shape[1] < 3:
+        return
+    error = _continuation_error(prompt, token, few)
+    if not error <= limit:
+        raise UnsupportedModelError(
+            f"a prompt fed in pieces gives logits that differ by {error:.2g} of the largest (limit {limit:.0e}); it "
+            "keeps something of earlier tokens besides keys and values, or looks at later ones"
+        )
+
+
+def _continuation_error(prompt: GraphModule, token: GraphModule | None, ids: Tensor) -> float:
+    """How far the logits of a prompt of at least 3 tokens, fed in pieces, are from those of the whole."""
+    length = ids.shape[1]
+    positions = _positions(ids)
+    bounds = [0, *(bound for bound in PIECES if 2 <= bound <= length - 2 and length - bound >= 2)]
+    pieces = [(prompt, start, stop) for start, stop in zip(bounds, [*bounds[1:], length], strict=True)]
+    if token is not None:
+        _, start, stop = pieces.pop()
+        pieces += [(token, place, place + 1) for place in range(start, stop)]
+    history: dict[int, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad():
+        whole = prompt(ids, positions)
+        logits = [
+            _Continuing(module, history).run(ids[:, start:stop].contiguous(), positions[:, start:stop].contiguous())
+            for module, start, stop in pieces
+        ]
+    return _difference(torch.cat(logits, 1), whole)
+
+
+def _difference(logits: Tensor, expected: Tensor) -> float:
+    expected = expected.float()
+    return float((logits.float() - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+
+
+def _positions(ids: Tensor) -> Tensor:
+    return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape[0], -1).contiguous()
+
+
+class _Continuing(Interpreter):
+    """Runs a graph with each attention over all that it has been given so far."""
+
+    def __init__(self, module: GraphModule, history: dict[int, tuple[Tensor, Tensor]]) -> None:
+        super().__init__(module)
+        self.history = history
+        self.calls = 0
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is not torch.ops.xkv.attention.default:
+            return super().call_function(target, args, kwargs)
+        q, k, v, *rest = args
+        if self.calls in self.history:
+            before = self.history[self.calls]
+            k, v = (torch.cat(parts, 2) for parts in zip(before, (k, v), strict=True))
+        self.history[self.calls] = (k, v)
+        self.calls += 1
+        earlier = q.new_zeros(*q.shape[:2], k.shape[2] - q.shape[2], q.shape[3])
+        attended = super().call_function(target, (torch.cat((earlier, q), 2), k, v, *rest), kwargs)
+        return attended[:, :, -q.shape[2] :].contiguous()
