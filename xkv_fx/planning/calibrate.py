@@ -22,6 +22,7 @@ from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.cut_at_attention import CutModel
 from xkv_fx.planning.calibration_data import Calibration, check_grid
 from xkv_fx.planning.continuation import FullRun, LayerPlans, cut_model, kl_divergence, run_full
+from xkv_fx.planning.prompts import check_tokens
 from xkv_fx.runtime.scorers import Scorer, scorer_of
 from xkv_fx.runtime.slots import SlotPlan, slot_plans
 
@@ -105,15 +106,7 @@ def check_prompt(index: int, ids: Tensor, captured: CapturedModel, continuation:
             f"prompt {index} has {tokens} tokens; the last {continuation} are its continuation, which leaves too "
             "few to choose from"
         )
-    limit = captured.max_positions
-    if limit is not None and tokens > limit:
-        raise PromptError(f"prompt {index} has {tokens} tokens, more than the model's {limit} positions; cut it")
-    unknown = ids[(ids < 0) | (ids >= captured.vocabulary)]
-    if unknown.numel():
-        raise PromptError(
-            f"prompt {index} has the token {int(unknown[0])}, but the model's tokens are 0 to {captured.vocabulary - 1}"
-        )
-    return ids.to(captured.device)
+    return check_tokens(index, ids, captured)
 
 
 def cut_checked(captured: CapturedModel, scorer: Scorer, ids: Tensor, continuation: int) -> CutModel:

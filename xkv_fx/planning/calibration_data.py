@@ -20,7 +20,7 @@ from xkv_fx.budgets import LayerSpec, Policy
 from xkv_fx.errors import BudgetError, FileFormatError
 from xkv_fx.files import check_safetensors_size, is_int, written_whole
 from xkv_fx.planning.hull import gain_curve
-from xkv_fx.planning.measured_file import HEADER, layer_specs, read_header
+from xkv_fx.planning.measured_file import HEADER, layer_specs, read_header, reading
 from xkv_fx.planning.profile_data import check_context
 
 FORMAT = "xkv_fx.calibration"
@@ -170,7 +170,7 @@ class Calibration:
             FileFormatError: not a calibration, damaged, cut off, or of a newer format; the message names the file.
             FileNotFoundError: no such file.
         """
-        try:
+        with reading(path, "Calibrate again."):
             check_safetensors_size(path, MAX_CALIBRATION_BYTES)
             with safetensors.safe_open(os.fspath(path), framework="np") as file:
                 header = read_header(file.metadata(), FORMAT, FORMAT_VERSION, _FIELDS)
@@ -189,12 +189,6 @@ class Calibration:
             if calibration.digest() != header["sha256"]:
                 raise FileFormatError("its content does not match its checksum; it is damaged, so calibrate again")
             return calibration
-        except safetensors.SafetensorError as error:
-            raise FileFormatError(
-                f"{os.fspath(path)}: not a whole safetensors file ({error}); was it cut off? Calibrate again."
-            ) from error
-        except (FileFormatError, BudgetError) as error:
-            raise FileFormatError(f"{os.fspath(path)}: {error}") from error
 
 
 def check_grid(grid: Any) -> tuple[float, ...]:

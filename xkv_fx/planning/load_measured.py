@@ -11,7 +11,7 @@ from xkv_fx.errors import FileFormatError
 from xkv_fx.files import check_safetensors_size
 from xkv_fx.planning import calibration_data, profile_data
 from xkv_fx.planning.calibration_data import Calibration
-from xkv_fx.planning.measured_file import HEADER
+from xkv_fx.planning.measured_file import HEADER, reading
 from xkv_fx.planning.profile_data import Profile
 
 
@@ -22,15 +22,12 @@ def load_measured(path: str | os.PathLike[str]) -> Profile | Calibration:
         FileFormatError: neither, or damaged; the message names the file.
         FileNotFoundError: no such file.
     """
-    name = os.fspath(path)
-    try:
+    with reading(path, "Measure again."):
         check_safetensors_size(path, profile_data.MAX_PROFILE_BYTES)
-        with safetensors.safe_open(name, framework="np") as file:
-            header = json.loads((file.metadata() or {}).get(HEADER, ""))
-    except safetensors.SafetensorError as error:
-        raise FileFormatError(f"{name}: not a whole safetensors file ({error}); was it cut off?") from error
-    except FileFormatError as error:
-        raise FileFormatError(f"{name}: {error}") from error
+        with safetensors.safe_open(os.fspath(path), framework="np") as file:
+            metadata = file.metadata() or {}
+    try:
+        header = json.loads(metadata.get(HEADER, ""))
     except (ValueError, RecursionError):
         header = None
     kind = header.get("format") if isinstance(header, dict) else None
@@ -38,4 +35,4 @@ def load_measured(path: str | os.PathLike[str]) -> Profile | Calibration:
         return Profile.load(path)
     if kind == calibration_data.FORMAT:
         return Calibration.load(path)
-    raise FileFormatError(f"{name}: neither a profile nor a calibration")
+    raise FileFormatError(f"{os.fspath(path)}: neither a profile nor a calibration")

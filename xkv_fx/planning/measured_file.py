@@ -4,14 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import safetensors
+
 from xkv_fx.budgets import LayerSpec
-from xkv_fx.errors import FileFormatError
+from xkv_fx.errors import BudgetError, FileFormatError
 from xkv_fx.files import check_format, is_int
 
 HEADER = "xkv_fx"  # the key of our JSON in the file's metadata
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str], again: str) -> Iterator[None]:
+    """Whatever is wrong with a file's content is said with its name, and what to do.
+
+    Args:
+        again: how to get another one, such as "Profile again.".
+
+    Raises:
+        FileFormatError: a FileFormatError, BudgetError or SafetensorError was raised meanwhile.
+    """
+    name = os.fspath(path)
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise FileFormatError(f"{name}: not a whole safetensors file ({error}); was it cut off? {again}") from error
+    except (FileFormatError, BudgetError) as error:
+        raise FileFormatError(f"{name}: {error}") from error
 
 
 def read_header(metadata: dict[str, str] | None, kind: str, newest: int, fields: Mapping[str, type]) -> dict[str, Any]:

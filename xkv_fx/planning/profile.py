@@ -15,6 +15,7 @@ from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.pipeline import profile_pipeline, run_pipeline
 from xkv_fx.planning.curves import retention_curve
 from xkv_fx.planning.profile_data import Profile
+from xkv_fx.planning.prompts import check_tokens
 from xkv_fx.runtime.scorers import Scorer, check_measures_attention, scorer_of
 
 Progress = Callable[[int, int], None]
@@ -93,12 +94,4 @@ def measure_profile(
 def _check_prompt(index: int, ids: Tensor, captured: CapturedModel) -> Tensor:
     if ids.shape[1] < 2:
         raise PromptError(f"prompt {index} has {ids.shape[1]} tokens; a profile needs at least 2 to rank")
-    limit = captured.max_positions
-    if limit is not None and ids.shape[1] > limit:
-        raise PromptError(f"prompt {index} has {ids.shape[1]} tokens, more than the model's {limit} positions; cut it")
-    unknown = ids[(ids < 0) | (ids >= captured.vocabulary)]
-    if unknown.numel():
-        raise PromptError(
-            f"prompt {index} has the token {int(unknown[0])}, but the model's tokens are 0 to {captured.vocabulary - 1}"
-        )
-    return ids.to(captured.device)
+    return check_tokens(index, ids, captured)

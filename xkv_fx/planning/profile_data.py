@@ -19,7 +19,7 @@ from xkv_fx.budgets import LayerSpec, Policy
 from xkv_fx.errors import BudgetError, FileFormatError
 from xkv_fx.files import check_safetensors_size, is_int, written_whole
 from xkv_fx.planning.curves import rescale
-from xkv_fx.planning.measured_file import HEADER, layer_specs, read_header
+from xkv_fx.planning.measured_file import HEADER, layer_specs, read_header, reading
 from xkv_fx.planning.solve import mean_retention
 
 FORMAT = "xkv_fx.profile"
@@ -174,7 +174,7 @@ class Profile:
             FileFormatError: not a profile, damaged, cut off, or of a newer format; the message names the file.
             FileNotFoundError: no such file.
         """
-        try:
+        with reading(path, "Profile again."):
             check_safetensors_size(path, MAX_PROFILE_BYTES)
             with safetensors.safe_open(os.fspath(path), framework="np") as file:
                 header = read_header(file.metadata(), FORMAT, FORMAT_VERSION, _FIELDS)
@@ -189,12 +189,6 @@ class Profile:
             if profile.digest() != header["sha256"]:
                 raise FileFormatError("its content does not match its checksum; it is damaged, so profile again")
             return profile
-        except safetensors.SafetensorError as error:
-            raise FileFormatError(
-                f"{os.fspath(path)}: not a whole safetensors file ({error}); was it cut off? Profile again."
-            ) from error
-        except (FileFormatError, BudgetError) as error:
-            raise FileFormatError(f"{os.fspath(path)}: {error}") from error
 
 
 def check_context(context: Any) -> int:
