@@ -571,6 +571,13 @@ def test_options_that_cannot_be_honoured_are_refused(case: str) -> None:
     assert session.tokens_seen.tolist() == [0]
 
 
+def test_a_tuple_for_output_is_refused() -> None:
+    session = full().new_session()
+    with pytest.raises(PromptError, match="return_dict=False is not supported"):
+        full()(random_ids(1, 5), past_key_values=session, return_dict=False)
+    assert session.tokens_seen.tolist() == [0]
+
+
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
 def test_outputs_that_the_models_config_asks_for_are_refused(name: str) -> None:
     source = llama(2, attn_implementation="eager")

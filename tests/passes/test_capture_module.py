@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import xkv_fx
 from xkv_fx import Budgets, Policy
-from xkv_fx.errors import CapacityError, PromptError, SessionError, UnsupportedModelError
+from xkv_fx.errors import BackendError, CapacityError, PromptError, SessionError, UnsupportedModelError
 from xkv_fx.lowering.plain import BudgetedModule
 from xkv_fx.passes.capture_module import capture_module
 from xkv_fx.passes.graph import calls
@@ -173,6 +173,12 @@ def test_a_transformed_module_is_not_transformed_again() -> None:
     llm = transform(decoder(plain.sdpa), Budgets.full(2, 20))
     with pytest.raises(UnsupportedModelError, match="transformed already"):
         transform(llm, Budgets.full(2, 20))
+
+
+def test_a_transformed_module_is_not_moved_or_cast() -> None:
+    _, llm = full(next(iter(MODELS)))
+    with pytest.raises(BackendError, match="move or cast the model, then transform it"):
+        llm.half()
 
 
 def test_weights_are_shared_and_other_plans_need_no_capture() -> None:

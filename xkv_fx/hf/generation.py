@@ -7,29 +7,23 @@ import dataclasses
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from xkv_fx.budgets import Budgets, LayerSpec
-from xkv_fx.errors import BackendError, PromptError, SessionError
+from xkv_fx.budgets import Budgets
+from xkv_fx.errors import PromptError, SessionError
 from xkv_fx.hf.cache import SessionCache
-from xkv_fx.lowering.program import CompiledProgram, compile_program
+from xkv_fx.lowering.budgeted import Budgeted
+from xkv_fx.lowering.program import CompiledProgram
 
 _CACHE_FIELD = next(
     field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in ("past_key_values", "cache")
 )
 
 
-class BudgetedLM(nn.Module, GenerationMixin):
-    """What `xkv_fx.transform` returns. It shares the weights of the model that it was made from.
-
-    Attributes:
-        budgets: the plan it was made with.
-        layers: what each layer caches.
-        prefill, decode: readable graphs, `torch.fx.GraphModule`.
-    """
+class BudgetedLM(Budgeted, GenerationMixin):
+    """What `xkv_fx.transform` makes of a transformers model."""
 
     main_input_name = "input_ids"
     _is_stateful = True  # generate then refuses assisted decoding, which would have to take tokens back
@@ -38,69 +32,16 @@ class BudgetedLM(nn.Module, GenerationMixin):
     def __init__(
         self, config: PreTrainedConfig, generation_config: GenerationConfig, budgets: Budgets, program: CompiledProgram
     ) -> None:
-        super().__init__()
+        super().__init__(budgets, program)
         self.config = config
         self.generation_config = _with_cache(generation_config)
-        self.budgets = budgets
-        self.program = program
-        self.layers: tuple[LayerSpec, ...] = program.plan.layers
-        self.eval()
-
-    @property
-    def prefill(self) -> GraphModule:
-        """`(input_ids, position_ids, valid, *state)` -> logits `[rows, 1, vocabulary]` of each last valid token."""
-        return self.program.graphs.prefill
-
-    @property
-    def extend(self) -> GraphModule:
-        """As `prefill`, going on from what the state holds."""
-        return self.program.graphs.extend
-
-    @property
-    def decode(self) -> GraphModule:
-        """`(input_ids, position_ids, *state)` -> logits `[rows, 1, vocabulary]`."""
-        return self.program.graphs.decode
-
-    @property
-    def device(self) -> torch.device:
-        return self.program.plan.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.program.plan.dtype
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of K/V that each session allocates."""
-        return self.program.plan.kv_bytes
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of positions and counters that each session allocates."""
-        return self.program.plan.state_bytes
 
     def new_session(self) -> SessionCache:
         """An empty session; any number of them share the weights and graphs."""
         return SessionCache(self.program)
 
-    def with_budgets(self, budgets: Budgets, backend: str | None = None, max_new_tokens: int = 0) -> BudgetedLM:
-        """The same captured model under another plan, sharing weights; `transform` without capturing again.
-
-        Args:
-            backend: this model's own when None.
-            max_new_tokens: as in `transform`.
-
-        Raises:
-            BudgetError, ModelMismatchError, BackendError: as `transform`.
-        """
-        program = compile_program(
-            self.program.graphs.captured, budgets, self.program.backend if backend is None else backend, max_new_tokens
-        )
+    def _remade(self, budgets: Budgets, program: CompiledProgram) -> BudgetedLM:
         return BudgetedLM(self.config, self.generation_config, budgets, program)
-
-    def describe(self) -> str:
-        """Layers, capacities, policy, lowering and every choice that was made, as text."""
-        return self.program.describe(self.budgets)
 
     def forward(
         self,
@@ -141,6 +82,8 @@ class BudgetedLM(nn.Module, GenerationMixin):
         session.session.check_owner(self.program)
         if input_ids is None:
             raise PromptError("give input_ids; inputs_embeds are not supported")
+        if return_dict is False:
+            raise PromptError("return_dict=False is not supported by a transformed model; it returns an output object")
         if logits_to_keep not in (0, 1):
             raise PromptError(f"logits_to_keep must be 0 (all) or 1 (the last); got {logits_to_keep!r}")
         input_ids = input_ids.to(self.device)
@@ -221,9 +164,6 @@ class BudgetedLM(nn.Module, GenerationMixin):
             model_kwargs.get("attention_mask"), given.get_seq_length(), generation_config.prefill_chunk_size
         )
         model_kwargs[_CACHE_FIELD] = given
-
-    def _apply(self, fn: Any, recurse: bool = True) -> BudgetedLM:
-        raise BackendError("the graphs are made for one device and dtype; move or cast the model, then transform it")
 
     def is_remote_code(self) -> bool:
         """Part of what `GenerationMixin` asks of a model."""

@@ -3,73 +3,20 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch import Tensor
 
-from xkv_fx.budgets import Budgets, LayerSpec
 from xkv_fx.errors import PromptError
 from xkv_fx.files import is_int
-from xkv_fx.lowering.program import CompiledProgram, compile_program
+from xkv_fx.lowering.budgeted import Budgeted
 from xkv_fx.runtime.session import Session
 
 
-class BudgetedModule(nn.Module):
-    """What `xkv_fx.transform(module, budgets, example_inputs=...)` returns. It shares the module's weights.
-
-    Attributes:
-        budgets: the plan it was made with.
-        layers: what each attention caches, in execution order.
-        program: the graphs and what they were lowered to.
-    """
-
-    def __init__(self, budgets: Budgets, program: CompiledProgram) -> None:
-        super().__init__()
-        self.budgets = budgets
-        self.program = program
-        self.layers: tuple[LayerSpec, ...] = program.plan.layers
-        self.eval()
-
-    @property
-    def prefill(self) -> GraphModule:
-        """`(input_ids, position_ids, valid, *state)` -> logits `[rows, 1, vocabulary]` of each last valid token."""
-        return self.program.graphs.prefill
-
-    @property
-    def extend(self) -> GraphModule:
-        """As `prefill`, going on from what the state holds."""
-        return self.program.graphs.extend
-
-    @property
-    def decode(self) -> GraphModule:
-        """`(input_ids, position_ids, *state)` -> logits `[rows, 1, vocabulary]`."""
-        return self.program.graphs.decode
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of K/V that each session allocates."""
-        return self.program.plan.kv_bytes
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of positions and counters that each session allocates."""
-        return self.program.plan.state_bytes
+class BudgetedModule(Budgeted):
+    """What `xkv_fx.transform(module, budgets, example_inputs=...)` returns."""
 
     def new_session(self) -> Session:
         """An empty session; feed it prompts and turns with `feed`, decoded tokens with `step`."""
         return Session(self.program)
-
-    def with_budgets(self, budgets: Budgets, backend: str | None = None, max_new_tokens: int = 0) -> BudgetedModule:
-        """The same captured module under another plan; `transform` without capturing again.
-
-        Raises:
-            BudgetError, ModelMismatchError, BackendError: as `transform`.
-        """
-        backend = self.program.backend if backend is None else backend
-        return BudgetedModule(budgets, compile_program(self.program.graphs.captured, budgets, backend, max_new_tokens))
-
-    def describe(self) -> str:
-        """Layers, capacities, policy, lowering and every choice that was made, as text."""
-        return self.program.describe(self.budgets)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits `[rows, S, vocabulary]` of a prompt, in a session of its own that is thrown away."""

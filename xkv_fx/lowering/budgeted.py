@@ -1,0 +1,86 @@
+"""What every transformed model has, whatever generates with it: the plan, the graphs and the bytes."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from xkv_fx.budgets import Budgets, LayerSpec
+from xkv_fx.errors import BackendError
+from xkv_fx.lowering.program import CompiledProgram, compile_program
+
+
+class Budgeted(nn.Module):
+    """A transformed model. It shares the weights of the model that it was made from.
+
+    Attributes:
+        budgets: the plan it was made with.
+        layers: what each layer caches, in execution order.
+        program: the graphs and what they were lowered to.
+    """
+
+    def __init__(self, budgets: Budgets, program: CompiledProgram) -> None:
+        super().__init__()
+        self.budgets = budgets
+        self.program = program
+        self.layers: tuple[LayerSpec, ...] = program.plan.layers
+        self.eval()
+
+    @property
+    def prefill(self) -> GraphModule:
+        """`(input_ids, position_ids, valid, *state)` -> logits `[rows, 1, vocabulary]` of each last valid token."""
+        return self.program.graphs.prefill
+
+    @property
+    def extend(self) -> GraphModule:
+        """As `prefill`, going on from what the state holds."""
+        return self.program.graphs.extend
+
+    @property
+    def decode(self) -> GraphModule:
+        """`(input_ids, position_ids, *state)` -> logits `[rows, 1, vocabulary]`."""
+        return self.program.graphs.decode
+
+    @property
+    def device(self) -> torch.device:
+        return self.program.plan.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.program.plan.dtype
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K/V that each session allocates."""
+        return self.program.plan.kv_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of positions, scores and counters that each session allocates."""
+        return self.program.plan.state_bytes
+
+    def with_budgets(self, budgets: Budgets, backend: str | None = None, max_new_tokens: int = 0) -> Self:
+        """The same captured model under another plan, sharing weights; `transform` without capturing again.
+
+        Args:
+            backend: this model's own when None.
+            max_new_tokens: as in `transform`.
+
+        Raises:
+            BudgetError, ModelMismatchError, BackendError: as `transform`.
+        """
+        backend = self.program.backend if backend is None else backend
+        return self._remade(budgets, compile_program(self.program.graphs.captured, budgets, backend, max_new_tokens))
+
+    def describe(self) -> str:
+        """Layers, capacities, policy, lowering and every choice that was made, as text."""
+        return self.program.describe(self.budgets)
+
+    def _remade(self, budgets: Budgets, program: CompiledProgram) -> Self:
+        return type(self)(budgets, program)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        raise BackendError("the graphs are made for one device and dtype; move or cast the model, then transform it")
