@@ -182,6 +182,19 @@ def test_ones_own_allocator() -> None:
 # What a plan says about itself
 
 
+@pytest.mark.parametrize("name", ["xkv", "calibrated"])
+def test_ones_own_allocator_may_have_the_name_of_another(name: str) -> None:
+    class Even:
+        def __call__(self, curves: Any, total: int, **bounds: Any) -> Any:
+            return allocator("uniform")(curves, total, **bounds)
+
+    even: Any = Even()
+    even.name = name
+    for constraint in ({"kv_bytes": 40_000}, {"retention": 0.7}):
+        ours = solve(MIXED, allocator=even, **constraint)  # type: ignore[arg-type]
+        assert ours.capacities == solve(MIXED, allocator="uniform", **constraint).capacities  # type: ignore[arg-type]
+
+
 def test_a_plan_says_how_it_was_made(tmp_path: Path) -> None:
     budgets = solve(PROFILE, fraction=0.25, context=120)
     assert budgets.policy == POLICY

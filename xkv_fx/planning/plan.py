@@ -163,10 +163,10 @@ def capacities_within_bytes(
     check_kv_bytes(kv_bytes, int(limits.floors @ slot_bytes), limits.floor)
     if (slot_bytes == slot_bytes[0]).all():
         return _share(share, curves, min(kv_bytes // int(slot_bytes[0]), most), limits)
-    if share.name in ("xkv", "calibrated"):
-        floor = limits.floor
-        if share.name == "calibrated":
-            floor = allocators.calibrated_floor(kv_bytes // int(slot_bytes.sum()), limits)
+    calibrated = share is allocators.allocator("calibrated")
+    if calibrated or share is allocators.allocator("xkv"):
+        mean = kv_bytes // int(slot_bytes.sum())
+        floor = allocators.calibrated_floor(mean, limits) if calibrated else limits.floor
         return capacities_for_bytes(
             curves, slot_bytes, kv_bytes, floor=floor, caps=limits.caps, multiple=limits.multiple
         )
@@ -180,7 +180,7 @@ def _with_retention(share: Allocator, curves: Curves, retention: float, limits: 
 
     For an allocator other than the solver that is the smallest total of whole blocks whose plan keeps enough.
     """
-    if share.name == "xkv":
+    if share is allocators.allocator("xkv"):
         return capacities_for_retention(
             curves, retention, floor=limits.floor, caps=limits.caps, multiple=limits.multiple
         )
