@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,6 +98,8 @@ def calibrate(
     json_: Json = False,
 ) -> None:
     """Measure the KL to the full cache when one layer alone holds less. Goes on where it was interrupted."""
+    from xkv_fx.planning.calibrate import remove_parts
+
     policy = xkv_fx.Policy(scorer=scorer, eviction=eviction, recent=recent, sinks=sinks)  # type: ignore[arg-type]
     loaded, tokenizer = _load(model)
     rows = _token_rows(prompts, tokenizer, None if length is None else length + continuation)
@@ -114,7 +115,7 @@ def calibrate(
         )
         raise typer.Exit(130) from None
     measured.save(out)
-    shutil.rmtree(parts, ignore_errors=True)
+    remove_parts(parts)
     _show(
         {
             "calibration": str(out),

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 from ready_models import captured, model, remember_captures
-from tiny_models import POSITIONS, Snapshot, llama, random_ids
+from tiny_models import POSITIONS, Snapshot, build, llama, random_ids
+from transformers import BloomConfig, BloomForCausalLM
 
 import xkv_fx
 from xkv_fx import Budgets, Calibration, Policy
 from xkv_fx.errors import BudgetError, PromptError, UnsupportedModelError
 from xkv_fx.hf.capture import capture
 from xkv_fx.hf.inspect import fingerprint
-from xkv_fx.planning.calibrate import GRID, cut_checked, measure_calibration
+from xkv_fx.planning.calibrate import GRID, cut_checked, measure_calibration, remove_parts
 from xkv_fx.planning.continuation import cut_model, run_full
 from xkv_fx.runtime.scorers import SnapKV
 from xkv_fx.runtime.slots import slot_plans
@@ -164,3 +165,21 @@ def test_kl_is_float32_and_not_negative() -> None:
     calibration = calibrate()
     assert calibration.kl.dtype == np.float32
     assert (calibration.kl >= 0).all()
+
+
+def test_only_what_calibrating_kept_is_deleted(tmp_path: Path) -> None:
+    ours, others = tmp_path / f"{'0a' * 32}.safetensors", tmp_path / "weights.safetensors"
+    ours.touch()
+    others.touch()
+    remove_parts(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
+    others.unlink()
+    ours.touch()
+    remove_parts(tmp_path)
+    assert not tmp_path.exists()
+
+
+def test_attention_with_slopes_is_refused() -> None:
+    config = BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4)
+    with pytest.raises(UnsupportedModelError, match="takes slopes, which cannot be cut out"):
+        xkv_fx.calibrate(build(BloomForCausalLM, config), [random_ids(1, 60)])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -212,6 +214,15 @@ class _Partial:
         if path is not None:
             with written_whole(path) as temporary:
                 safetensors.numpy.save_file({"kl": kl}, temporary)
+
+
+def remove_parts(folder: str | os.PathLike[str]) -> None:
+    """Delete what was kept in a `resume` folder, and the folder unless something else is in it."""
+    for path in Path(folder).glob("*.safetensors"):
+        if re.fullmatch("[0-9a-f]{64}", path.stem):
+            path.unlink()
+    with contextlib.suppress(OSError):
+        Path(folder).rmdir()
 
 
 def _digest_of_weights(captured: CapturedModel) -> str:
