@@ -17,7 +17,7 @@ PACKAGE = ROOT / "xkv_fx"
 # A room may import itself, those beside it on its level, and all below.
 LEVELS = (
     ("errors",),
-    ("files",),
+    ("files", "engine_settings"),
     ("budgets",),
     ("runtime",),
     ("passes",),
@@ -28,7 +28,7 @@ LEVELS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MAY_IMPORT_TRANSFORMERS = {"hf", "evaluation"}
-WITHOUT_TORCH = {"errors", "files", "budgets"}
+WITHOUT_TORCH = {"errors", "files", "engine_settings", "budgets"}
 
 
 def module_name(path: Path) -> str:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, get_args
 
+from xkv_fx.engine_settings import engine_settings
 from xkv_fx.errors import BudgetError, FileFormatError, ModelMismatchError
 from xkv_fx.files import is_int, read_json, write_json
 
@@ -338,10 +339,7 @@ class Budgets:
         Raises:
             BudgetError: an unknown engine, or a plan too small for its blocks.
         """
-        makers = {"tensorrt-llm": _for_tensorrt_llm, "executorch": _for_executorch, "openvino": _for_openvino}
-        if engine not in makers:
-            raise BudgetError(f"unknown engine {engine!r}; choose one of {', '.join(makers)}")
-        settings, note = makers[engine](self)
+        settings, note = engine_settings(engine, self.capacities, self.policy.sinks)
         result = {"engine": engine, "settings": settings, "note": note}
         if path is not None:
             write_json(path, result)
@@ -370,40 +368,6 @@ class Budgets:
             )
         except (FileFormatError, BudgetError) as error:
             raise FileFormatError(f"{os.fspath(path)}: {error}") from error
-
-
-_RECENCY = "keeps the newest tokens of each layer, not those that the plan's scorer ranks highest"
-_OPENVINO_BLOCK = 32
-
-
-def _for_tensorrt_llm(budgets: Budgets) -> tuple[dict[str, Any], str]:
-    settings: dict[str, Any] = {"max_attention_window": list(budgets.capacities)}
-    if budgets.policy.sinks:
-        settings["sink_token_length"] = budgets.policy.sinks
-    return settings, f"TensorRT-LLM {_RECENCY}"
-
-
-def _for_executorch(budgets: Budgets) -> tuple[dict[str, Any], str]:
-    lost = f"; the {budgets.policy.sinks} sinks of the plan are not kept" if budgets.policy.sinks else ""
-    return {"layer_sizes": list(budgets.capacities)}, f"ExecuTorch {_RECENCY}{lost}"
-
-
-def _for_openvino(budgets: Budgets) -> tuple[dict[str, Any], str]:
-    """Its sizes are whole blocks, and besides the first and the newest tokens it wants one block at least to evict."""
-    block = _OPENVINO_BLOCK
-    start = max(1, -(-budgets.policy.sinks // block)) * block
-    most = budgets.total_tokens // len(budgets.capacities) // block * block
-    recent = most - start - block
-    if recent < block:
-        raise BudgetError(
-            f"a mean of {budgets.total_tokens / len(budgets.capacities):.0f} slots a layer is too small for OpenVINO, "
-            f"which needs {start + 2 * block}: the first {start}, the newest {block} and a block of {block} to evict"
-        )
-    return (
-        {"start_size": start, "recent_size": recent, "max_cache_size": most},
-        "OpenVINO has one size for all layers, so the capacities of single layers are lost; it keeps the first and the "
-        "newest tokens, and one block between them by its own scores",
-    )
 
 
 ModelReader = Callable[[Any], tuple[LayerSpec, ...]]
