@@ -14,33 +14,39 @@ from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.find_attention import attention_sites
 from xkv_fx.passes.find_residual import residual_of
 from xkv_fx.passes.graph import at_end, emit, inline, named, output_node
-from xkv_fx.passes.insert_cache import scoring
-from xkv_fx.runtime.scorers import PromptView, score_tokens
+from xkv_fx.runtime.scorers import PromptView
 
 # Newest queries whose attention CAKE looks at; its reference code's default.
 OBSERVATION_WINDOW = 32
 STATISTICS = ("preference", "similarity")
 
 
-@dataclasses.dataclass(frozen=True)
-class AttentionOfLast:
-    """CAKE's preference (arXiv 2503.12491, section 4.1): entropy of the attention of the newest queries, times the
-    variance over these queries of the attention that each token is paid; the mean over heads. One number a KV head."""
+def preference(
+    q: Tensor,
+    k: Tensor,
+    length: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """CAKE's preference (arXiv 2503.12491, section 4.1) of one layer, float32 `[rows]`.
 
-    paper: ClassVar[str] = "CAKE, arXiv 2503.12491"
-    looks_at_question: ClassVar[bool] = True
-    reads_values: ClassVar[bool] = False
-    measures_attention: ClassVar[bool] = False
+    The entropy of the attention of the newest queries, times the variance over these queries of the attention that each
+    token is paid; the mean over heads. See `PromptView` for the arguments.
+    """
+    seen = torch.zeros_like(length)
+    prompt = PromptView(q, k, None, length, scale, seen, None, None, None, sliding_window, softcap, sinks, slopes)
+    paid = prompt.attention_of_last(min(OBSERVATION_WINDOW, int(length.min())))
+    spread = torch.special.entr(paid).sum(-1).mean(-1)
+    shift = paid.var(3, correction=0).sum(-1)
+    of_heads: Tensor = spread.mean(2) * shift.mean(2)
+    return of_heads.mean(1).float()
 
-    def __call__(self, prompt: PromptView) -> Tensor:
-        """`[rows, kv_heads, S]`, in the first place the preference and 0 elsewhere."""
-        count = min(OBSERVATION_WINDOW, int(prompt.length.min()))
-        paid = prompt.attention_of_last(count)
-        spread = torch.special.entr(paid).sum(-1).mean(-1)
-        shift = paid.var(3, correction=0).sum(-1)
-        result = torch.zeros(prompt.k.shape[:3], dtype=torch.float32, device=prompt.k.device)
-        result[:, :, 0] = (spread.mean(2) * shift.mean(2)).float()
-        return result
+
+# Passes take its shape from here: it counts tokens, which must not become a number in the graph.
+preference.fake = lambda q, k, *args, **kwargs: k.new_empty(k.shape[:1], dtype=torch.float32)  # type: ignore[attr-defined]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +72,13 @@ class AddStatistics(GraphPass):
         for statistic in self.statistics:
             for site in sites:
                 if statistic == "preference":
-                    score = scoring(
-                        score_tokens, AttentionOfLast(), sliding_window=site.sliding_window, softcap=site.softcap
-                    )
                     with graph.inserting_after(site.node):
-                        paid = emit(
-                            graph, score, site.q, site.k, None, length, None, site.scale, sinks=site.sinks,
-                            slopes=site.slopes, name=f"preference_{site.index}",
+                        outputs.append(
+                            emit(
+                                graph, preference, site.q, site.k, length, site.scale, site.sliding_window,
+                                site.softcap, site.sinks, site.slopes, name=f"preference_{site.index}",
+                            )
                         )  # fmt: skip
-                    with at_end(graph):
-                        outputs.append(inline(graph, _first_of_heads, paid))
                 elif statistic == "similarity":
                     before, after = residual_of(module, site)
                     with at_end(graph):
@@ -84,10 +87,6 @@ class AddStatistics(GraphPass):
                     raise BudgetError(f"unknown statistic {statistic!r}; choose among {', '.join(STATISTICS)}")
         output.args = (tuple(outputs),)
         return PassRecord(self.name, len(sites), len(outputs) - 1, ", ".join(self.statistics))
-
-
-def _first_of_heads(paid: Tensor) -> Tensor:
-    return paid[:, :, 0].mean(1)
 
 
 def _cosine(before: Tensor, after: Tensor, length: Tensor) -> Tensor:
