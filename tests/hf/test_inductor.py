@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 import xkv_fx
 from xkv_fx import Budgets, Policy
 from xkv_fx.errors import BackendError
+from xkv_fx.evaluation.allocated import allocations
 from xkv_fx.hf.cache import SessionCache
 from xkv_fx.hf.generation import BudgetedLM
 
@@ -46,16 +47,6 @@ def prefilled() -> SessionCache:
 
 def step(session: SessionCache, token: int) -> Tensor:
     return big("inductor")(torch.tensor([[token]]), past_key_values=session, decoding=True).logits
-
-
-def allocations(prof: torch.profiler.profile) -> list[int]:
-    """Bytes of every block that was allocated under the profiler."""
-    events = prof.profiler.kineto_results.events()
-    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
-
-
-def profiled() -> torch.profiler.profile:
-    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
 
 
 @pytest.mark.parametrize("length", [1, 30, PROMPT])
@@ -90,19 +81,14 @@ def test_a_step_allocates_nothing_of_a_caches_size() -> None:
     session = prefilled()
     for token in (5, 6):
         step(session, token)
-    with profiled() as prof:
-        for token in (7, 8, 9):
-            step(session, token)
-    sizes = allocations(prof)
+    sizes = allocations(lambda: [step(session, token) for token in (7, 8, 9)])
     assert sizes, "the profiler saw no allocation at all"
     assert max(sizes) < HALF_A_BUFFER
 
 
 def test_the_profiler_would_see_a_copy() -> None:
     cache = prefilled().session.state["k_1"]
-    with profiled() as prof:
-        cache.clone()
-    assert max(allocations(prof)) >= 2 * HALF_A_BUFFER
+    assert max(allocations(cache.clone)) >= 2 * HALF_A_BUFFER
 
 
 def test_caches_are_written_in_place() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from runtime_inputs import random_qkv
 from torch import Tensor
+from torch._inductor.codecache import CppCodeCache
 
 from xkv_fx.errors import BackendError
 from xkv_fx.runtime import reference
@@ -92,6 +93,6 @@ def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -
     def none(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no such compiler")
 
-    monkeypatch.setattr(decode_cpu.CppCodeCache, "load", none)
+    monkeypatch.setattr(CppCodeCache, "load", none)
     with pytest.raises(BackendError, match="no such compiler"):
         decode_cpu.build(torch.float32, 5, 16, 16)
