@@ -3,6 +3,7 @@
 prefill-memory   live bytes of a long prefill, beside the same forward without any cache
 first-token      time to the first token, beside transformers' own prefill, in turns
 long-session     one session far past its budget: speed, memory, recompiles, NaN
+solving          a plan for 80 layers of 131,072 tokens: from gains, and from a profile
 decode-attention our CPU kernel, torch's attention and a plain read of the same K/V, in turns
 
 The model is a SmolLM2-135M shape with random weights: none of these figures depends on what a model has learned.
@@ -11,21 +12,26 @@ The model is a SmolLM2-135M shape with random weights: none of these figures dep
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import xkv_fx
 from xkv_fx.evaluation.allocated import peak_bytes
+from xkv_fx.planning.solve import fill_by_gain
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.kernels import decode_cpu  # noqa: F401
 
@@ -107,18 +113,12 @@ def first_token(prompt: Prompt = 3500, capacity: Capacity = 1344, rounds: int = 
         session.reset()
         llm(ids, past_key_values=session, logits_to_keep=1)
 
-    seconds: dict[str, list[float]] = {"transformers_prefill": [], "budgeted": []}
-    for _ in track(range(rounds), "rounds"):
-        for run in (transformers_prefill, budgeted):
-            started = time.perf_counter()
-            run()
-            seconds[run.__name__].append(time.perf_counter() - started)
-    pairs = zip(seconds["budgeted"], seconds["transformers_prefill"], strict=True)
+    medians = _medians_in_turns({"transformers_prefill": transformers_prefill, "budgeted": budgeted}, rounds)
     _report(
         prompt=prompt,
         capacity=capacity,
-        median_seconds={name: statistics.median(times) for name, times in seconds.items()},
-        median_ratio=statistics.median(ours / theirs for ours, theirs in pairs),
+        median_ms=medians,
+        ratio=medians["budgeted"] / medians["transformers_prefill"],
     )
 
 
@@ -155,6 +155,44 @@ def long_session(
 
 
 @app.command()
+def solving(layers: int = 80, context: Capacity = 131_072, rounds: int = 5) -> None:
+    """Time to solve a plan of a quarter of all tokens, from sorted gains and from profiles of one prompt."""
+    generator = np.random.default_rng(0)
+    gains = -np.sort(-generator.exponential(size=(layers, context)).astype(np.float32), axis=1)
+    gains /= gains.sum(1, keepdims=True)
+    rough = generator.permuted(gains, axis=1)
+    total = layers * context // 4
+    profiles = {name: _profile(values) for name, values in (("concave", gains), ("not concave", rough))}
+    runs: dict[str, Callable[[], object]] = {
+        "fill_by_gain": lambda: fill_by_gain(gains, total),
+        "fill_by_gain in blocks of 16": lambda: fill_by_gain(gains, total, multiple=16),
+        **{
+            f"solve, {name} curves": functools.partial(xkv_fx.solve, profile, total_tokens=total)
+            for name, profile in profiles.items()
+        },
+    }
+    _report(layers=layers, context=context, median_ms=_medians_in_turns(runs, rounds))
+
+
+def _profile(gains: NDArray[np.float32]) -> xkv_fx.Profile:
+    sums = np.pad(np.cumsum(gains, axis=1, dtype=np.float64), ((0, 0), (1, 0)))
+    curves: NDArray[np.float32] = np.minimum(sums / sums[:, -1:], 1.0).astype(np.float32)
+    layer = xkv_fx.LayerSpec(query_heads=8, kv_heads=8, key_dim=128, value_dim=128, itemsize=2)
+    return xkv_fx.Profile((curves,), xkv_fx.Policy(), (layer,) * len(gains), "random curves")
+
+
+def _medians_in_turns(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each, run one after another in every round; a first round is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in track(range(rounds + 1), "rounds"):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(taken[1:]) * 1e3 for name, taken in times.items()}
+
+
+@app.command()
 def decode_attention(
     rows: int = 8, capacity: Capacity = 1536, dtype: Dtype = "float32", rounds: int = 15, layers: int = LAYERS
 ) -> None:
@@ -178,18 +216,12 @@ def decode_attention(
             for buffer in buffers:
                 buffer.view(-1).view(torch.int64).sum()
 
-    seconds: dict[str, list[float]] = {"kernel": [], "torch_ops": [], "read": []}
-    for _ in track(range(rounds), "rounds"):
-        for run in (kernel, torch_ops, read):
-            started = time.perf_counter()
-            run()
-            seconds[run.__name__].append(time.perf_counter() - started)
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    medians = _medians_in_turns({"kernel": kernel, "torch_ops": torch_ops, "read": read}, rounds)
     _report(
         rows=rows,
         capacity=capacity,
         dtype=dtype,
-        median_ms={name: median * 1e3 for name, median in medians.items()},
+        median_ms=medians,
         share_of_read_speed={name: medians["read"] / medians[name] for name in ("kernel", "torch_ops")},
     )
 
