@@ -1,0 +1,38 @@
+"""The Triton decode kernels, on a machine without a GPU: what they compute, by Triton's interpreter, and that they
+compile for GPUs. Each runs in a process of its own, since the interpreter is chosen when triton is first imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[2]
+ROOT = TESTS.parent
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def run(*arguments: str, **environment: str) -> str:
+    told = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    path = os.pathsep.join([str(TESTS), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env={**told, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_under_the_interpreter_they_are_the_references() -> None:
+    out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_cases.py", TRITON_INTERPRET="1")
+    assert re.search(r"^\d+ passed in", out, re.MULTILINE), out
+
+
+def test_they_compile_for_gpus(tmp_path: Path) -> None:
+    """To PTX with tensor cores and asynchronous copies, in the shared memory that every GPU since Ampere has."""
+    out = run("tests/compile_triton.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    assert len(out.splitlines()) == 5, out
