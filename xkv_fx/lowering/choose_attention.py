@@ -7,6 +7,7 @@ import collections
 import torch
 from torch.fx import GraphModule, Node
 
+from xkv_fx.lowering.choose_triton import use_triton
 from xkv_fx.passes.graph import arguments
 from xkv_fx.runtime.kernels import decode_cpu
 from xkv_fx.runtime.ops import DECOMPOSITIONS
@@ -19,18 +20,18 @@ def choose_attention(module: GraphModule) -> str:
         what was chosen for how many layers, and why not the kernel, for people to read.
 
     Raises:
-        BackendError: the kernel cannot be built.
+        BackendError: the kernel cannot be built, or Triton is missing for a GPU.
     """
     chosen: collections.Counter[str] = collections.Counter()
     for node in module.graph.nodes:
         if node.target not in DECOMPOSITIONS:
             continue
-        obstacle = _obstacle(node)
-        if obstacle is None:
-            _use_kernel(node)
-        else:
+        on_gpu = arguments(node)["k_cache"].meta["val"].device.type == "cuda"
+        obstacle = use_triton(node) if on_gpu else _use_cpu_kernel(node)
+        if obstacle is not None:
             node.target = DECOMPOSITIONS[node.target]
-        chosen["CPU kernel" if obstacle is None else f"torch ops ({obstacle})"] += 1
+        kernel = "Triton kernel" if on_gpu else "CPU kernel"
+        chosen[kernel if obstacle is None else f"torch ops ({obstacle})"] += 1
     module.recompile()
     return ", ".join(f"{count} layers by {code}" for code, count in chosen.items())
 
@@ -54,9 +55,14 @@ def _obstacle(node: Node) -> str | None:
     return f"it takes {', '.join(extra)}" if extra else None
 
 
-def _use_kernel(node: Node) -> None:
+def _use_cpu_kernel(node: Node) -> str | None:
+    """Put the CPU kernel in the place of `node`; returns why it does not serve, and then leaves the node as it is."""
+    obstacle = _obstacle(node)
+    if obstacle is not None:
+        return obstacle
     given = arguments(node)
     q, k_cache, v_cache = (given[name].meta["val"] for name in ("q", "k_cache", "v_cache"))
     decode_cpu.build(q.dtype, q.shape[1] // k_cache.shape[1], k_cache.shape[3], v_cache.shape[3])
     node.target = torch.ops.xkv.decode_attention_cpu.default
     node.args, node.kwargs = tuple(given[name] for name in decode_cpu.ARGUMENTS), {}
+    return None

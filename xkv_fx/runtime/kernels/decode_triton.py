@@ -30,7 +30,7 @@ MOST_QUERY_BYTES = 16 * 1024
 """Of the query group of one KV head, padded; more would not fit the registers."""
 _LEAST_ROWS = _LEAST_DIMS = 16  # of a matrix product
 _TILE_BYTES = 16 * 1024  # of keys, and again of values
-_LEAST_SLOTS = 512  # of a split
+_LEAST_SLOTS = 128  # of a split, for which its part of the merging is worth while
 _PROGRAMS = 4  # for each multiprocessor, so that none is idle long at the end
 _MERGED_AT_ONCE = 16
 _SCORED_AT_ONCE = 128
