@@ -18,12 +18,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from xkv_fx.budgets import Policy
 from xkv_fx.errors import BudgetError
 from xkv_fx.runtime import scorers
 from xkv_fx.runtime.reference import snapkv_scores_reference
 from xkv_fx.runtime.scorers import (
     H2O,
     TOVA,
+    ExpectedAttention,
     KeyDiff,
     KeyNorm,
     PromptView,
@@ -34,11 +36,13 @@ from xkv_fx.runtime.scorers import (
     ValueNorm,
     accumulated,
     base,
+    future_positions,
     make_scorer,
     register_scorer,
     rescore_tokens,
     score_tokens,
     scorer_names,
+    scorer_of,
 )
 from xkv_fx.runtime.selection import select_survivors
 from xkv_fx.runtime.slots import EMPTY, SlotPlan
@@ -67,6 +71,13 @@ class Layer:
     old_v: Tensor
     old_ordinals: Tensor
     attention: dict[str, Any]
+    unrotated: Tensor
+    rotation: Tensor
+
+    def given(self, scorer: Scorer) -> dict[str, Any]:
+        """What a scorer that needs it is given about queries before rotation."""
+        needs = getattr(scorer, "needs_unrotated_queries", False)
+        return {"unrotated": self.unrotated, "rotation": self.rotation} if needs else {}
 
     @property
     def keys(self) -> Tensor:
@@ -186,6 +197,40 @@ def snapkv(layer: Layer) -> Tensor:
     )
 
 
+def expected_attention(layer: Layer, sinks: int = 4, epsilon: float = 0.0) -> Tensor:
+    scores = layer.zeros()
+    group = layer.q.shape[1] // layer.k.shape[1]
+    softcap, learned = layer.attention.get("softcap"), layer.attention.get("sinks")
+    sliding_window = layer.attention.get("sliding_window") or math.inf
+    for row, head in layer.each_head():
+        gained, before = int(layer.length[row]), int(layer.seen[row])
+        ordinals = layer.ordinals(row, head)
+        reached = [n for n, o in ordinals.items() if o >= sinks and before + gained - o < sliding_window]
+        asked = [index for index in range(gained) if before + index >= sinks] or list(range(gained))
+        rotation = layer.rotation[row].double()
+        for query_head in range(head * group, (head + 1) * group):
+            queries = layer.unrotated[row, query_head, asked].double()
+            mean = queries.sum(0) / max(1, len(asked))
+            covariance = sum((torch.outer(q - mean, q - mean) for q in queries), torch.zeros(DIMS[0], DIMS[0]).double())
+            covariance = covariance / max(1, len(asked))
+            raised = {}
+            for place in reached:
+                key = rotation @ layer.keys[row, head, place]
+                logit = float(SCALE * key @ mean + SCALE**2 / 2 * key @ covariance @ key)
+                raised[place] = math.exp(logit if softcap is None else softcap * math.tanh(logit / softcap))
+            total = sum(raised.values()) + (0.0 if learned is None else math.exp(learned[query_head]))
+            for place, share in raised.items():
+                scores[row, head, place] += share / total / group
+        for place in reached:
+            scores[row, head, place] += epsilon
+            scores[row, head, place] *= math.hypot(*layer.values[row, head, place].tolist())
+        most = max([1.0, *scores[row, head, reached].tolist()])
+        for place, ordinal in ordinals.items():
+            if ordinal < sinks:
+                scores[row, head, place] = 2 * most * (sinks - ordinal)
+    return scores
+
+
 def value_norm(layer: Layer, of: Callable[[Layer], Tensor] = snapkv, power: int = 1) -> Tensor:
     scores = of(layer)
     for row, head in layer.each_head():
@@ -204,6 +249,8 @@ CASES: dict[str, tuple[Scorer, Callable[[Layer], Tensor]]] = {
     "key_diff": (KeyDiff(), key_diff),
     "random": (Random(), chance),
     "random of another seed": (Random(2**32 - 1), lambda layer: chance(layer, 2**32 - 1)),
+    "expected_attention": (ExpectedAttention(), expected_attention),
+    "expected_attention with epsilon": (ExpectedAttention(1, 0.1, 0), lambda layer: expected_attention(layer, 0, 0.1)),
     "value_norm": (ValueNorm(), value_norm),
     "value_norm of tova, L2": (ValueNorm("tova", 2), lambda layer: value_norm(layer, tova, 2)),
 }
@@ -232,7 +279,20 @@ def make_layer(
     old_k, old_v = (tensor.masked_fill(free, float("inf")) for tensor in (old_k, old_v))
     if attention.get("sinks"):
         attention = {**attention, "sinks": torch.randn(heads[0])}
-    return Layer(q, k, v, length, seen, old_k, old_v, old_ordinals, attention)
+    unrotated = torch.randn(q.shape).to(dtype).masked_fill(behind, float("nan"))
+    rotation = torch.stack([mean_rotation(int(newest), 20) for newest in seen + length - 1])
+    return Layer(q, k, v, length, seen, old_k, old_v, old_ordinals, attention, unrotated, rotation)
+
+
+def mean_rotation(newest: int, count: int) -> Tensor:
+    """The mean over the next positions of the matrix that queries are multiplied by from the right: `[8, 8]`; it turns
+    elements 2 i and 2 i + 1 by an angle of 10 ** -i for each position."""
+    total = torch.zeros(DIMS[0], DIMS[0])
+    for position in range(newest + 1, newest + 1 + count):
+        for pair in range(DIMS[0] // 2):
+            cos, sin = math.cos(position * 10**-pair), math.sin(position * 10**-pair)
+            total[2 * pair : 2 * pair + 2, 2 * pair : 2 * pair + 2] += torch.tensor([[cos, sin], [-sin, cos]])
+    return total / count
 
 
 def prefilled(first: Tensor, plan: SlotPlan, kv_heads: int) -> Tensor:
@@ -292,8 +352,9 @@ def test_fresh_prompt(
     none = torch.full((len(lengths), heads[1], 0), EMPTY)
     layer = make_layer(heads, length, torch.zeros_like(length), none, attention, padding=padding)
     got = score_tokens(
-        layer.q, layer.k, layer.v if scorer.reads_values else None, length, None, SCALE, scorer, **layer.attention
-    )
+        layer.q, layer.k, layer.v if scorer.reads_values else None, length, None, SCALE, scorer, **layer.attention,
+        **layer.given(scorer),
+    )  # fmt: skip
     expected = oracle(layer)
     assert_scores(got, expected, layer)
     if layer.k.shape[2] >= 8:
@@ -342,7 +403,7 @@ def test_old_slots_and_new_tokens(
     layer = make_layer(heads, gained, seen, plan.ordinals(positions, seen, first), attention, dtype, padding)
     got = rescore_tokens(
         layer.q, layer.k, layer.v, gained, seen, first, layer.old_k, layer.old_v, positions, SCALE, scorer, plan,
-        **layer.attention,
+        **layer.attention, **layer.given(scorer),
     )  # fmt: skip
     expected = oracle(layer)
     assert_scores(got, expected, layer)
@@ -356,7 +417,7 @@ def test_other_precisions(case: str, dtype: torch.dtype) -> None:
     length = torch.tensor([21, 13])
     none = torch.full((2, 2, 0), EMPTY)
     layer = make_layer((4, 2), length, torch.zeros_like(length), none, {}, dtype)
-    got = score_tokens(layer.q, layer.k, layer.v, length, None, SCALE, scorer)
+    got = score_tokens(layer.q, layer.k, layer.v, length, None, SCALE, scorer, **layer.given(scorer))
     expected = oracle(layer)
     assert_scores(got, expected, layer)
     assert_kept(got, expected, layer, SlotPlan(7, 7, 2, 0, "ring"))
@@ -365,12 +426,16 @@ def test_other_precisions(case: str, dtype: torch.dtype) -> None:
 @each_case
 def test_row_does_not_depend_on_its_batch(case: str) -> None:
     scorer = CASES[case][0]
-    q, k, v = random_qkv((4, 2), 15, DIMS, rows=3)
     length = torch.tensor([15, 4, 9])
-    together = score_tokens(q, k, v, length, None, SCALE, scorer)
+    layer = make_layer((4, 2), length, torch.zeros_like(length), torch.full((3, 2, 0), EMPTY), {})
+    given = layer.given(scorer)
+    together = score_tokens(layer.q, layer.k, layer.v, length, None, SCALE, scorer, **given)
     for row, count in enumerate(length.tolist()):
-        q_, k_, v_ = (tensor[row : row + 1, :, :count] for tensor in (q, k, v))
-        alone = score_tokens(q_, k_, v_, length[row : row + 1], None, SCALE, scorer)
+        q_, k_, v_ = (tensor[row : row + 1, :, :count] for tensor in (layer.q, layer.k, layer.v))
+        own = {name: tensor[row : row + 1] for name, tensor in given.items()}
+        if own:
+            own["unrotated"] = own["unrotated"][:, :, :count]
+        alone = score_tokens(q_, k_, v_, length[row : row + 1], None, SCALE, scorer, **own)
         torch.testing.assert_close(together[row, :, :count], alone[0])
 
 
@@ -384,8 +449,12 @@ def test_length_stays_a_symbol_in_a_graph(name: str) -> None:
     with mode:
         _, k_cache, v_cache = random_qkv((4, 2), 1, DIMS, keys=6)
         positions, length = torch.zeros(2, 2, 6, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
-        fresh = score_tokens(q, k, v, length, None, SCALE, scorer, 12)
-        extended = rescore_tokens(q, k, v, length, length, length, k_cache, v_cache, positions, SCALE, scorer, plan, 12)
+        needs = getattr(scorer, "needs_unrotated_queries", False)
+        given = {"unrotated": q, "rotation": torch.zeros(2, DIMS[0], DIMS[0])} if needs else {}
+        fresh = score_tokens(q, k, v, length, None, SCALE, scorer, 12, **given)
+        extended = rescore_tokens(
+            q, k, v, length, length, length, k_cache, v_cache, positions, SCALE, scorer, plan, 12, **given
+        )
     symbol = q.shape[2].node.expr  # a number, once something has asked for its value
     assert symbol.is_symbol
     assert fresh.shape[2].node.expr == symbol
@@ -576,7 +645,7 @@ def test_value_norm_refuses_bases_that_cannot_be_weighted() -> None:
 def test_value_norm_takes_every_scorer_that_is_never_negative() -> None:
     q, k, v = random_qkv((4, 2), 12, DIMS)
     length = torch.tensor([12, 5])
-    for name in set(scorer_names()) - {"value_norm", "key_norm", "key_diff"}:
+    for name in set(scorer_names()) - {"value_norm", "key_norm", "key_diff", "expected_attention"}:
         plain = score_tokens(q, k, v, length, None, SCALE, make_scorer(name, {}))
         weighted = score_tokens(q, k, v, length, None, SCALE, ValueNorm(name))
         there = (torch.arange(12) < length[:, None])[:, None].expand_as(plain)
@@ -619,14 +688,89 @@ def test_values_that_were_not_asked_for_are_refused() -> None:
 
 def test_all_are_registered_and_listed() -> None:
     kinds = {
-        "h2o": H2O, "key_diff": KeyDiff, "key_norm": KeyNorm, "random": Random, "snapkv": SnapKV,
-        "streaming": Streaming, "tova": TOVA, "value_norm": ValueNorm,
+        "expected_attention": ExpectedAttention, "h2o": H2O, "key_diff": KeyDiff, "key_norm": KeyNorm,
+        "random": Random, "snapkv": SnapKV, "streaming": Streaming, "tova": TOVA, "value_norm": ValueNorm,
     }  # fmt: skip
     assert set(kinds) <= set(scorer_names())
     for name, kind in kinds.items():
         assert make_scorer(name, {}) == kind()
         assert f"\n{name} " in str(scorers.__doc__)
         assert kind.__name__ in scorers.__all__
+
+
+# Expected attention
+
+
+def test_expected_attention_written_down() -> None:
+    """Two queries of one element: mean 2, covariance 1. R is 1/2, the scale 1, so that keys k have k + k ** 2 / 8."""
+    keys = torch.tensor([0.0, 2.0, -4.0])
+    unrotated = torch.tensor([9.0, 1.0, 3.0]).view(1, 1, 3, 1)  # the first token is a sink
+    k, v = keys.view(1, 1, 3, 1), torch.tensor([[3.0, 4.0], [0.0, 1.0], [6.0, 8.0]]).view(1, 1, 3, 2)
+    got = score_tokens(
+        torch.zeros(1, 1, 3, 1), k, v, torch.tensor([3]), None, 1.0, ExpectedAttention(sinks=1, epsilon=0.5),
+        unrotated=unrotated, rotation=torch.full((1, 1, 1), 0.5),
+    )  # fmt: skip
+    first, second = math.exp(2 + 0.5), math.exp(-4 + 2)
+    expected = [(first / (first + second) + 0.5) * 1, (second / (first + second) + 0.5) * 10]
+    torch.testing.assert_close(got[0, 0, 1:], torch.tensor(expected))
+    assert float(got[0, 0, 0]) > max(expected)
+
+
+def test_expected_attention_without_rotation_takes_the_queries_as_they_are() -> None:
+    length, none = torch.tensor([14, 9]), torch.full((2, 2, 0), EMPTY)
+    layer = make_layer((4, 2), length, torch.zeros_like(length), none, {})
+    given = (layer.q, layer.k, layer.v, length, None, SCALE, ExpectedAttention())
+    unit = torch.eye(DIMS[0]).expand(2, -1, -1)
+    plain = score_tokens(*given, unrotated=layer.unrotated)
+    torch.testing.assert_close(plain, score_tokens(*given, unrotated=layer.unrotated, rotation=unit))
+
+
+def test_expected_attention_is_the_limit_of_sampled_queries() -> None:
+    """Its exponent is the logarithm of the mean of exp(logit) over queries drawn with these statistics."""
+    q, k, v = random_qkv((1, 1), 40, DIMS, rows=1)
+    scorer = ExpectedAttention(sinks=0)
+    got = score_tokens(q, k, v, torch.tensor([40]), None, 0.2, scorer, unrotated=q)[0, 0]
+    queries = q[0, 0].double()
+    factor = torch.linalg.cholesky(torch.cov(queries.T, correction=0))
+    drawn = torch.randn(200_000, DIMS[0], dtype=torch.float64) @ factor.T + queries.mean(0)
+    raised = torch.exp(drawn @ k[0, 0].double().T * 0.2).mean(0)
+    sampled = raised / raised.sum() * v[0, 0].double().norm(dim=1)
+    torch.testing.assert_close(got.double(), sampled, rtol=0.03, atol=0.0)
+
+
+def test_expected_attention_needs_to_be_given_unrotated_queries() -> None:
+    q, k, v = random_qkv((4, 2), 3, DIMS)
+    with pytest.raises(BudgetError, match="set needs_unrotated_queries = True on its class"):
+        _ = PromptView(q, k, v, torch.tensor([3, 3]), SCALE, torch.tensor([0, 0])).unrotated_queries
+    assert future_positions(ExpectedAttention(7)) == 7
+    assert future_positions(SnapKV()) is None
+
+    class Careless:
+        needs_unrotated_queries = True
+
+    with pytest.raises(BudgetError, match="Careless needs unrotated queries; it must have a field future_positions"):
+        future_positions(Careless())  # type: ignore[arg-type]
+
+
+def test_expected_attention_is_no_attention_mass_and_no_base() -> None:
+    with pytest.raises(BudgetError, match=r"'expected_attention' are not attention mass.*choose one of h2o, "):
+        scorer_of(Policy(scorer="expected_attention", eviction="scored"))
+    with pytest.raises(BudgetError, match=r"'expected_attention' cannot be weighted.*weights by values itself"):
+        ValueNorm("expected_attention")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *[({"future_positions": bad}, "future_positions must be a whole") for bad in (0, -1, 1.0, "4", True, None)],
+        *[({"epsilon": bad}, "epsilon must be a number") for bad in (-0.1, math.inf, math.nan, "0", True, None)],
+        *[({"sinks": bad}, "sinks must be a whole number of at least 0") for bad in (-1, 1.0, "4", True, None)],
+    ],
+    ids=repr,
+)
+def test_expected_attention_refuses_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        make_scorer("expected_attention", options)
 
 
 @pytest.mark.parametrize("bad", [-1, 1.0, "4", True, None], ids=repr)

@@ -48,9 +48,10 @@ def value_inputs(node: Node) -> list[Node]:
     return [source for source in node.all_input_nodes if source is not unread]
 
 
-def dependents(graph: Graph, sources: Iterable[Node]) -> set[Node]:
-    """Every node whose value depends on those of `sources`, these included."""
+def dependents(graph: Graph, sources: Iterable[Node], except_through: Iterable[Node] = ()) -> set[Node]:
+    """Every node whose value depends on those of `sources`, these included, not only through `except_through`."""
     flow = value_flow(graph)
+    flow.remove_nodes_from(except_through)
     found = set(sources)
     for source in tuple(found):
         found |= nx.descendants(flow, source)
@@ -80,6 +81,8 @@ class Evaluation:
 
     def value(self, node: Node) -> Any:
         """What `node` computes."""
+        if node in self.values:
+            return self.values[node]
         needed, stack = {node}, [node]
         while stack:
             for source in stack.pop().all_input_nodes:

@@ -17,6 +17,7 @@ from xkv_fx.budgets import EVICTIONS
 from xkv_fx.errors import PassError
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.find_attention import AttentionSite, attention_sites
+from xkv_fx.passes.find_rotation import unrotated_inputs
 from xkv_fx.passes.graph import add_input, at_end, at_start, emit, inline, named
 from xkv_fx.runtime.attention import distance_bias
 from xkv_fx.runtime.scorers import Scorer, rescore_tokens, score_tokens
@@ -41,12 +42,14 @@ class InsertPrefillCache(GraphPass):
         sites = _sites(module, self.plan)
         state = _add_state(graph, self.plan)
         length = named(graph, "length")
+        before_rotation = unrotated_inputs(module, sites, self.scorer)
         for site, plan in zip(sites, self.plan.slots, strict=True):
             with graph.inserting_after(site.node):
                 score = scoring(score_tokens, self.scorer, sliding_window=site.sliding_window, softcap=site.softcap)
                 scores = emit(
                     graph, score, site.q, site.k, site.v if self.scorer.reads_values else None, length, None,
-                    site.scale, sinks=site.sinks, slopes=site.slopes, name=f"scores_{site.index}",
+                    site.scale, sinks=site.sinks, slopes=site.slopes, **before_rotation[site.node],
+                    name=f"scores_{site.index}",
                 )  # fmt: skip
             with graph.inserting_after(scores):
                 kept = _keep(graph, site, plan, scores, length, state, fresh=True)
@@ -72,6 +75,7 @@ class InsertExtendCache(GraphPass):
         sites = _sites(module, self.plan)
         state = _add_state(graph, self.plan)
         length, seen, base = named(graph, "length"), state["seen"], state["base"]
+        before_rotation = unrotated_inputs(module, sites, self.scorer)
         shared: dict[SlotPlan, Node] = {}
         for site, plan in zip(sites, self.plan.slots, strict=True):
             k_cache, v_cache, positions = _buffers(state, site.index)
@@ -93,7 +97,7 @@ class InsertExtendCache(GraphPass):
                 )  # fmt: skip
                 scores = emit(
                     graph, score, site.q, site.k, site.v, length, seen, base, k_cache, v_cache, positions, site.scale,
-                    sinks=site.sinks, slopes=site.slopes, name=f"scores_{site.index}",
+                    sinks=site.sinks, slopes=site.slopes, **before_rotation[site.node], name=f"scores_{site.index}",
                 )  # fmt: skip
                 kept = _keep(graph, site, plan, scores, length, state, fresh=False)
                 if plan.eviction == "scored":

@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.find_attention import attention_sites
+from xkv_fx.passes.find_rotation import unrotated_inputs
 from xkv_fx.passes.graph import emit, named, output_node
 from xkv_fx.passes.insert_cache import scoring
 from xkv_fx.runtime.scorers import Scorer, score_tokens
@@ -30,6 +31,7 @@ class ScoreOutputs(GraphPass):
         graph = module.graph
         length = named(graph, "length")
         sites = attention_sites(module)
+        before_rotation = unrotated_inputs(module, sites, self.scorer)
         outputs = []
         before = len(graph.nodes)
         for site in sites:
@@ -39,7 +41,7 @@ class ScoreOutputs(GraphPass):
                 outputs.append(
                     emit(
                         graph, score, site.q, site.k, values, length, None, site.scale,
-                        sinks=site.sinks, slopes=site.slopes, name=f"scores_{site.index}",
+                        sinks=site.sinks, slopes=site.slopes, **before_rotation[site.node], name=f"scores_{site.index}",
                     )
                 )  # fmt: skip
         output = output_node(graph)

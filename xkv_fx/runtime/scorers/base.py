@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xkv_fx.budgets import Policy
 from xkv_fx.errors import BudgetError
+from xkv_fx.files import is_int
 from xkv_fx.runtime.scorers.prompt import PromptView
 from xkv_fx.runtime.slots import SlotPlan
 
@@ -28,6 +29,11 @@ class Scorer(Protocol):
         measures_attention: whether its scores are attention probabilities that were summed or averaged. Only such
             scores make a retention curve, and only they can be added to the attention that decode accumulates under
             `eviction="scored"`. False for a class that does not say.
+
+    A class may have one more, `needs_unrotated_queries = True`. Such a scorer is given the queries as they were before
+    their positions turned them, and how positions to come will turn them: `PromptView.unrotated_queries` and
+    `PromptView.rotation`. It has a field `future_positions`, the number of positions that `rotation` is the mean over.
+    Models whose rotation cannot be told from the rest of their graph are refused.
     """
 
     paper: ClassVar[str]
@@ -126,6 +132,23 @@ def check_measures_attention(name: str, scorer: Scorer, otherwise: str) -> None:
     )
 
 
+def future_positions(scorer: Scorer) -> int | None:
+    """Over how many positions a scorer wants the mean rotation of its queries; None if it needs no unrotated ones.
+
+    Raises:
+        BudgetError: it needs them, and does not say.
+    """
+    if not getattr(scorer, "needs_unrotated_queries", False):
+        return None
+    count = getattr(scorer, "future_positions", None)
+    if not is_int(count) or count < 1:
+        raise BudgetError(
+            f"the scorer {type(scorer).__name__} needs unrotated queries; it must have a field future_positions, a "
+            f"whole number of at least 1; got {count!r}"
+        )
+    return count
+
+
 def score_tokens(
     q: Tensor,
     k: Tensor,
@@ -138,15 +161,18 @@ def score_tokens(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
+    unrotated: Tensor | None = None,
+    rotation: Tensor | None = None,
 ) -> Tensor:
     """Scores of the new tokens in a fresh prefill, float32 `[rows, kv_heads, S]`; see `PromptView` for the shapes."""
     seen = torch.zeros_like(length) if seen is None else seen
     return _run(
         scorer,
         PromptView(
-            q, k, v, length, scale, seen, sliding_window=sliding_window, softcap=softcap, sinks=sinks, slopes=slopes
+            q, k, v, length, scale, seen, sliding_window=sliding_window, softcap=softcap, sinks=sinks, slopes=slopes,
+            unrotated=unrotated, rotation=rotation,
         ),
-    )
+    )  # fmt: skip
 
 
 def rescore_tokens(
@@ -166,13 +192,18 @@ def rescore_tokens(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
+    unrotated: Tensor | None = None,
+    rotation: Tensor | None = None,
 ) -> Tensor:
     """Scores of a layer's slots and of the new tokens together, float32 `[rows, kv_heads, slots + S]`."""
     ordinals = plan.ordinals(positions, seen, base)
     return _run(
         scorer,
-        PromptView(q, k, v, length, scale, seen, k_cache, v_cache, ordinals, sliding_window, softcap, sinks, slopes),
-    )
+        PromptView(
+            q, k, v, length, scale, seen, k_cache, v_cache, ordinals, sliding_window, softcap, sinks, slopes, unrotated,
+            rotation,
+        ),
+    )  # fmt: skip
 
 
 def _run(scorer: Scorer, prompt: PromptView) -> Tensor:

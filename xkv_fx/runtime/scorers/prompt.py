@@ -27,6 +27,10 @@ class PromptView:
         old_k, old_v: what the slots hold, `[rows, kv_heads, slots, ...]`; None in a fresh prefill.
         old_ordinals: int64 `[rows, kv_heads, slots]`, -1 for a free slot; None in a fresh prefill.
         sliding_window, softcap, sinks, slopes: as in the layer's attention.
+        unrotated: `[rows, query_heads, S, dim]`, the queries before their positions turned them; None for a scorer
+            that does not need them.
+        rotation: `[rows, dim, key_dim]`, what queries are multiplied by from the right to turn them: the mean over
+            each row's next positions. None where positions do not turn the queries.
     """
 
     q: Tensor
@@ -42,6 +46,8 @@ class PromptView:
     softcap: float | None = None
     sinks: Tensor | None = None
     slopes: Tensor | None = None
+    unrotated: Tensor | None = None
+    rotation: Tensor | None = None
 
     @functools.cached_property
     def ordinals(self) -> Tensor:
@@ -71,6 +77,19 @@ class PromptView:
         if self.v is None:
             raise BudgetError("this scorer was not given the values; set reads_values = True on its class")
         return self.v if self.old_v is None else torch.cat((self.old_v, self.v), 2)
+
+    @property
+    def unrotated_queries(self) -> Tensor:
+        """`[rows, query_heads, S, dim]`, the queries before their positions turned them.
+
+        Raises:
+            BudgetError: the scorer's class does not say that it needs them.
+        """
+        if self.unrotated is None:
+            raise BudgetError(
+                "this scorer was not given the queries before rotation; set needs_unrotated_queries = True on its class"
+            )
+        return self.unrotated
 
     def attention_of_last(self, count: int) -> Tensor:
         """Attention probabilities of the newest `count` valid queries.
@@ -107,6 +126,18 @@ class PromptView:
         reach = (key != EMPTY) & (key <= query) & exists[:, None, :, None]
         if self.sliding_window is not None:
             reach &= key > query - self.sliding_window
+        return self.weights_of(logits, reach)
+
+    def weights_of(self, logits: Tensor, reach: Tensor) -> Tensor:
+        """The softmax of logits, which it overwrites, over the keys that are reached, learned sinks counted.
+
+        Args:
+            logits: `[rows, kv_heads, group, count, keys]`.
+            reach: bool `[rows, kv_heads, count, keys]`.
+
+        Returns:
+            float32 like `logits`, 0 where nothing is reached.
+        """
         logits = logits.masked_fill_(~reach[:, :, None], float("-inf"))
         lse = torch.logsumexp(logits, -1)
         weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])

@@ -49,6 +49,11 @@ class ValueNorm:
         if self.base == "value_norm":
             raise BudgetError("value_norm cannot be its own base; name another scorer, such as 'snapkv'")
         scorer = make_scorer(self.base, {})
+        if getattr(scorer, "needs_unrotated_queries", False):
+            raise BudgetError(
+                f"the scores of {self.base!r} cannot be weighted: they are made from unrotated queries, which are not "
+                "handed on; expected_attention weights by values itself"
+            )
         if self.base not in _NEVER_NEGATIVE and not getattr(scorer, "never_negative", False):
             raise BudgetError(
                 f"the scores of {self.base!r} may be negative, and then a larger value would make a token worth less; "
