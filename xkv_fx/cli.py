@@ -233,6 +233,82 @@ def generate(
         _console.print(answer, markup=False, highlight=False)
 
 
+@app.command("eval")
+def eval_(
+    plans: Annotated[list[Path] | None, typer.Option(help="Budgets files; may be given repeatedly.")] = None,
+    measured: Annotated[
+        list[Path] | None, typer.Option(help="Profiles and calibrations to solve plans from; may be given repeatedly.")
+    ] = None,
+    model: Model = "smollm2",
+    allocators: Annotated[str | None, typer.Option(help="Names between commas; by default each file's own.")] = None,
+    fractions: Annotated[str, typer.Option(help="Shares of the full cache, between commas.")] = "0.125,0.25,0.384,0.5",
+    scorers: Annotated[str, typer.Option(help="Further scorers, with uniform plans, between commas.")] = "",
+    tasks: Annotated[
+        str | None, typer.Option(help="Between commas; all by default. continuation compares distributions.")
+    ] = None,
+    forms: Annotated[
+        str, typer.Option(help="inside: the question is in the prompt; after: in a second turn, behind what was kept.")
+    ] = "inside,after",
+    length: Annotated[int, typer.Option(help="Tokens of each context with its question.", min=1)] = 1024,
+    instances: Annotated[int, typer.Option(help="Examples of each task.", min=1)] = 10,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.", min=0)] = 0,
+    quantized: Annotated[
+        str | None, typer.Option(help="transformers' quantized caches: int8, int4, fp8; by default those installed.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="eager or inductor, which compiles every plan.")] = "eager",
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON here, its tables beside it.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Write pictures into this folder.")] = None,
+    smallest: Annotated[
+        bool, typer.Option(help="Also find the smallest shares that are enough: by needles, and by held-out KL.")
+    ] = False,
+    kl: Annotated[float, typer.Option(help="The bound that --smallest holds.")] = 0.02,
+    json_: Json = False,
+) -> None:
+    """Put tasks to the full cache and to plans of equal bytes. Goes on where it was interrupted, if given --out."""
+    from xkv_fx.evaluation import command
+    from xkv_fx.evaluation.evaluate import Settings, remove_parts
+    from xkv_fx.evaluation.results import CONTINUATION
+    from xkv_fx.evaluation.tasks import task_names
+
+    named = (*task_names(), CONTINUATION) if tasks is None else command.names(tasks)
+    request = command.Request(
+        plans=tuple(plans or ()),
+        measured=tuple(measured or ()),
+        allocators=None if allocators is None else command.names(allocators),
+        fractions=command.numbers(fractions),
+        scorers=command.names(scorers),
+        quantized=None if quantized is None else command.names(quantized),
+        settings=Settings(named, command.names(forms), length, instances, seed),
+        backend=backend,
+    )
+    loaded, tokenizer = _load(model)
+    parts = None if out is None else out.with_name(f"{out.name}.parts")
+    extra: dict[str, Any] = {}
+    try:
+        with _progress("eval") as advance:
+            found = command.run(loaded, tokenizer, request, parts, advance)
+        if smallest:
+            with _progress("smallest") as advance:
+                extra = {"smallest": command.smallest(loaded, tokenizer, request, found, kl, progress=advance)}
+    except KeyboardInterrupt:
+        kept = (
+            "" if parts is None else f"; what was measured is kept in {parts}, and the same command goes on from there"
+        )
+        _errors.print(f"interrupted{kept}", markup=False)
+        raise typer.Exit(130) from None
+    if pictures is not None:
+        command.draw(found, request, pictures)
+    if out is not None:
+        command.write(found, out, extra)
+        remove_parts(out.with_name(f"{out.name}.parts"))
+    if json_:
+        _show({**found.to_dict(), **extra}, True)
+    else:
+        print(found.as_markdown())
+        for name, value in extra.items():
+            print(f"{name}: {json.dumps(value)}")
+
+
 @app.command()
 def inspect(plan: Plan, json_: Json = False) -> None:
     """Show a budgets file: capacities, policy, and how it was made."""

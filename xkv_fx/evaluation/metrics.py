@@ -38,6 +38,22 @@ def divergence(full: Tensor, other: Tensor) -> Divergence:
     return Divergence(kl, full.argmax(-1) == other.argmax(-1))
 
 
+def compare(full: Tensor, other: Tensor, tokens: Tensor) -> dict[str, float]:
+    """How logits `[T, vocabulary]` stray from those of the full cache over a given text, means over its tokens.
+
+    Args:
+        tokens: the text, int64 `[T]`.
+
+    Returns:
+        `kl` (nats), `nll_change` (the text's negative log-likelihood against that under the full cache, nats a token)
+        and `agreement` (the share of tokens for which both prefer the same one).
+    """
+    strayed = divergence(full, other)
+    log_p, log_q = (torch.log_softmax(logits.double(), -1).gather(1, tokens[:, None]) for logits in (full, other))
+    change = float((log_p - log_q).mean())
+    return {"kl": strayed.mean_kl, "nll_change": change, "agreement": strayed.top1_agreement}
+
+
 def forced_logits(llm: Any, prompt: Tensor, continuation: Tensor) -> Tensor:
     """Logits `[T, vocabulary]` for each token of a given continuation, decoded one by one behind a prompt.
 

@@ -1,14 +1,33 @@
-"""Pictures of what a session keeps."""
+"""Pictures: what a session keeps, plans, retention curves, and what plans are worth."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from xkv_fx.budgets import Budgets
 from xkv_fx.errors import XkvError
+from xkv_fx.evaluation.results import CONTINUATION, FULL, Evaluation, Row
+from xkv_fx.planning.profile_data import Profile
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches.
+
+    Raises:
+        XkvError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise XkvError("pictures need matplotlib; install xkv-fx[plots]") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def kept_share(session: Any, row: int = 0) -> Tensor:
@@ -38,17 +57,89 @@ def draw_kept(session: Any, path: str | os.PathLike[str], row: int = 0) -> None:
     Raises:
         XkvError: matplotlib is missing, or the session is empty.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise XkvError("pictures need matplotlib; install xkv-fx[plots]") from error
     shares = kept_share(session, row)
     if shares.shape[1] == 0:
         raise XkvError("the session has seen no tokens yet; there is nothing to draw")
-    figure = Figure(figsize=(10, 1.2 + 0.14 * len(shares)), layout="constrained")
+    figure = new_figure(10, 1.2 + 0.14 * len(shares))
     axes = figure.add_subplot()
     axes.imshow(shares.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(
         xlabel="position of the token", ylabel="layer", title="Tokens kept, by the share of KV heads that keep them"
     )
+    figure.savefig(path, dpi=120)
+
+
+def draw_evaluation(
+    evaluation: Evaluation, folder: str | os.PathLike[str], profiles: Sequence[Profile] = ()
+) -> tuple[Path, ...]:
+    """Write quality over bytes, capacities of each layer, and for a profile its retention curves, as PNG.
+
+    Raises:
+        XkvError: matplotlib is missing.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    written = [target / "quality.png", target / "capacities.png"]
+    draw_quality(evaluation, written[0])
+    draw_capacities({f"{plan.name}, {plan.size}": plan.budgets for plan in evaluation.plans}, written[1])
+    for index, profile in enumerate(profiles):
+        written.append(target / ("retention.png" if index == 0 else f"retention-{index + 1}.png"))
+        draw_retention(profile, written[-1])
+    return tuple(written)
+
+
+def draw_quality(evaluation: Evaluation, path: str | os.PathLike[str]) -> None:
+    """A panel for each task and form: the mean score, or KL, over the bytes that keys and values take."""
+    panels = list(dict.fromkeys((row.task, row.form) for row in evaluation.rows))
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = new_figure(4.4 * columns, 3.2 * lines)
+    every = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes, (task, form) in zip(every, panels, strict=False):
+        rows = [row for row in evaluation.rows if (row.task, row.form) == (task, form)]
+        for name in dict.fromkeys(evaluation.name_of(row) for row in rows):
+            _draw_line(axes, name, [row for row in rows if evaluation.name_of(row) == name])
+        asked = "" if task == CONTINUATION else f", {form}"
+        axes.set(title=f"{task}{asked}", xlabel="KV MB", ylabel="KL" if task == CONTINUATION else "answers found")
+        if task == CONTINUATION:
+            axes.set_yscale("symlog", linthresh=1e-3)
+        else:
+            axes.set_ylim(-0.03, 1.03)
+    for axes in every[len(panels) :]:
+        axes.remove()
+    every[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _draw_line(axes: Any, name: str, rows: Sequence[Row]) -> None:
+    rows = sorted(rows, key=lambda row: row.kv_bytes)
+    means = [row.mean for row in rows]
+    if name == FULL:
+        axes.axhline(means[0], color="grey", linestyle="--", label=name)
+    else:
+        axes.plot([row.kv_bytes / 1e6 for row in rows], means, marker="o", label=name)
+
+
+def draw_capacities(plans: Mapping[str, Budgets], path: str | os.PathLike[str]) -> None:
+    """The capacity of each layer, a step line a plan."""
+    figure = new_figure(9, 4)
+    axes = figure.add_subplot()
+    for name, budgets in plans.items():
+        axes.step(range(len(budgets.capacities)), budgets.capacities, where="mid", label=name)
+    axes.set(xlabel="layer", ylabel="capacity (slots per KV head)", yscale="log")
+    axes.legend(fontsize="x-small", ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def draw_retention(profile: Profile, path: str | os.PathLike[str]) -> None:
+    """The mean retention curve of each layer, over the share of tokens that it keeps."""
+    context = profile.context_default
+    curves = profile.mean_curve(context)
+    figure = new_figure(7, 4.5)
+    axes = figure.add_subplot()
+    share = np.arange(context + 1) / context
+    for layer, curve in enumerate(curves):
+        axes.plot(share, curve, color=(layer / max(1, len(curves) - 1), 0.3, 0.6), linewidth=0.9)
+    axes.set(xlabel="share of the tokens kept", ylabel="share of attention mass kept", ylim=(0, 1.02))
+    axes.set_title("Retention of each layer, first ones blue, last ones red")
     figure.savefig(path, dpi=120)

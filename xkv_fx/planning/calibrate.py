@@ -187,7 +187,7 @@ class _Partial:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             described = [captured.fingerprint, str(captured.dtype), policy.to_dict(), list(shares), int(continuation)]
-            self.base = json.dumps(described, sort_keys=True) + _digest_of_weights(captured)
+            self.base = json.dumps(described, sort_keys=True) + digest_of_weights(captured)
 
     def _path(self, ids: Tensor) -> Path | None:
         if self.folder is None:
@@ -225,7 +225,7 @@ def remove_parts(folder: str | os.PathLike[str]) -> None:
         Path(folder).rmdir()
 
 
-def _digest_of_weights(captured: CapturedModel) -> str:
+def digest_of_weights(captured: CapturedModel) -> str:
     """Tells two models of one configuration apart by a few hundred numbers of each weight."""
     digest = hashlib.sha256()
     for name, weight in (*captured.prompt.named_parameters(), *captured.prompt.named_buffers()):

@@ -38,6 +38,15 @@ class Ratio:
 
 
 @dataclasses.dataclass(frozen=True)
+class Difference:
+    """The difference of two means over the same prompts, with a paired 95 % bootstrap interval over prompts."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Verification:
     """A plan beside a uniform one of equal bytes on held-out prompts.
 
@@ -205,10 +214,24 @@ def ratio_of_means(
     Args:
         ours, theirs: float64 `[prompts]`, not negative.
     """
-    drawn = np.random.default_rng(seed).integers(len(ours), size=(resamples, len(ours)))
+    drawn = _draws(len(ours), resamples, seed)
     ratios = _ratios(ours[drawn].mean(1), theirs[drawn].mean(1))
     low, high = np.percentile(ratios, (2.5, 97.5))
     return Ratio(float(_ratios(ours.mean(), theirs.mean())), float(low), float(high))
+
+
+def difference_of_means(
+    ours: NDArray[np.float64], theirs: NDArray[np.float64], resamples: int = RESAMPLES, seed: int = SEED
+) -> Difference:
+    """`mean(ours) - mean(theirs)` of the same prompts, with an interval as `ratio_of_means` gives."""
+    each = np.asarray(ours) - np.asarray(theirs)
+    low, high = np.percentile(each[_draws(len(each), resamples, seed)].mean(1), (2.5, 97.5))
+    return Difference(float(each.mean()), float(low), float(high))
+
+
+def _draws(prompts: int, resamples: int, seed: int) -> NDArray[np.int64]:
+    """Which prompts each resample of a bootstrap consists of, `[resamples, prompts]`."""
+    return np.random.default_rng(seed).integers(prompts, size=(resamples, prompts))
 
 
 def _ratios(ours: Any, theirs: Any) -> Any:
