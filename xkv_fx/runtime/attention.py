@@ -3,12 +3,17 @@
 Shapes: queries `[rows, query_heads, S, key_dim]`, keys `[rows, kv_heads, N, key_dim]`, values
 `[rows, kv_heads, N, value_dim]`; query head h reads KV head `h // (query_heads // kv_heads)`. K/V are never repeated.
 Logits, softmax and log-sum-exp are float32, or float64 where the inputs are.
+
+Where a kernel of torch's serves that returns the log-sum-exp, it is used: flash attention on CPU, and what
+`attention_cuda` says on CUDA. All else is done in blocks of queries by matrix products.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from xkv_fx.runtime import attention_cuda
 
 # Queries handled at once where no flash kernel applies; bounds the logits to BLOCK x N per head.
 BLOCK = 256
@@ -36,6 +41,8 @@ def causal_attention(
     windowed = sliding_window is not None and k.shape[2] > sliding_window
     if _flash_applies(q, k, v) and softcap is None and slopes is None and not windowed:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    elif attention_cuda.flash_applies(q, k, v) and softcap is None and slopes is None and not windowed:
+        out, lse = attention_cuda.causal_by_flash(q, k, v, scale)
     else:
         out, lse = _causal_in_blocks(q, k, v, scale, sliding_window if windowed else None, softcap, slopes)
     return apply_sinks(out, lse, sinks), lse
@@ -68,6 +75,8 @@ def slot_attention(
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=bias, scale=scale
         )
+    elif attention_cuda.bias_applies(q, k, v, mask) and softcap is None and slopes is None:
+        out, lse = attention_cuda.slots_by_bias(q, k, v, mask, scale)
     else:
         blocks = [
             _softmax_block(
