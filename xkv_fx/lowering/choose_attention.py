@@ -8,8 +8,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from xkv_fx.lowering.choose_triton import use_triton
-from xkv_fx.passes.graph import arguments
+from xkv_fx.passes.graph import arguments, emit
 from xkv_fx.runtime.kernels import decode_cpu
+from xkv_fx.runtime.kernels.build_cpu import DTYPES, STEP
 from xkv_fx.runtime.ops import DECOMPOSITIONS
 
 
@@ -44,10 +45,10 @@ def _obstacle(node: Node) -> str | None:
     k_cache, v_cache = given["k_cache"].meta["val"], given["v_cache"].meta["val"]
     if k_cache.device.type != "cpu":
         return f"device {k_cache.device.type}"
-    if k_cache.dtype not in decode_cpu.DTYPES:
+    if k_cache.dtype not in DTYPES:
         return f"dtype {k_cache.dtype}"
-    if k_cache.shape[3] % decode_cpu.STEP or v_cache.shape[3] % decode_cpu.STEP:
-        return f"head sizes {k_cache.shape[3]} and {v_cache.shape[3]} are not multiples of {decode_cpu.STEP}"
+    if k_cache.shape[3] % STEP or v_cache.shape[3] % STEP:
+        return f"head sizes {k_cache.shape[3]} and {v_cache.shape[3]} are not multiples of {STEP}"
     mask = given["mask"].meta["val"]
     if mask.dtype != k_cache.dtype or mask.shape[1] not in (1, k_cache.shape[1]):
         return "biased attention"
@@ -63,6 +64,9 @@ def _use_cpu_kernel(node: Node) -> str | None:
     given = arguments(node)
     q, k_cache, v_cache = (given[name].meta["val"] for name in ("q", "k_cache", "v_cache"))
     decode_cpu.build(q.dtype, q.shape[1] // k_cache.shape[1], k_cache.shape[3], v_cache.shape[3])
+    if given["sinks"] is not None:
+        with node.graph.inserting_before(node):
+            given["sinks"] = emit(node.graph, torch.ops.aten.to.dtype, given["sinks"], torch.float32)
     node.target = torch.ops.xkv.decode_attention_cpu.default
     node.args, node.kwargs = tuple(given[name] for name in decode_cpu.ARGUMENTS), {}
     return None

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from xkv_fx.errors import BackendError
 from xkv_fx.lowering.choose_attention import choose_attention
+from xkv_fx.lowering.choose_linear import choose_linear
 from xkv_fx.lowering.lift_weights import lift_weights
 
 
@@ -17,7 +18,7 @@ def lower_inductor(module: GraphModule) -> tuple[Callable[..., Tensor], str]:
     """Compile `module` with its weights as inputs.
 
     Returns:
-        the compiled function, and what was chosen for its attention.
+        the compiled function, and what was chosen for its attention and its linear layers.
 
     Raises:
         BackendError: the compiler is missing or fails, or torch lies in a folder that it cannot be given.
@@ -28,7 +29,7 @@ def lower_inductor(module: GraphModule) -> tuple[Callable[..., Tensor], str]:
             "start Python through a link without spaces. backend='eager' runs without"
         )
     lifted, weights = lift_weights(module)
-    attention = choose_attention(lifted)
+    chosen = f"{choose_attention(lifted)}; {choose_linear(lifted)}"
     output = next(iter(reversed(lifted.graph.nodes)))
     output.args = ((output.args[0],),)
     lifted.recompile()
@@ -47,7 +48,7 @@ def lower_inductor(module: GraphModule) -> tuple[Callable[..., Tensor], str]:
             logits: Tensor = compiled(*weights, *inputs)[0]
         return logits
 
-    return run, attention
+    return run, chosen
 
 
 def _first_line(error: Exception) -> str:

@@ -33,6 +33,14 @@ def inputs(
     return [q, k, v, k_cache, v_cache, slot, mask, SCALE]
 
 
+def attend(args: list[Any], **options: Any) -> Tensor:
+    """The op, the kernel for these shapes being built."""
+    q, _, _, k_cache, v_cache, *_ = args
+    decode_cpu.build(q.dtype, q.shape[1] // k_cache.shape[1], k_cache.shape[3], v_cache.shape[3])
+    out: Tensor = torch.ops.xkv.decode_attention_cpu(*args, **options)
+    return out
+
+
 def copies(args: list[Any]) -> list[Any]:
     return [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
 
@@ -40,7 +48,7 @@ def copies(args: list[Any]) -> list[Any]:
 def assert_same(args: list[Any], **options: Any) -> None:
     """The kernel's output is the reference's, and it leaves the same caches."""
     tested, expected = copies(args), copies(args)
-    out = torch.ops.xkv.decode_attention_cpu(*tested, **options)
+    out = attend(tested, **options)
     by_loops = reference.decode_attention(*expected, **options)
     tolerance = TOLERANCE[args[0].dtype]
     torch.testing.assert_close(out, by_loops, rtol=tolerance, atol=tolerance)
@@ -68,6 +76,15 @@ def test_views_are_read_as_they_look() -> None:
     assert_same([q, k, v, *rest])
 
 
+@pytest.mark.parametrize("mask_heads", [1, 2])
+def test_a_mask_may_be_part_of_a_longer_one(mask_heads: int) -> None:
+    args = inputs((4, 2), (16, 16), 40, torch.float32, mask_heads)
+    longer = torch.cat((args[6], torch.full((2, mask_heads, 1, 9), float("nan"))), -1)
+    args[6] = longer[..., :40]
+    assert not args[6].is_contiguous()
+    assert_same(args)
+
+
 def test_logits_far_apart_do_not_overflow() -> None:
     args = inputs((4, 2), (16, 16), 300, torch.float32)
     args[0] = args[0] * 1e4
@@ -78,15 +95,23 @@ def test_a_slot_outside_the_cache_is_refused_before_anything_is_written() -> Non
     args = inputs((4, 2), (16, 16), 8, torch.float32)
     args[5] = torch.tensor([0, 8])
     caches = args[3].clone(), args[4].clone()
-    with pytest.raises(BackendError, match="outside the 8 slots"):
-        torch.ops.xkv.decode_attention_cpu(*args)
+    with pytest.raises(RuntimeError, match="outside the 8 slots"):
+        attend(args)
     assert torch.equal(args[3], caches[0])
     assert torch.equal(args[4], caches[1])
 
 
 def test_registration_is_sound() -> None:
     args = tuple(inputs((4, 2), (16, 16), 8, torch.float32))
+    decode_cpu.build(torch.float32, 2, 16, 16)
     torch.library.opcheck(torch.ops.xkv.decode_attention_cpu.default, args)
+
+
+def test_shapes_that_no_kernel_was_built_for_are_refused() -> None:
+    args = inputs((10, 2), (16, 16), 8, torch.float32)
+    attend(inputs((4, 2), (16, 16), 8, torch.float32))
+    with pytest.raises(RuntimeError, match="no CPU kernel was built"):
+        torch.ops.xkv.decode_attention_cpu(*args)
 
 
 def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,4 +120,4 @@ def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(CppCodeCache, "load", none)
     with pytest.raises(BackendError, match="no such compiler"):
-        decode_cpu.build(torch.float32, 5, 16, 16)
+        decode_cpu.build(torch.float32, 7, 16, 16)

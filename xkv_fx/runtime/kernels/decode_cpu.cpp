@@ -4,67 +4,10 @@
 // dealt out to threads in chunks, each with its own running softmax (maximum, sum, weighted values); a second, small
 // loop merges the chunks. Arithmetic is float32 whatever the dtype of the cache.
 //
-// Defined before this text: KEY_DIM, VALUE_DIM, GROUP (query heads for each KV head) and one of DTYPE_FLOAT32,
-// DTYPE_BFLOAT16, DTYPE_FLOAT16. Shapes are those of the op; every tensor is contiguous.
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <memory>
+// Before this text stand lanes.h, and KEY_DIM, VALUE_DIM and GROUP (query heads for each KV head). Shapes are those of
+// the op; every tensor but the mask is contiguous.
 
 namespace {
-
-constexpr int LANES = 8, STEP = 2 * LANES;
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t vec_int __attribute__((vector_size(4 * LANES)));
-
-// STEP neighbouring dimensions; which lane holds which depends on the dtype: dimension d is float number `place(d)`.
-struct Pair {
-  vec first, second;
-};
-
-template <typename T, typename S>
-inline T read(const S* from) {
-  T value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-#if defined(DTYPE_FLOAT32)
-using scalar = float;
-inline float widen(scalar x) { return x; }
-inline scalar narrow(float x) { return x; }
-inline Pair load(const scalar* from) { return {read<vec>(from), read<vec>(from + LANES)}; }
-inline int place(int dim) { return dim; }
-#elif defined(DTYPE_BFLOAT16)
-using scalar = uint16_t;
-inline float widen(scalar x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  return read<float>(&bits);
-}
-inline scalar narrow(float x) {  // to nearest, ties to even
-  if (x != x) return 0x7fc0;
-  const uint32_t bits = read<uint32_t>(&x);
-  return static_cast<scalar>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-inline Pair load(const scalar* from) {  // the even ones, then the odd ones: one instruction each
-  const vec_int both = read<vec_int>(from);
-  const vec_int even = both << 16, odd = both & static_cast<int32_t>(0xffff0000);
-  return {read<vec>(&even), read<vec>(&odd)};
-}
-inline int place(int dim) { return dim / STEP * STEP + dim % 2 * LANES + dim % STEP / 2; }
-#elif defined(DTYPE_FLOAT16)
-using scalar = _Float16;
-inline float widen(scalar x) { return static_cast<float>(x); }
-inline scalar narrow(float x) { return static_cast<scalar>(x); }
-inline Pair load(const scalar* from) {
-  typedef _Float16 half __attribute__((vector_size(2 * LANES)));
-  return {__builtin_convertvector(read<half>(from), vec), __builtin_convertvector(read<half>(from + LANES), vec)};
-}
-inline int place(int dim) { return dim; }
-#endif
 
 constexpr int64_t CHUNK = 256;  // slots of one task
 constexpr int64_t TILE = 64;    // slots between two updates of the running softmax
@@ -73,12 +16,6 @@ constexpr int AT_ONCE = GROUP <= 3 ? 4 : GROUP <= 6 ? 2 : 1;  // slots whose dot
 constexpr int WIDTH = VALUE_STEPS % 2 == 0 && GROUP <= 3 ? 2 : 1;  // steps of dimensions summed at once
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 static_assert(KEY_DIM % STEP == 0 && VALUE_DIM % STEP == 0 && TILE % LANES == 0 && TILE % AT_ONCE == 0);
-
-inline float sum_of(vec x) {
-  x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
-  x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
-  return x[0] + x[1];
-}
 
 inline float max_of(vec x) {
   float most = x[0];
@@ -107,20 +44,28 @@ struct Softmax {  // of one query head over a chunk of slots
   Pair values[VALUE_STEPS];
 };
 
-// Dot products of the group's queries, already scaled, with `count` keys.
+// Dot products of the group's queries, already scaled, with `count` keys; the next tile's keys are asked for meanwhile.
 void dot(const Pair (*q)[KEY_STEPS], const scalar* k, int64_t count, float (*logits)[TILE]) {
-  for (int64_t s = 0; s < count; s += AT_ONCE) {
-    const scalar* key[AT_ONCE];
-    for (int i = 0; i < AT_ONCE; ++i) key[i] = k + std::min(s + i, count - 1) * KEY_DIM;
-    vec sums[GROUP][AT_ONCE] = {};
-    for (int d = 0; d < KEY_STEPS; ++d)
-      for (int i = 0; i < AT_ONCE; ++i) {
-        const Pair part = load(key[i] + d * STEP);
-        for (int g = 0; g < GROUP; ++g) sums[g][i] += q[g][d].first * part.first;
-        for (int g = 0; g < GROUP; ++g) sums[g][i] += q[g][d].second * part.second;
-      }
-    for (int g = 0; g < GROUP; ++g)
-      for (int i = 0; i < AT_ONCE; ++i) logits[g][s + i] = sum_of(sums[g][i]);
+  for (int64_t s = 0; s < count; s += LANES) {
+    fetch(k + (s + TILE) * KEY_DIM, LANES * KEY_DIM * sizeof(scalar));
+    vec sums[GROUP][LANES];
+    for (int part = 0; part < LANES; part += AT_ONCE) {
+      const scalar* key[AT_ONCE];
+      for (int i = 0; i < AT_ONCE; ++i) key[i] = k + std::min(s + part + i, count - 1) * KEY_DIM;
+      vec several[GROUP][AT_ONCE] = {};
+      for (int d = 0; d < KEY_STEPS; ++d)
+        for (int i = 0; i < AT_ONCE; ++i) {
+          const Pair keys = load(key[i] + d * STEP);
+          for (int g = 0; g < GROUP; ++g) several[g][i] += q[g][d].first * keys.first;
+          for (int g = 0; g < GROUP; ++g) several[g][i] += q[g][d].second * keys.second;
+        }
+      for (int g = 0; g < GROUP; ++g)
+        for (int i = 0; i < AT_ONCE; ++i) sums[g][part + i] = several[g][i];
+    }
+    for (int g = 0; g < GROUP; ++g) {
+      const vec eight = sums_of(sums[g]);
+      std::memcpy(&logits[g][s], &eight, sizeof eight);
+    }
   }
 }
 
@@ -180,6 +125,7 @@ void attend_chunk(const Pair (*q)[KEY_STEPS], const scalar* k, const scalar* v, 
   alignas(64) float weights[GROUP][TILE];
   for (int64_t start = 0; start < slots; start += TILE) {
     const int64_t count = std::min(TILE, slots - start);
+    fetch(v + start * VALUE_DIM, count * VALUE_DIM * sizeof(scalar));
     dot(q, k + start * KEY_DIM, count, weights);
     for (int g = 0; g < GROUP; ++g) softmax(weights[g], mask + start, count, softcap, heads[g]);
     add_values(weights, v + start * VALUE_DIM, count, heads);
@@ -188,10 +134,11 @@ void attend_chunk(const Pair (*q)[KEY_STEPS], const scalar* k, const scalar* v, 
 
 }  // namespace
 
+// `mask_row` and `mask_head` are the mask's strides. Returns 1, with nothing written, for a slot outside the cache.
 extern "C" int xkv_decode(const scalar* q, const scalar* k, const scalar* v, scalar* k_cache, scalar* v_cache,
                           const int64_t* slot, const scalar* mask, const float* sinks, scalar* out, int64_t rows,
-                          int64_t kv_heads, int64_t slots, int64_t mask_heads, float scale, float softcap,
-                          int threads) {
+                          int64_t kv_heads, int64_t slots, int64_t mask_row, int64_t mask_head, float scale,
+                          float softcap, int threads) {
   for (int64_t row = 0; row < rows; ++row)
     if (slot[row] < 0 || slot[row] >= slots) return 1;
   for (int64_t row = 0; row < rows; ++row) {
@@ -207,7 +154,6 @@ extern "C" int xkv_decode(const scalar* q, const scalar* k, const scalar* v, sca
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < heads * chunks; ++task) {
       const int64_t head = task / chunks, start = task % chunks * CHUNK;
-      const int64_t mask_row = mask_heads == 1 ? head / kv_heads : head;
       Pair scaled[GROUP][KEY_STEPS];
       for (int g = 0; g < GROUP; ++g)
         for (int d = 0; d < KEY_STEPS; ++d) {
@@ -215,7 +161,7 @@ extern "C" int xkv_decode(const scalar* q, const scalar* k, const scalar* v, sca
           scaled[g][d] = {part.first * scale, part.second * scale};
         }
       attend_chunk(scaled, k_cache + (head * slots + start) * KEY_DIM, v_cache + (head * slots + start) * VALUE_DIM,
-                   mask + mask_row * slots + start, std::min(CHUNK, slots - start), softcap,
+                   mask + head / kv_heads * mask_row + head % kv_heads * mask_head + start, std::min(CHUNK, slots - start), softcap,
                    parts.get() + task * GROUP);
     }
 #pragma omp for schedule(static)

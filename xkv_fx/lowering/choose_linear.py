@@ -1,0 +1,66 @@
+"""Which code each linear layer of a decode graph becomes when the graph is compiled."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from xkv_fx.passes.graph import arguments, emit
+from xkv_fx.runtime.kernels import linear_cpu
+from xkv_fx.runtime.kernels.build_cpu import DTYPES, STEP
+
+aten = torch.ops.aten
+
+
+def choose_linear(module: GraphModule) -> str:
+    """Put our kernel in the place of every linear layer that it serves. Weights are inputs of the graph.
+
+    Returns:
+        how many it serves, of how many, for people to read.
+
+    Raises:
+        BackendError: the kernel cannot be built.
+    """
+    linears = [node for node in module.graph.nodes if node.target is aten.linear.default]
+    served = [node for node in linears if _is_served(node)]
+    for node in served:
+        _use_kernel(module, node)
+    module.recompile()
+    return f"{len(served)} of {len(linears)} linear layers by CPU kernel, weights as they lie"
+
+
+def _is_served(node: Node) -> bool:
+    given = arguments(node)
+    x, weight = given["input"].meta["val"], given["weight"].meta["val"]
+    parameters = [given["weight"], *([] if given["bias"] is None else [given["bias"]])]
+    return (
+        all(_is_plain(parameter, x) for parameter in parameters)
+        and x.device.type == "cpu"
+        and x.dtype in DTYPES
+        and weight.dim() == 2
+        and weight.shape[1] % STEP == 0
+        and math.prod(x.shape[:-1]) <= linear_cpu.MOST_ROWS
+    )
+
+
+def _is_plain(parameter: Node, x: Tensor) -> bool:
+    """Whether it is a tensor as it lies in memory, not one that only stands for a weight, as quantized ones do."""
+    value = parameter.meta["val"]
+    return (
+        parameter.op == "placeholder" and type(value) is type(x) and value.is_contiguous()
+        and (value.dtype, value.device) == (x.dtype, x.device)
+    )  # fmt: skip
+
+
+def _use_kernel(module: GraphModule, node: Node) -> None:
+    given = arguments(node)
+    promised = node.meta["val"]
+    linear_cpu.build(promised.dtype)
+    with module.graph.inserting_before(node):
+        flat = emit(module.graph, torch.ops.xkv.linear_cpu.default, given["input"], given["weight"], given["bias"])
+        result = emit(module.graph, aten.view.default, flat, list(promised.shape))
+    node.replace_all_uses_with(result)
+    module.graph.erase_node(node)

@@ -1,0 +1,65 @@
+"""Compiling our C++ for CPUs, by the compiler and into the cache on disk that Inductor uses."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.resources
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from xkv_fx.errors import BackendError
+
+DTYPES = {torch.float32: "DTYPE_FLOAT32", torch.bfloat16: "DTYPE_BFLOAT16", torch.float16: "DTYPE_FLOAT16"}
+STEP = 16
+"""Dimensions that kernels sum over are multiples of this."""
+# The numbers of c10::ScalarType, which no release may change: tensors are saved by them.
+_SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
+
+_building = threading.Lock()
+library = torch.library.Library("xkv", "FRAGMENT")
+
+
+def build_kernel(
+    source: str, function: str, dtype: torch.dtype, group: int = 0, key_dim: int = 0, value_dim: int = 0
+) -> None:
+    """Compile a kernel, or load it from the cache on disk, and hand it to the operators.
+
+    Args:
+        source: a file beside this one.
+        function: what the operators call.
+        dtype: one of `DTYPES`.
+        group, key_dim, value_dim: shapes that it is compiled for, 0 for a kernel that takes any.
+
+    Raises:
+        BackendError: there is no C++ compiler, or it refuses the kernel.
+    """
+    shape = {"GROUP": group, "KEY_DIM": key_dim, "VALUE_DIM": value_dim, DTYPES[dtype]: 1}
+    with _building:
+        operators = _operators()
+        kernel = _compiled(("lanes.h", source), tuple(shape.items()))
+        made = ctypes.cast(getattr(kernel, function), ctypes.c_void_p)
+        operators.xkv_hand_in(_SCALAR_TYPES[dtype], group, key_dim, value_dim, made)
+
+
+@functools.cache
+def _operators() -> ctypes.CDLL:
+    operators = _compiled(("ops_cpu.cpp",))
+    operators.xkv_hand_in.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_void_p]
+    operators.xkv_hand_in.restype = None
+    return operators
+
+
+def _compiled(files: Sequence[str], defined: tuple[tuple[str, int], ...] = ()) -> ctypes.CDLL:
+    from torch._inductor.codecache import CppCodeCache  # loads the compiler, which those who only run graphs do without
+
+    texts = [importlib.resources.files(__package__).joinpath(file).read_text() for file in files]
+    text = "\n".join([*(f"#define {name} {value}" for name, value in defined), *texts])
+    try:
+        compiled: ctypes.CDLL = CppCodeCache.load(text, extra_flags=("-ffp-contract=fast",))
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BackendError(f"the CPU kernels could not be built ({reason}); they need a C++ compiler") from error
+    return compiled

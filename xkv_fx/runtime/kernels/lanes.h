@@ -1,0 +1,87 @@
+// What the CPU kernels share: vectors of floats, and numbers of the cache's or the weights' dtype as such.
+//
+// Defined before this text: one of DTYPE_FLOAT32, DTYPE_BFLOAT16, DTYPE_FLOAT16. Arithmetic is float32 whatever the dtype.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+namespace {
+
+constexpr int LANES = 8, STEP = 2 * LANES;
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t vec_int __attribute__((vector_size(4 * LANES)));
+
+// STEP neighbouring dimensions; which lane holds which depends on the dtype: dimension d is float number `place(d)`.
+struct Pair {
+  vec first, second;
+};
+
+template <typename T, typename S>
+inline T read(const S* from) {
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+#if defined(DTYPE_FLOAT32)
+using scalar = float;
+inline float widen(scalar x) { return x; }
+inline scalar narrow(float x) { return x; }
+inline Pair load(const scalar* from) { return {read<vec>(from), read<vec>(from + LANES)}; }
+inline int place(int dim) { return dim; }
+#elif defined(DTYPE_BFLOAT16)
+using scalar = uint16_t;
+inline float widen(scalar x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  return read<float>(&bits);
+}
+inline scalar narrow(float x) {  // to nearest, ties to even
+  const uint32_t bits = read<uint32_t>(&x);
+  return static_cast<scalar>(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline Pair load(const scalar* from) {  // the even ones, then the odd ones: one instruction each
+  const vec_int both = read<vec_int>(from);
+  const vec_int even = both << 16, odd = both & static_cast<int32_t>(0xffff0000);
+  return {read<vec>(&even), read<vec>(&odd)};
+}
+inline int place(int dim) { return dim / STEP * STEP + dim % 2 * LANES + dim % STEP / 2; }
+#elif defined(DTYPE_FLOAT16)
+using scalar = _Float16;
+inline float widen(scalar x) { return static_cast<float>(x); }
+inline scalar narrow(float x) { return static_cast<scalar>(x); }
+inline Pair load(const scalar* from) {
+  typedef _Float16 half __attribute__((vector_size(2 * LANES)));
+  return {__builtin_convertvector(read<half>(from), vec), __builtin_convertvector(read<half>(from + LANES), vec)};
+}
+inline int place(int dim) { return dim; }
+#endif
+
+inline float sum_of(vec x) {
+  x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+  x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+  return x[0] + x[1];
+}
+
+// Neighbours added, of two vectors at once.
+inline vec halved(vec x, vec y) {
+  return __builtin_shufflevector(x, y, 0, 2, 8, 10, 4, 6, 12, 14) +
+         __builtin_shufflevector(x, y, 1, 3, 9, 11, 5, 7, 13, 15);
+}
+
+// The sums of LANES vectors, one in each lane.
+inline vec sums_of(const vec* x) {
+  const vec low = halved(halved(x[0], x[1]), halved(x[2], x[3])), high = halved(halved(x[4], x[5]), halved(x[6], x[7]));
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+// Asks for `bytes` of memory ahead of their use; any address may be named.
+inline void fetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
+}
+
+}  // namespace

@@ -1,0 +1,76 @@
+// The CPU kernels as operators. Python's part of a call costs 20 us, which a decode step would pay for every layer.
+//
+// Kernels are built for dtypes and shapes, and loaded one by one; whoever loads one hands it in here.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <map>
+#include <mutex>
+#include <optional>
+
+using torch::stable::Tensor;
+
+namespace {
+
+using Shape = std::array<int64_t, 4>;  // dtype, query heads for each KV head, key and value dimensions
+using Decode = int (*)(const void*, const void*, const void*, void*, void*, const int64_t*, const void*, const float*,
+                       void*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float, int);
+using Linear = void (*)(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int);
+
+std::mutex guard;
+std::map<Shape, void*> kernels;
+
+void* kernel(const Tensor& like, int64_t group, int64_t key_dim, int64_t value_dim) {
+  const std::lock_guard<std::mutex> lock(guard);
+  const auto found = kernels.find({static_cast<int64_t>(like.scalar_type()), group, key_dim, value_dim});
+  STD_TORCH_CHECK(found != kernels.end(), "no CPU kernel was built for this dtype and shape");
+  return found->second;
+}
+
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+                        const Tensor& slot, const Tensor& mask, double scale, std::optional<double> softcap,
+                        const std::optional<Tensor>& sinks) {
+  const int64_t kv_heads = k_cache.size(1), slots = k_cache.size(2);
+  const auto decode = reinterpret_cast<Decode>(kernel(q, q.size(1) / kv_heads, k_cache.size(3), v_cache.size(3)));
+  STD_TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous(), "the caches must be contiguous");
+  const Tensor queries = dense(q), keys = dense(k), values = dense(v);
+  const Tensor shown = mask.stride(3) == 1 ? mask : torch::stable::contiguous(mask);
+  const std::optional<Tensor> extra = sinks.has_value() ? std::optional<Tensor>(dense(*sinks)) : std::nullopt;
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v_cache.size(3)});
+  const int wrong = decode(
+      queries.data_ptr(), keys.data_ptr(), values.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+      static_cast<const int64_t*>(slot.data_ptr()), shown.data_ptr(),
+      extra.has_value() ? static_cast<const float*>(extra->data_ptr()) : nullptr, out.data_ptr(), q.size(0), kv_heads,
+      slots, shown.stride(0), shown.size(1) == 1 ? 0 : shown.stride(1), static_cast<float>(scale),
+      static_cast<float>(softcap.value_or(0.0)), static_cast<int>(torch::stable::get_num_threads()));
+  STD_TORCH_CHECK(wrong == 0, "a slot lies outside the ", slots, " slots of the cache");
+  return out;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const auto apply = reinterpret_cast<Linear>(kernel(x, 0, 0, 0));
+  const int64_t width = weight.size(0), depth = weight.size(1), rows = x.numel() / depth;
+  STD_TORCH_CHECK(weight.is_contiguous(), "the weights must be contiguous");
+  const Tensor inputs = dense(x);
+  Tensor out = torch::stable::new_empty(x, {rows, width});
+  apply(inputs.data_ptr(), weight.data_ptr(), bias.has_value() ? bias->data_ptr() : nullptr, out.data_ptr(), rows,
+        depth, width, static_cast<int>(torch::stable::get_num_threads()));
+  return out;
+}
+
+}  // namespace
+
+extern "C" void xkv_hand_in(int64_t dtype, int64_t group, int64_t key_dim, int64_t value_dim, void* made) {
+  const std::lock_guard<std::mutex> lock(guard);
+  kernels[{dtype, group, key_dim, value_dim}] = made;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(xkv, CPU, library) {
+  library.impl("decode_attention_cpu", TORCH_BOX(&decode_attention));
+  library.impl("linear_cpu", TORCH_BOX(&linear));
+}
