@@ -16,6 +16,7 @@ from rich.table import Table
 
 import xkv_fx
 from xkv_fx.errors import BudgetError, PromptError, XkvError
+from xkv_fx.files import write_json
 from xkv_fx.planning.load_measured import load_measured
 
 app = typer.Typer(
@@ -307,6 +308,66 @@ def eval_(
         print(found.as_markdown())
         for name, value in extra.items():
             print(f"{name}: {json.dumps(value)}")
+
+
+@app.command()
+def bench(
+    model: Model = "smollm2",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    context: Annotated[int, typer.Option(help="Tokens that every row has seen.", min=1)] = 4096,
+    batch: Annotated[int, typer.Option(help="Rows.", min=1)] = 1,
+    fraction: Annotated[float, typer.Option(help="Share of the context that every layer keeps.")] = 0.384,
+    budgets: Annotated[Path | None, typer.Option(help="A budgets file, instead of --fraction.")] = None,
+    rounds: Annotated[int, typer.Option(help="How often the contestants take turns.", min=1)] = 5,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that each decodes in a round.", min=1)] = 8,
+    only: Annotated[str | None, typer.Option(help="Contestants, between commas; all by default.")] = None,
+    backend: Annotated[str, typer.Option(help="Of ours: inductor or eager.")] = "inductor",
+    prefill: Annotated[
+        bool | None,
+        typer.Option(help="Feed real prompts, or fill caches directly; by default prompts if they are short."),
+    ] = None,
+    kvpress_python: Annotated[Path | None, typer.Option(help="The Python that has kvpress.")] = None,
+    openvino_python: Annotated[Path | None, typer.Option(help="The Python that has openvino-genai.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the steps here (.png, .svg, .pdf).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
+    json_: Json = False,
+) -> None:
+    """Measure our decode beside transformers' caches and other engines, in turns."""
+    from xkv_fx.evaluation.bench_command import bench_model
+
+    names = tuple(name.strip() for name in (only or "").split(",") if name.strip())
+    pythons = {"kvpress": kvpress_python, "openvino": openvino_python}
+
+    def say(what: str) -> None:
+        _errors.print(what, markup=False, highlight=False)
+
+    result = bench_model(
+        model,
+        dtype,
+        device,
+        context,
+        batch,
+        budgets,
+        fraction,
+        rounds,
+        new_tokens,
+        names,
+        backend,
+        prefill,
+        pythons,
+        say,
+    )
+    if out is not None:
+        write_json(out, result.to_dict())
+    if picture is not None:
+        result.draw(picture)
+    if json_:
+        _show(result.to_dict(), True)
+        return
+    _console.print(result.table())
+    for note in result.notes():
+        _console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

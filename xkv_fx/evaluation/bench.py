@@ -1,0 +1,262 @@
+"""`xkv-fx bench`: our decode beside what a user would otherwise run, in one process and in turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import xkv_fx
+from xkv_fx.budgets import Budgets, layers_of
+from xkv_fx.errors import BackendError, BudgetError
+from xkv_fx.evaluation.allocated import peak_bytes
+from xkv_fx.evaluation.bench_result import Bench, Run
+from xkv_fx.evaluation.contestants import Contestant, Ours, dynamic, sliding, static
+from xkv_fx.evaluation.machine import BYTES_READ, MemoryReader, available_bytes, describe_machine, synchronize
+from xkv_fx.evaluation.peers import PEERS, run_peer
+from xkv_fx.hf.generation import BudgetedLM
+
+OURS = ("ours-full", "ours", "ours-plain", "ours-equal-bytes")
+HERE = ("dynamic", "static", "sliding", *OURS)
+NAMES = (*HERE, *PEERS)
+WARM_STEPS = 3
+TOKENS_WORTH_A_PREFILL = 8192
+"""More tokens than this in all rows would take minutes on a CPU; caches are then filled directly, unless asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        context: tokens that every row has seen.
+        rows: of the batch.
+        budgets: the plan of `ours`.
+        rounds, new_tokens: every contestant decodes `new_tokens` tokens in each of `rounds` rounds.
+        only: which of `NAMES`; all when empty.
+        backend: of ours.
+        prefill: feed a real prompt, or fill the caches directly; by the number of tokens when None.
+        pythons: the interpreters that other engines live in, by name.
+        folder, gguf: where the model is, for those.
+    """
+
+    context: int
+    rows: int
+    budgets: Budgets
+    rounds: int = 5
+    new_tokens: int = 8
+    only: tuple[str, ...] = ()
+    backend: str = "inductor"
+    prefill: bool | None = None
+    pythons: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    folder: str = ""
+    gguf: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in NAMES if not self.only or name in self.only)
+
+    @property
+    def steps(self) -> int:
+        """Tokens that each contestant decodes in all."""
+        return self.rounds * self.new_tokens + WARM_STEPS + 1
+
+    @property
+    def feeds_prompts(self) -> bool:
+        return self.context * self.rows <= TOKENS_WORTH_A_PREFILL if self.prefill is None else self.prefill
+
+    def check(self, model: PreTrainedModel) -> None:
+        """
+        Raises:
+            BudgetError: sizes out of range, a plan that does not fit, a batch that does not fit into memory.
+            BackendError: unknown names.
+        """
+        unknown = sorted(set(self.only) - set(NAMES))
+        if unknown:
+            raise BackendError(f"unknown contestants: {', '.join(unknown)}; choose from {', '.join(NAMES)}")
+        for name in ("context", "rows", "rounds", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise BudgetError(f"{name} must be at least 1; got {getattr(self, name)}")
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and self.context + self.steps > positions:
+            raise BudgetError(
+                f"a context of {self.context} and {self.steps} decoded tokens are more than the model's {positions} "
+                "positions; shorten --context, or lower --rounds or --new-tokens"
+            )
+        if self.budgets.policy.eviction not in ("ring", "scored"):
+            raise BudgetError(
+                f"the bench decodes past the budgets, which eviction={self.budgets.policy.eviction!r} refuses"
+            )
+        smallest = min(self.budgets.capacities)
+        if "ours-plain" in self.names and smallest <= self.steps:
+            raise BudgetError(
+                f"{self.steps} decoded tokens do not fit into the {smallest} slots of the smallest layer, which "
+                "ours-plain fills without evicting; lower --rounds or --new-tokens, or leave it out by --only"
+            )
+        needed, free = self._bytes(model), available_bytes(model.device)
+        if free is not None and needed > free:
+            raise BudgetError(
+                f"{self.rows} rows of {self.context} tokens do not fit: the caches of {', '.join(self.names)} take "
+                f"{needed:,} bytes together, and {free:,} are free; lower --batch or --context, or name fewer by --only"
+            )
+
+    def _bytes(self, model: PreTrainedModel) -> int:
+        full = _full(self, model).kv_bytes(model, batch_size=self.rows)
+        kept = self.budgets.kv_bytes(model, batch_size=self.rows)
+        each = {"dynamic": 2 * full, "static": full, "sliding": 2 * kept, "ours-full": full, "ours": kept}
+        each |= {"ours-plain": kept, "ours-equal-bytes": full}
+        return sum(each.get(name, 0) for name in self.names)
+
+
+def run_bench(model: PreTrainedModel, settings: Settings, progress: Callable[[str], None] = lambda _: None) -> Bench:
+    """Measure everybody in turns.
+
+    Args:
+        progress: called with what is being done.
+
+    Raises:
+        BudgetError, BackendError: see `Settings.check`; and as `xkv_fx.transform`.
+    """
+    settings.check(model)
+    here = []
+    for name, make in _makers(model, settings).items():
+        if name in settings.names:
+            progress(f"{name}: made ready")
+            here.append(_prepared(model, name, make, settings))
+    reader = MemoryReader(model.device)
+    reads: list[float] = []
+    for turn in range(settings.rounds):
+        progress(f"decode, round {turn + 1} of {settings.rounds}")
+        reads += [reader.seconds() for _ in range(3)]
+        for entry in here:
+            entry.times += [_timed(entry.contestant.step, model.device) for _ in range(settings.new_tokens)]
+    bandwidth = BYTES_READ / statistics.median(reads)
+    weights = weight_bytes(model)
+    runs = [entry.run(settings, weights, bandwidth) for entry in here]
+    for name in settings.names:
+        if name in PEERS:
+            progress(name)
+            runs.append(run_peer(name, settings, str(model.dtype).removeprefix("torch.")))
+    machine = {**describe_machine(model.device), "read_bytes_per_second": bandwidth, "weight_bytes": weights}
+    return Bench(tuple(runs), machine)
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights that a decode step reads: all but an embedding table that is not the output layer too."""
+    unique = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    embedding: Any = model.get_input_embeddings()
+    output: Any = model.get_output_embeddings()
+    if embedding is not None and (output is None or output.weight is not embedding.weight):
+        unique.pop(id(embedding.weight), None)
+    return sum(tensor.nbytes for tensor in unique.values())
+
+
+@dataclasses.dataclass
+class _Entry:
+    """A contestant and what was measured of it so far."""
+
+    contestant: Contestant
+    prefill_s: float | None
+    ready_s: float
+    peak_bytes: int | None
+    times: list[float] = dataclasses.field(default_factory=list)
+
+    def run(self, settings: Settings, weights: int, bandwidth: float) -> Run:
+        milliseconds = sorted(seconds * 1e3 for seconds in self.times)
+        middle = statistics.median(milliseconds)
+        contestant = self.contestant
+        floor = (weights + contestant.kv_bytes) / bandwidth * 1e3
+        return Run(
+            name=contestant.name,
+            rows=contestant.rows,
+            context=settings.context,
+            filled=self.prefill_s is None,
+            prefill_s=self.prefill_s,
+            ready_s=self.ready_s,
+            decode_p50_ms=middle,
+            decode_p90_ms=milliseconds[min(len(milliseconds) - 1, int(0.9 * len(milliseconds)))],
+            tokens_per_second=contestant.rows / middle * 1e3,
+            kv_bytes=contestant.kv_bytes,
+            peak_bytes=None if self.peak_bytes is None else self.peak_bytes + weights + contestant.kv_bytes,
+            floor_ms=floor,
+        )
+
+
+def _prepared(model: PreTrainedModel, name: str, make: Callable[[], Contestant], settings: Settings) -> _Entry:
+    started = time.perf_counter()
+    contestant = make()
+    prefill = None
+    # what is compared at a length of its own (a plain cache that is just full, more rows) is always filled
+    if settings.feeds_prompts and name not in ("ours-plain", "ours-equal-bytes"):
+        ids = _prompt(model, contestant.rows, settings.context)
+        contestant.prefill(ids)
+        prefill = _timed(functools.partial(contestant.prefill, ids), model.device)
+    else:
+        contestant.fill(_seen(name, settings))
+    contestant.step()
+    ready = time.perf_counter() - started
+    for _ in range(WARM_STEPS - 1):
+        contestant.step()
+    peak = peak_bytes(contestant.step) if model.device.type == "cpu" else None
+    return _Entry(contestant, prefill, ready, peak)
+
+
+def _makers(model: PreTrainedModel, settings: Settings) -> dict[str, Callable[[], Contestant]]:
+    rows = settings.rows
+    longest = max(settings.budgets.capacities)
+    full = _full(settings, model)
+    plain = dataclasses.replace(Budgets.full(len(full.capacities), 1), capacities=settings.budgets.capacities)
+
+    @functools.cache
+    def transformed(batch: int) -> BudgetedLM:
+        return xkv_fx.transform(model, settings.budgets, batch_size=batch, backend=settings.backend)
+
+    def ours(name: str, budgets: Budgets) -> Contestant:
+        if budgets == settings.budgets:
+            return Ours(name, transformed(rows))
+        return Ours(name, transformed(rows).with_budgets(budgets))
+
+    def equal_bytes() -> Contestant:
+        more = full.kv_bytes(model, batch_size=rows) // settings.budgets.kv_bytes(model)
+        return Ours("ours-equal-bytes", transformed(max(more, 1)))
+
+    return {
+        "dynamic": lambda: dynamic(model, rows),
+        "static": lambda: static(model, rows, settings.context + settings.steps),
+        "sliding": lambda: sliding(model, rows, longest),
+        "ours-full": lambda: ours("ours-full", full),
+        "ours": lambda: ours("ours", settings.budgets),
+        "ours-plain": lambda: ours("ours-plain", plain),
+        "ours-equal-bytes": equal_bytes,
+    }
+
+
+def _full(settings: Settings, model: PreTrainedModel) -> Budgets:
+    return Budgets.full(len(layers_of(model)), settings.context + settings.steps)
+
+
+def _seen(name: str, settings: Settings) -> int:
+    if name == "ours-plain":
+        return min(settings.budgets.capacities) - settings.steps
+    return settings.context
+
+
+def _prompt(model: PreTrainedModel, rows: int, tokens: int) -> Tensor:
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[assignment, index]
+    ids = torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    return ids.to(model.device)
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - started
