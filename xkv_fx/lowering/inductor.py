@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from xkv_fx.errors import BackendError
 from xkv_fx.lowering.choose_attention import choose_attention
+from xkv_fx.lowering.choose_linear import choose_linear
 from xkv_fx.lowering.cuda_graph import RecordedSteps
 from xkv_fx.lowering.lift_weights import lift_weights
 
@@ -18,7 +19,7 @@ def lower_inductor(module: GraphModule) -> tuple[Callable[..., Tensor], str]:
     """Compile `module` with its weights as inputs; on a GPU its steps are recorded as CUDA graphs besides.
 
     Returns:
-        the compiled function, and what was chosen for its attention.
+        the compiled function, and what was chosen for its attention and its linear layers.
 
     Raises:
         BackendError: the compiler is missing or fails, or torch lies in a folder that it cannot be given.
@@ -29,7 +30,7 @@ def lower_inductor(module: GraphModule) -> tuple[Callable[..., Tensor], str]:
             "start Python through a link without spaces. backend='eager' runs without"
         )
     lifted, weights = lift_weights(module)
-    attention = choose_attention(lifted)
+    chosen = f"{choose_attention(lifted)}; {choose_linear(lifted)}"
     output = next(iter(reversed(lifted.graph.nodes)))
     output.args = ((output.args[0],),)
     lifted.recompile()
@@ -49,8 +50,8 @@ def lower_inductor(module: GraphModule) -> tuple[Callable[..., Tensor], str]:
         return logits
 
     if any(weight.device.type == "cuda" for weight in weights):
-        return RecordedSteps(run), f"{attention}; a CUDA graph recorded once a session"
-    return run, attention
+        return RecordedSteps(run), f"{chosen}; a CUDA graph recorded once a session"
+    return run, chosen
 
 
 def _first_line(error: Exception) -> str:
