@@ -17,7 +17,7 @@ PACKAGE = ROOT / "xkv_fx"
 # A room may import itself, those beside it on its level, and all below.
 LEVELS = (
     ("errors",),
-    ("files", "engine_settings"),
+    ("files", "engine_settings", "register_attention"),
     ("budgets",),
     ("runtime",),
     ("passes",),
@@ -28,7 +28,7 @@ LEVELS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MAY_IMPORT_TRANSFORMERS = {"hf", "evaluation"}
-WITHOUT_TORCH = {"errors", "files", "engine_settings", "budgets"}
+WITHOUT_TORCH = {"errors", "files", "engine_settings", "register_attention", "budgets"}
 
 
 def module_name(path: Path) -> str:

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from xkv_fx.budgets import set_model_reader as _set_model_reader
+from xkv_fx.register_attention import register_attention as _register_attention
 
 if TYPE_CHECKING:
     from xkv_fx.api import calibrate, fit_quality, profile, solve, transform, verify
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         XkvError,
     )
+    from xkv_fx.hf.compile_cache import Cache
+    from xkv_fx.lowering.torch_compile import compiled_session
     from xkv_fx.planning.calibration_data import Calibration
     from xkv_fx.planning.profile_data import Profile
     from xkv_fx.planning.verify import Verification
@@ -35,6 +38,7 @@ __all__ = [
     "BackendError",
     "BudgetError",
     "Budgets",
+    "Cache",
     "Calibration",
     "CapacityError",
     "FileFormatError",
@@ -50,6 +54,7 @@ __all__ = [
     "XkvError",
     "__version__",
     "calibrate",
+    "compiled_session",
     "fit_quality",
     "profile",
     "solve",
@@ -61,6 +66,7 @@ _HOMES = {
     "BackendError": "xkv_fx.errors",
     "BudgetError": "xkv_fx.errors",
     "Budgets": "xkv_fx.budgets",
+    "Cache": "xkv_fx.hf.compile_cache",
     "Calibration": "xkv_fx.planning.calibration_data",
     "CapacityError": "xkv_fx.errors",
     "FileFormatError": "xkv_fx.errors",
@@ -75,6 +81,7 @@ _HOMES = {
     "Verification": "xkv_fx.planning.verify",
     "XkvError": "xkv_fx.errors",
     "calibrate": "xkv_fx.api",
+    "compiled_session": "xkv_fx.lowering.torch_compile",
     "fit_quality": "xkv_fx.api",
     "profile": "xkv_fx.api",
     "solve": "xkv_fx.api",
@@ -104,3 +111,4 @@ def _read_model(model: Any) -> tuple[LayerSpec, ...]:
 
 
 _set_model_reader(_read_model)
+_register_attention()

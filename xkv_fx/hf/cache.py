@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from xkv_fx.errors import SessionError
+from xkv_fx.runtime.compile_ops import FOREIGN_CACHE
 from xkv_fx.runtime.session import Program, Session
 from xkv_fx.runtime.session_file import load_session, save_session
 
@@ -103,5 +104,9 @@ class SessionCache(Cache):
     def crop(self, *args: Any, **kwargs: Any) -> None:
         raise SessionError("a budgeted cache cannot be cropped: evicted tokens are gone; fork the session beforehand")
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_dynamo_compiling():  # an error that is raised here would break the graph and be lost
+            return torch.ops.xkv.refused(key_states, FOREIGN_CACHE), value_states
         raise SessionError("this session belongs to a transformed model; pass it to llm.generate, not to another model")

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel
 
 from xkv_fx.budgets import LayerSpec
 from xkv_fx.errors import UnsupportedModelError, XkvError
+from xkv_fx.hf.attention_entry import NAME
 from xkv_fx.hf.inspect import check_model, fingerprint, max_positions, shadow
-from xkv_fx.hf.masks import FARTHEST, OutOfSightError, check_masks, no_mask, recording_masks
+from xkv_fx.hf.masks import FARTHEST, OutOfSightError, check_masks, recording_masks
 from xkv_fx.passes.capture_module import PROBE_LENGTH
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.check_capture import check_capture
@@ -33,51 +33,6 @@ from xkv_fx.passes.find_positions import FindPositions
 from xkv_fx.passes.graph import output_node
 from xkv_fx.passes.match_attention import MatchAttention
 from xkv_fx.passes.specialize import one_token_graph
-from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
-
-NAME = "xkv"
-# Arguments that say nothing about the mathematics of attention once the mask is causal.
-_HARMLESS = {
-    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal",
-    "logits_to_keep",
-}  # fmt: skip
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    where = type(module).__name__
-    if attention_mask is not None:
-        raise UnsupportedModelError(f"{where} adds a mask of its own to attention; it cannot be captured exactly")
-    if not (getattr(module, "is_causal", True) and kwargs.get("is_causal") in (None, True)):
-        raise UnsupportedModelError(f"{where} does not attend causally; only causal attention has a KV cache to budget")
-    unknown = sorted(
-        name for name, value in kwargs.items() if value is not None and value is not False and name not in _HARMLESS
-    )
-    if unknown:
-        raise UnsupportedModelError(
-            f"{where} gives its attention {', '.join(unknown)}, which this version cannot carry over exactly"
-        )
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    layer = getattr(module, "layer_idx", None)
-    if layer is None:
-        raise UnsupportedModelError(f"{where} has no layer_idx, so its cache cannot be told from those of other layers")
-    out = torch.ops.xkv.attention(query, key, value, layer, scale, sliding_window, softcap, s_aux)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, no_mask)
 
 
 class _Entry(nn.Module):

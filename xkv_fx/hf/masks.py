@@ -1,4 +1,5 @@
-"""Masks in transformers' attention interface: ours are None, and what they would have been is read off their functions.
+"""Masks in transformers' attention interface: ours say what is padding and no more; what others would have been is read
+off their functions.
 
 A model says what a query sees twice: by the mask that it has made, and by the `sliding_window` that it gives attention.
 The graphs go by the second. Here both are compared, so that no mask is dropped which a short prompt does not show.
@@ -22,11 +23,39 @@ FARTHEST = 300_000
 _recorded: ContextVar[list[MaskFunction] | None] = ContextVar("xkv_masks", default=None)
 
 
-def no_mask(*args: Any, mask_function: MaskFunction | None = None, **kwargs: Any) -> None:
-    """The graphs mask by counting: padding is moved out of the way and causality is the op's own."""
-    recorded = _recorded.get()
-    if recorded is not None and mask_function is not None:
-        recorded.append(mask_function)
+def padding_mask(
+    *args: Any,
+    q_length: int,
+    mask_function: MaskFunction | None = None,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The graphs mask by counting: padding is moved out of the way and causality is the op's own.
+
+    Returns:
+        None while a model is captured; elsewhere which of the new tokens are no padding, bool `[rows, q_length]`, None
+        if all are.
+
+    Raises:
+        UnsupportedModelError: a model that is neither captured nor compiled combines the causal mask with another.
+    """
+    if not torch.compiler.is_dynamo_compiling():  # what a compiled model's masks are is found out when it gets a cache
+        recorded = _recorded.get()
+        if recorded is not None:
+            recorded.extend(() if mask_function is None else (mask_function,))
+            return None
+        if torch.compiler.is_exporting():
+            return None
+        if not allow_is_causal_skip:
+            raise UnsupportedModelError(
+                "the attention 'xkv' is causal and knows of padding; this model, or sequences packed into one row, "
+                "need a mask besides"
+            )
+    if attention_mask is None:
+        return None
+    valid = attention_mask[:, -q_length:]
+    return valid if torch.compiler.is_dynamo_compiling() or not bool(valid.all()) else None
 
 
 @contextmanager

@@ -24,12 +24,24 @@ def lower_inductor(module: GraphModule) -> tuple[Callable[..., Tensor], str]:
     Raises:
         BackendError: the compiler is missing or fails, or torch lies in a folder that it cannot be given.
     """
+    lifted, weights = lift_weights(module)
+    compiled, chosen = compile_lifted(lifted)
+
+    def run(*inputs: Tensor) -> Tensor:
+        return compiled(*weights.values(), *inputs)
+
+    if any(weight.device.type == "cuda" for weight in weights.values()):
+        return RecordedSteps(run), f"{chosen}; a CUDA graph recorded once a session"
+    return run, chosen
+
+
+def compile_lifted(lifted: GraphModule) -> tuple[Callable[..., Tensor], str]:
+    """As `lower_inductor`, for a graph that takes its weights as its first inputs already; the graph is changed."""
     if any(character.isspace() for character in torch.__file__):
         raise BackendError(
             f"Inductor cannot compile with a torch whose path has spaces ({torch.__file__}); install it elsewhere, or "
             "start Python through a link without spaces. backend='eager' runs without"
         )
-    lifted, weights = lift_weights(module)
     chosen = f"{choose_attention(lifted)}; {choose_linear(lifted)}"
     output = next(iter(reversed(lifted.graph.nodes)))
     output.args = ((output.args[0],),)
@@ -46,11 +58,9 @@ def lower_inductor(module: GraphModule) -> tuple[Callable[..., Tensor], str]:
 
     def run(*inputs: Tensor) -> Tensor:
         with torch.no_grad():
-            logits: Tensor = compiled(*weights, *inputs)[0]
+            logits: Tensor = compiled(*inputs)[0]
         return logits
 
-    if any(weight.device.type == "cuda" for weight in weights):
-        return RecordedSteps(run), f"{chosen}; a CUDA graph recorded once a session"
     return run, chosen
 
 

@@ -11,8 +11,9 @@ from torch.fx import GraphModule, Node
 from xkv_fx.passes.graph import attribute
 
 
-def lift_weights(module: GraphModule) -> tuple[GraphModule, tuple[Tensor, ...]]:
-    """A copy of `module` that takes its weights before its other inputs, and these weights, not copied."""
+def lift_weights(module: GraphModule) -> tuple[GraphModule, dict[str, Tensor]]:
+    """A copy of `module` that takes its weights before its other inputs, and these weights by their names in `module`,
+    in the order in which it takes them, not copied."""
     graph = copy.deepcopy(module.graph)
     first = next(iter(graph.nodes))
     inputs: dict[str, Node] = {}
@@ -24,6 +25,6 @@ def lift_weights(module: GraphModule) -> tuple[GraphModule, tuple[Tensor, ...]]:
             inputs[target].meta.update(node.meta)
         node.replace_all_uses_with(inputs[target])
         graph.erase_node(node)
-    weights = tuple(attribute(module, target) for target in inputs)
+    weights = {target: attribute(module, target) for target in inputs}
     lifted = GraphModule(torch.nn.Module(), graph)
     return lifted, weights

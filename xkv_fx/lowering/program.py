@@ -31,7 +31,7 @@ from xkv_fx.runtime.state import CachePlan
 Backend = Literal["inductor", "eager"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 Compiled = Callable[..., Tensor]
-_LOWERED = {"inductor": "one graph, compiled by Inductor, static shapes", "eager": "graph of torch kernels"}
+LOWERED = {"inductor": "one graph, compiled by Inductor, static shapes", "eager": "graph of torch kernels"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +112,7 @@ class CompiledProgram:
         self.backend = backend
         self.plan = graphs.plan
         self.max_positions = graphs.captured.max_positions
-        made_for = (graphs.captured.fingerprint, self.plan.layers, self.plan.slots, self.plan.rows, self.plan.dtype)
-        self.key = hashlib.sha256(repr((*made_for, graphs.scorer)).encode()).hexdigest()
+        self.key = program_key(graphs.captured.fingerprint, self.plan, graphs.scorer)
         self._decode, self._attention = self._lower_decode()
         self._prompt = functools.cache(self._lower_prompt)
         self._prompt("prefill", False)
@@ -137,27 +136,55 @@ class CompiledProgram:
 
     def describe(self, budgets: Budgets) -> str:
         """What was planned and what was done about it, as text."""
-        plan, policy = self.plan, budgets.policy
-        source = budgets.provenance
         lines = [
-            f"model         {self.graphs.captured.fingerprint}",
-            f"plan          {source.allocator or 'by hand'}, {budgets.total_tokens} slots in {len(plan.layers)} layers",
-            f"policy        scorer {self.graphs.scorer}, eviction {policy.eviction}, recent "
-            f"{'min(64, C/4)' if policy.recent is None else policy.recent}, sinks {policy.sinks}",
-            f"rows          {plan.rows}",
-            f"dtype         {plan.dtype} on {plan.device}",
-            f"KV bytes      {plan.kv_bytes:,} a session, and {plan.state_bytes:,} for positions and counters",
+            *describe_plan(self.graphs.captured.fingerprint, self.plan, self.graphs.scorer, budgets),
             f"prefill       graph of torch kernels, length dynamic, up to {self.max_positions} positions",
-            f"decode        {_LOWERED[self.backend]}; attention: {self._attention}",
+            f"decode        {LOWERED[self.backend]}; attention: {self._attention}",
             "",
-            "layer  slots  recent  eviction  sliding window  bytes",
+            *describe_layers(self.plan),
         ]
-        for index, (spec, slots) in enumerate(zip(plan.layers, plan.slots, strict=True)):
-            size = slots.slots * spec.slot_bytes(plan.dtype) * plan.rows
-            window = "-" if spec.sliding_window is None else str(spec.sliding_window)
-            lines.append(f"{index:5}  {slots.slots:5}  {slots.recent:6}  {slots.eviction:8}  {window:>14}  {size:,}")
-        for kind in ("prefill", "decode"):
-            lines += ["", f"passes of the {kind} graph"]
-            for record in self.graphs.get(kind).records:
-                lines.append(f"  {record.name:22} matched {record.matched:5} changed {record.changed:5}  {record.note}")
+        kinds: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
+        for kind in kinds:
+            lines += ["", *describe_passes(kind, self.graphs.get(kind))]
         return "\n".join(lines)
+
+
+def program_key(fingerprint: str, plan: CachePlan, scorer: Scorer) -> str:
+    """Identifies model, plan and batch size; a saved session fits programs of the same key."""
+    made_for = (fingerprint, plan.layers, plan.slots, plan.rows, plan.dtype, scorer)
+    return hashlib.sha256(repr(made_for).encode()).hexdigest()
+
+
+def describe_plan(fingerprint: str, plan: CachePlan, scorer: Scorer, budgets: Budgets) -> list[str]:
+    """What was planned, as lines of text."""
+    policy, source = budgets.policy, budgets.provenance
+    return [
+        f"model         {fingerprint}",
+        f"plan          {source.allocator or 'by hand'}, {budgets.total_tokens} slots in {len(plan.layers)} layers",
+        f"policy        scorer {scorer}, eviction {policy.eviction}, recent "
+        f"{'min(64, C/4)' if policy.recent is None else policy.recent}, sinks {policy.sinks}",
+        f"rows          {plan.rows}",
+        f"dtype         {plan.dtype} on {plan.device}",
+        f"KV bytes      {plan.kv_bytes:,} a session, and {plan.state_bytes:,} for positions and counters",
+    ]
+
+
+def describe_layers(plan: CachePlan) -> list[str]:
+    """A line for each layer."""
+    lines = ["layer  slots  recent  eviction  sliding window  bytes"]
+    for index, (spec, slots) in enumerate(zip(plan.layers, plan.slots, strict=True)):
+        size = slots.slots * spec.slot_bytes(plan.dtype) * plan.rows
+        window = "-" if spec.sliding_window is None else str(spec.sliding_window)
+        lines.append(f"{index:5}  {slots.slots:5}  {slots.recent:6}  {slots.eviction:8}  {window:>14}  {size:,}")
+    return lines
+
+
+def describe_passes(kind: str, graph: TransformedGraph) -> list[str]:
+    """A line for each pass that made a graph."""
+    return [
+        f"passes of the {kind} graph",
+        *(
+            f"  {record.name:22} matched {record.matched:5} changed {record.changed:5}  {record.note}"
+            for record in graph.records
+        ),
+    ]

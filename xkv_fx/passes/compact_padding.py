@@ -33,7 +33,7 @@ class CompactPadding(GraphPass):
         valid = add_input(graph, "valid", value.shape, torch.bool, value.device)
         uses = {node: list(node.users) for node in (ids, positions)}
         with at_start(graph):
-            length, place = inline(graph, _places, valid)
+            length, place = inline(graph, places, valid)
             length._rename("length")
             moved = {node: inline(graph, _move, node, place) for node in uses}
         for node, users in uses.items():
@@ -47,7 +47,8 @@ class CompactPadding(GraphPass):
         return PassRecord(self.name, 2, len(uses), "padding may stand before or after a row's tokens")
 
 
-def _places(valid: Tensor) -> tuple[Tensor, Tensor]:
+def places(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tokens each row has `[rows]`, and where each goes `[rows, S]` when a row's tokens come first."""
     length = valid.sum(1)
     place = torch.where(valid, valid.long().cumsum(1), length[:, None] + (~valid).long().cumsum(1)) - 1
     return length, place
