@@ -148,7 +148,7 @@ def test_a_model_whose_tokens_meet_elsewhere_is_refused(monkeypatch: pytest.Monk
     mixing = torch.nn.Module()
     mixing.forward = lambda *inputs: tuple(part + part.mean(1, keepdim=True) for part in last.module(*inputs))
     mixed = dataclasses.replace(graph, segments=(*graph.segments[:-1], dataclasses.replace(last, module=mixing)))  # type: ignore[arg-type]
-    monkeypatch.setattr("xkv_fx.planning.calibrate.cut_model", lambda captured: mixed)
+    monkeypatch.setattr("xkv_fx.planning.calibrate.cut_model", lambda captured, scorer: mixed)
     with pytest.raises(UnsupportedModelError, match="tokens meet outside attention"):
         cut_checked(source, SnapKV(), PROMPTS[0][None], CONTINUATION)
 

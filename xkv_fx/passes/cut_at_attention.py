@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.passes.find_attention import AttentionSite, attention_sites
+from xkv_fx.passes.find_rotation import QueryRotation, find_rotations
 from xkv_fx.passes.graph import arguments, at_length, attribute, output_node, placeholders
 
 _KNOWN = {"q", "k", "v", "layer", "scale", "sliding_window", "softcap", "sinks"}
@@ -63,6 +64,8 @@ class CutModel:
         inputs: names of token ids and position ids.
         logits: name of the logits.
         sinks: the learned sinks of each attention that has some, by its index.
+        future_positions: how many positions the means of `rotations` are taken over; None where nobody asked for them.
+        rotations: how the queries of each attention are turned. What they are before is among the segments' outputs.
     """
 
     sites: tuple[AttentionSite, ...]
@@ -70,25 +73,31 @@ class CutModel:
     inputs: tuple[str, ...]
     logits: str
     sinks: dict[int, Tensor]
+    future_positions: int | None = None
+    rotations: tuple[QueryRotation, ...] = ()
 
     @functools.cached_property
     def needed_from(self) -> tuple[frozenset[str], ...]:
         """For each segment, the names of the values that it or a later one needs; those for attentions are not among
         them."""
         needed = [frozenset[str]()]
-        for segment in reversed(self.segments):
-            needed.append(needed[-1] | {value.name for value in segment.inputs})
+        for at, segment in reversed([*enumerate(self.segments)]):
+            sources = {rotation.source.name for rotation in self.rotations[at : at + 1]}
+            needed.append(needed[-1] | {value.name for value in segment.inputs} | sources)
         return tuple(reversed(needed[1:]))
 
 
-def cut_at_attention(module: GraphModule) -> CutModel:
+def cut_at_attention(module: GraphModule, future_positions: int | None = None) -> CutModel:
     """Cut a graph `(input_ids, position_ids)` -> logits `[rows, S, vocabulary]` at its attentions.
 
     Before: `CleanGraph` has run; one row, S dynamic. The graph itself is not changed.
 
+    Args:
+        future_positions: over how many positions a scorer wants mean rotations of queries; None if it wants none.
+
     Raises:
         UnsupportedModelError: a value crosses a cut that does not belong to single tokens, or an attention has an
-            argument that cannot be carried over.
+            argument that cannot be carried over; or as `find_rotations`.
     """
     graph = module.graph
     sites = attention_sites(module)
@@ -107,6 +116,8 @@ def cut_at_attention(module: GraphModule) -> CutModel:
     wanted: dict[Node, None] = {logits: None}
     for site in sites:
         wanted |= dict.fromkeys((site.q, site.k, site.v))
+    rotations = () if future_positions is None else find_rotations(module, sites, future_positions)
+    wanted |= dict.fromkeys(rotation.source for rotation in rotations)
     crossing = {node for node in place if any(place.get(user, -1) > place[node] for user in node.users)}
     segments = []
     for index in range(len(sites) + 1):
@@ -114,7 +125,7 @@ def cut_at_attention(module: GraphModule) -> CutModel:
         outputs = [node for node in nodes if node in crossing or node in wanted]
         segments.append(_segment(module, nodes, outputs))
     sinks = {s.index: attribute(module, str(s.sinks.target)) for s in sites if s.sinks is not None}
-    return CutModel(sites, tuple(segments), tuple(placeholders(graph)), logits.name, sinks)
+    return CutModel(sites, tuple(segments), tuple(placeholders(graph)), logits.name, sinks, future_positions, rotations)
 
 
 def _segment_of(graph: Graph, sites: Sequence[AttentionSite]) -> dict[Node, int]:

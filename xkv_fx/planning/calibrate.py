@@ -117,7 +117,7 @@ def cut_checked(captured: CapturedModel, scorer: Scorer, ids: Tensor, continuati
     Raises:
         UnsupportedModelError: they cannot; something but attention lets tokens meet.
     """
-    model = cut_model(captured)
+    model = cut_model(captured, scorer)
     few = min(continuation, 8)
     short = ids[:, : min(ids.shape[1], 64 + few)]
     full = run_full(model, scorer, short, few)

@@ -9,19 +9,19 @@ tokens are then run again, those of many plans in one pass.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from xkv_fx.errors import PromptError
+from xkv_fx.errors import PassError, PromptError
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.clean_graph import CleanGraph
 from xkv_fx.passes.cut_at_attention import CutModel, Segment, Value, cut_at_attention
 from xkv_fx.passes.pipeline import run_pipeline
 from xkv_fx.planning.held import Held, HeldScored, LayerRun, attend, hold, hold_all
 from xkv_fx.runtime.attention import causal_attention
-from xkv_fx.runtime.scorers import Scorer, score_tokens
+from xkv_fx.runtime.scorers import Scorer, future_positions, score_tokens
 from xkv_fx.runtime.slots import SlotPlan
 
 # Tokens of all plans together in one pass: enough to keep the matrix products busy.
@@ -33,13 +33,17 @@ LayerPlans = Sequence[SlotPlan | None]
 """For each layer how it uses its slots, None for the full cache."""
 
 
-def cut_model(captured: CapturedModel) -> CutModel:
+def cut_model(captured: CapturedModel, scorer: Scorer | None = None) -> CutModel:
     """The captured graph of a prompt, cut at its attentions.
+
+    Args:
+        scorer: what the prompts' tokens will be ranked by; needed for one that looks at unrotated queries.
 
     Raises:
         UnsupportedModelError: see `cut_at_attention`.
     """
-    return cut_at_attention(run_pipeline(captured.graph("prompt"), (CleanGraph(),)).module)
+    module = run_pipeline(captured.graph("prompt"), (CleanGraph(),)).module
+    return cut_at_attention(module, None if scorer is None else future_positions(scorer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,13 +180,14 @@ def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) ->
     """Run prompt and continuation with the full cache.
 
     Args:
-        model: a graph cut for one row.
+        model: a graph cut for one row, and for this scorer.
         scorer: the policy's, which ranks the prompt's tokens in each layer.
         ids: int64 `[1, S + T]`.
         continuation: T, how many of the last tokens are the continuation.
 
     Raises:
         PromptError: no token before the continuation.
+        PassError: the graph was not cut for this scorer.
     """
     total = ids.shape[1]
     prompt = total - continuation
@@ -190,6 +195,7 @@ def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) ->
         raise PromptError(f"a prompt of {total} tokens leaves none before its continuation of {continuation}")
     positions = torch.arange(total, device=ids.device)[None]
     length = torch.full((1,), prompt, dtype=torch.int64, device=ids.device)
+    before_rotation = _before_rotation(model, scorer, length)
     live = dict(zip(model.inputs, (ids, positions), strict=True))
     values = {name: value[:, prompt:] for name, value in live.items()}
     length_dims = dict.fromkeys(live, 1)
@@ -209,7 +215,7 @@ def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) ->
         sinks = model.sinks.get(index)
         scores = score_tokens(
             q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt], length, None, site.scale, scorer,
-            site.sliding_window, site.softcap, sinks,
+            site.sliding_window, site.softcap, sinks, **before_rotation(index, live),
         )  # fmt: skip
         layers.append(
             LayerRun(
@@ -231,6 +237,27 @@ def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) ->
 def _first_cut(plan: LayerPlans) -> int:
     """The first layer that does not hold everything; the number of layers if there is none."""
     return next((layer for layer, slots in enumerate(plan) if slots is not None), len(plan))
+
+
+def _before_rotation(
+    model: CutModel, scorer: Scorer, length: Tensor
+) -> Callable[[int, dict[str, Tensor]], dict[str, Tensor | None]]:
+    """What a scorer is given about an attention's queries before they are turned, from the live values."""
+    wanted = future_positions(scorer)
+    if wanted is None:
+        return lambda index, live: {}
+    if wanted != model.future_positions:
+        raise PassError(f"the graph was not cut for {scorer}; cut it for the scorer that it is run with")
+    kinds = dict.fromkeys(rotation.mean for rotation in model.rotations)
+    means = {kind: None if kind is None else kind(length - 1) for kind in kinds}
+    prompt = int(length)
+
+    def of_site(index: int, live: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        rotation = model.rotations[index]
+        unrotated = rotation.arrange(live[rotation.source.name])[:, :, :prompt]
+        return {"unrotated": unrotated, "rotation": means[rotation.mean]}
+
+    return of_site
 
 
 def _logits(model: CutModel, segment: Segment, made: tuple[Tensor, ...]) -> Tensor:
