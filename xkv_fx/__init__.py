@@ -12,12 +12,13 @@ from xkv_fx.budgets import set_model_reader as _set_model_reader
 from xkv_fx.register_attention import register_attention as _register_attention
 
 if TYPE_CHECKING:
-    from xkv_fx.api import calibrate, fit_quality, profile, solve, transform, verify
+    from xkv_fx.api import calibrate, export, fit_quality, load, profile, solve, transform, verify
     from xkv_fx.budgets import Budgets, LayerSpec, Policy
     from xkv_fx.errors import (
         BackendError,
         BudgetError,
         CapacityError,
+        EngineError,
         FileFormatError,
         ModelMismatchError,
         PassError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         XkvError,
     )
     from xkv_fx.hf.compile_cache import Cache
+    from xkv_fx.lowering.engine import Engine
     from xkv_fx.lowering.torch_compile import compiled_session
     from xkv_fx.planning.calibration_data import Calibration
     from xkv_fx.planning.profile_data import Profile
@@ -41,6 +43,8 @@ __all__ = [
     "Cache",
     "Calibration",
     "CapacityError",
+    "Engine",
+    "EngineError",
     "FileFormatError",
     "LayerSpec",
     "ModelMismatchError",
@@ -55,7 +59,9 @@ __all__ = [
     "__version__",
     "calibrate",
     "compiled_session",
+    "export",
     "fit_quality",
+    "load",
     "profile",
     "solve",
     "transform",
@@ -69,6 +75,8 @@ _HOMES = {
     "Cache": "xkv_fx.hf.compile_cache",
     "Calibration": "xkv_fx.planning.calibration_data",
     "CapacityError": "xkv_fx.errors",
+    "Engine": "xkv_fx.lowering.engine",
+    "EngineError": "xkv_fx.errors",
     "FileFormatError": "xkv_fx.errors",
     "LayerSpec": "xkv_fx.budgets",
     "ModelMismatchError": "xkv_fx.errors",
@@ -82,7 +90,9 @@ _HOMES = {
     "XkvError": "xkv_fx.errors",
     "calibrate": "xkv_fx.api",
     "compiled_session": "xkv_fx.lowering.torch_compile",
+    "export": "xkv_fx.api",
     "fit_quality": "xkv_fx.api",
+    "load": "xkv_fx.api",
     "profile": "xkv_fx.api",
     "solve": "xkv_fx.api",
     "transform": "xkv_fx.api",

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from xkv_fx.hf.generation import BudgetedLM
+    from xkv_fx.lowering.engine import Engine
     from xkv_fx.lowering.plain import BudgetedModule
     from xkv_fx.planning.calibration_data import Calibration
     from xkv_fx.planning.profile_data import Profile
     from xkv_fx.planning.verify import Verification
 
-__all__ = ["calibrate", "fit_quality", "profile", "solve", "transform", "verify"]
+__all__ = ["calibrate", "export", "fit_quality", "load", "profile", "solve", "transform", "verify"]
 
 
 def profile(
@@ -305,3 +306,42 @@ def transform(
     captured = capture(model, rows=batch_size, check=check)
     program = compile_program(captured, budgets, backend, max_new_tokens)
     return BudgetedLM(model.config, model.generation_config, budgets, program)
+
+
+def export(
+    llm: BudgetedLM | BudgetedModule, folder: str | os.PathLike[str], target: str = "aoti", tokenizer: Any = None
+) -> None:
+    """Write an engine: a folder that generates without transformers, the model's code, or a compiler.
+
+    Args:
+        llm: what `transform` returned, whatever its backend.
+        folder: a new folder; it appears whole or not at all.
+        target: `"aoti"` compiles the graphs for this machine's device and instruction set and this torch, `"pt2"` saves
+            them as `torch.export` does, which `load` reads with `trust=True` only.
+        tokenizer: anything with transformers' `save_pretrained`; its files go with the engine.
+
+    Raises:
+        BackendError: an unknown target, a missing compiler, or a scorer that cannot be traced.
+        UnsupportedModelError: not a transformed model, or one with weights that are no plain tensors.
+        EngineError: the folder exists.
+    """
+    from xkv_fx.lowering.export_engine import export_engine
+
+    export_engine(llm, folder, target, tokenizer)
+
+
+def load(folder: str | os.PathLike[str], trust: bool = False) -> Engine:
+    """Load an engine that `export` wrote. It needs torch alone.
+
+    An engine is executable code. Sizes and hashes are checked before anything runs; they detect damage, not malice.
+
+    Args:
+        trust: also take the target `"pt2"`, which torch reads with pickle.
+
+    Raises:
+        FileFormatError: not an engine, damaged, incomplete, of a newer format, or one that contradicts itself.
+        EngineError: built for another torch, device or instruction set; or a target that `trust` is needed for.
+    """
+    from xkv_fx.lowering.engine import load_engine
+
+    return load_engine(folder, trust)

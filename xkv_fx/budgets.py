@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from xkv_fx.engine_settings import engine_settings
 from xkv_fx.errors import BudgetError, FileFormatError, ModelMismatchError
-from xkv_fx.files import is_int, read_json, write_json
+from xkv_fx.files import check_format, is_int, read_json, write_json
 
 FORMAT = "xkv_fx.budgets"
 FORMAT_VERSION = 1
@@ -309,16 +309,17 @@ class Budgets:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file appears whole or not at all."""
-        write_json(
-            path,
-            {
-                "format": FORMAT,
-                "version": FORMAT_VERSION,
-                "capacities": list(self.capacities),
-                "policy": self.policy.to_dict(),
-                "provenance": self.provenance.to_dict(),
-            },
-        )
+        write_json(path, self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON's types."""
+        return {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "capacities": list(self.capacities),
+            "policy": self.policy.to_dict(),
+            "provenance": self.provenance.to_dict(),
+        }
 
     def to(self, engine: str, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         """This plan in another engine's own settings. These engines keep the newest tokens only (and sinks): what the
@@ -355,19 +356,29 @@ class Budgets:
         """
         data = read_json(path, FORMAT, FORMAT_VERSION)
         try:
-            unknown = sorted(set(data) - {"format", "version", "capacities", "policy", "provenance"})
-            if unknown:
-                raise FileFormatError(f"unknown fields {', '.join(map(repr, unknown))}")
-            capacities = data.get("capacities")
-            if not isinstance(capacities, list):
-                raise FileFormatError("'capacities' is missing or not a list")
-            return cls(
-                tuple(capacities),
-                Policy.from_dict(data.get("policy")),
-                Provenance.from_dict(data.get("provenance", {})),
-            )
+            return cls.from_dict(data)
         except (FileFormatError, BudgetError) as error:
             raise FileFormatError(f"{os.fspath(path)}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Budgets:
+        """The plan that `to_dict` gave.
+
+        Raises:
+            FileFormatError, BudgetError: it is none; the message names no file.
+        """
+        check_format(data, FORMAT, FORMAT_VERSION)
+        unknown = sorted(set(data) - {"format", "version", "capacities", "policy", "provenance"})
+        if unknown:
+            raise FileFormatError(f"unknown fields {', '.join(map(repr, unknown))}")
+        capacities = data.get("capacities")
+        if not isinstance(capacities, list):
+            raise FileFormatError("'capacities' is missing or not a list")
+        return cls(
+            tuple(capacities),
+            Policy.from_dict(data.get("policy")),
+            Provenance.from_dict(data.get("provenance", {})),
+        )
 
 
 ModelReader = Callable[[Any], tuple[LayerSpec, ...]]

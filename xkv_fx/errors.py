@@ -41,3 +41,7 @@ class SessionError(XkvError):
 
 class BackendError(XkvError):
     """A lowering that is unknown, or that lacks what it needs on this machine."""
+
+
+class EngineError(XkvError):
+    """An engine's folder that does not fit this machine, this torch, or itself; or one that cannot be written."""

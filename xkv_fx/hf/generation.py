@@ -40,6 +40,18 @@ class BudgetedLM(Budgeted, GenerationMixin):
         """An empty session; any number of them share the weights and graphs."""
         return SessionCache(self.program)
 
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The generation config's."""
+        ends = self.generation_config.eos_token_id
+        return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+
+    @property
+    def pad_token(self) -> int:
+        """The generation config's; without one, as in transformers, the first end token."""
+        pad = self.generation_config.pad_token_id
+        return next(iter(self.end_tokens), 0) if pad is None else pad
+
     def _remade(self, budgets: Budgets, program: CompiledProgram) -> BudgetedLM:
         return BudgetedLM(self.config, self.generation_config, budgets, program)
 

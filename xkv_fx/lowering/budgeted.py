@@ -62,6 +62,16 @@ class Budgeted(nn.Module):
         """Bytes of positions, scores and counters that each session allocates."""
         return self.program.plan.state_bytes
 
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Tokens that end a row when an engine of this model generates."""
+        return ()
+
+    @property
+    def pad_token(self) -> int:
+        """The token that fills rows which have ended."""
+        return 0
+
     def with_budgets(self, budgets: Budgets, backend: str | None = None, max_new_tokens: int = 0) -> Self:
         """The same captured model under another plan, sharing weights; `transform` without capturing again.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from xkv_fx.errors import PromptError
 from xkv_fx.files import is_int
 from xkv_fx.lowering.budgeted import Budgeted
+from xkv_fx.runtime.greedy import generate_tokens, likeliest
 from xkv_fx.runtime.session import Session
 
 
@@ -55,8 +56,6 @@ class BudgetedModule(Budgeted):
             PromptError: an argument out of its range, or as `Session.feed`.
             CapacityError, SessionError: as `Session.feed` and `Session.check_owner`.
         """
-        if not is_int(max_new_tokens) or max_new_tokens < 1:
-            raise PromptError(f"max_new_tokens must be a whole number of at least 1; got {max_new_tokens!r}")
         if do_sample and not temperature > 0:
             raise PromptError(f"temperature must be above 0; got {temperature!r}")
         if top_k is not None and (not is_int(top_k) or top_k < 1):
@@ -64,26 +63,22 @@ class BudgetedModule(Budgeted):
         if session is None:
             session = self.new_session()
         session.check_owner(self.program)
-        valid = None if attention_mask is None else attention_mask != 0
-        if valid is not None and not bool(valid.any(-1).all()):
-            raise PromptError("a row of the prompt is nothing but padding; give every row at least one token")
-        logits = session.feed(input_ids, valid=valid)
-        over = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        tokens = [input_ids]
-        for _ in range(max_new_tokens):
-            if len(tokens) > 1:
-                logits = session.step(tokens[-1])
-            chosen = _choose(logits[:, -1], temperature, top_k, generator) if do_sample else logits[:, -1].argmax(-1)
-            if eos_token_id is not None:
-                chosen = chosen.masked_fill(over, eos_token_id)
-                over = over | (chosen == eos_token_id)
-            tokens.append(chosen[:, None])
-            if bool(over.all()):
-                break
-        return torch.cat(tokens, 1)
+
+        def draw(logits: Tensor) -> Tensor:
+            return _draw(logits, temperature, top_k, generator)
+
+        return generate_tokens(
+            session,
+            input_ids,
+            max_new_tokens,
+            attention_mask,
+            choose=draw if do_sample else likeliest,
+            end_tokens=() if eos_token_id is None else (eos_token_id,),
+            pad_token=0 if eos_token_id is None else eos_token_id,
+        )
 
 
-def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
     """A token for each row `[rows]`, drawn from logits `[rows, vocabulary]`."""
     logits = logits.float() / temperature
     if top_k is not None:

@@ -39,8 +39,8 @@ def causal_attention(
         without the sinks.
     """
     windowed = sliding_window is not None and k.shape[2] > sliding_window
-    if _flash_applies(q, k, v) and softcap is None and slopes is None and not windowed:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    if flash_applies(q, k, v) and softcap is None and slopes is None and not windowed:
+        out, lse = causal_by_flash(q, k, v, scale)
     elif attention_cuda.flash_applies(q, k, v) and softcap is None and slopes is None and not windowed:
         out, lse = attention_cuda.causal_by_flash(q, k, v, scale)
     else:
@@ -68,25 +68,47 @@ def slot_attention(
     Returns:
         as `causal_attention`; a query without any slot gets output 0 and a log-sum-exp of minus infinity.
     """
-    empty = ~mask.any(-1)
     per_head = mask.shape[1] != 1
-    if _flash_applies(q, k, v) and softcap is None and slopes is None and not per_head:
-        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=bias, scale=scale
-        )
+    if flash_applies(q, k, v) and softcap is None and slopes is None and not per_head:
+        out, lse = slots_by_flash(q, k, v, mask, scale)
     elif attention_cuda.bias_applies(q, k, v, mask) and softcap is None and slopes is None:
         out, lse = attention_cuda.slots_by_bias(q, k, v, mask, scale)
     else:
         blocks = [
-            _softmax_block(
+            softmax_block(
                 part, k, v, scale, _rows_of(mask, start, start + BLOCK), softcap, _slot_bias(slopes, ages, start, part)
             )
             for start, part in _blocks(q)
         ]
         out, lse = (torch.cat(parts, 2) for parts in zip(*blocks, strict=True))
+    return without_slots((out, lse), q, k, mask)
+
+
+def flash_applies(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch has a flash kernel that returns the log-sum-exp for these."""
+    return q.device.type == "cpu" and k.shape[-1] == v.shape[-1]
+
+
+def causal_by_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`causal_attention` by torch's flash kernel."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    return out, lse
+
+
+def slots_by_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`slot_attention` by torch's flash kernel; queries without a slot get anything."""
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, False, attn_mask=bias, scale=scale
+    )
+    return out, lse
+
+
+def without_slots(attended: tuple[Tensor, Tensor], q: Tensor, k: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Output 0 and a log-sum-exp of minus infinity for queries that `mask` gives no slot."""
+    out, lse = attended
     group = q.shape[1] // k.shape[1]
-    empty = empty.expand(-1, k.shape[1], q.shape[2]).repeat_interleave(group, 1)
+    empty = (~mask.any(-1)).expand(-1, k.shape[1], q.shape[2]).repeat_interleave(group, 1)
     return out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, float("-inf"))
 
 
@@ -141,9 +163,15 @@ def _slot_bias(slopes: Tensor | None, ages: Tensor | None, start: int, part: Ten
     return distance_bias(slopes, ages[:, :, None] + query[:, None])
 
 
-def _softmax_block(
+def softmax_block(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, softcap: float | None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a block of queries, with all of its logits at once.
+
+    Args:
+        mask: bool, broadcastable to `[rows, kv_heads, S, N]`.
+        bias: added to the logits, as `distance_bias` gives it.
+    """
     logits = group_logits(q, k, scale, softcap)
     if bias is not None:
         logits += bias.reshape(bias.shape[0], *logits.shape[1:3], *bias.shape[3:])
@@ -173,9 +201,7 @@ def _causal_in_blocks(
         if sliding_window is not None:
             mask &= key > query - sliding_window
         bias = None if slopes is None else distance_bias(slopes, (query - key)[None, None])
-        out, lse = _softmax_block(
-            part, k[:, :, first:stop], v[:, :, first:stop], scale, mask[None, None], softcap, bias
-        )
+        out, lse = softmax_block(part, k[:, :, first:stop], v[:, :, first:stop], scale, mask[None, None], softcap, bias)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 2), torch.cat(lses, 2)
@@ -187,7 +213,3 @@ def _blocks(q: Tensor) -> list[tuple[int, Tensor]]:
 
 def _rows_of(mask: Tensor, start: int, stop: int) -> Tensor:
     return mask if mask.shape[2] == 1 else mask[:, :, start:stop]
-
-
-def _flash_applies(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return q.device.type == "cpu" and k.shape[-1] == v.shape[-1]

@@ -151,8 +151,10 @@ def keep(
     Returns:
         the survivors' scores, float32 `[rows, kv_heads, slots]`.
     """
-    plan = SlotPlan(capacity, k_cache.shape[2], recent, sinks, EVICTIONS[eviction], sliding_window)  # type: ignore[arg-type]
-    return write_survivors(k, v, scores, length, seen, base, k_cache, v_cache, positions, plan, fresh)
+    return _keep(
+        k, v, scores, length, seen, base, k_cache, v_cache, positions, capacity, recent, sinks, eviction,
+        sliding_window, fresh,
+    )  # fmt: skip
 
 
 @keep.register_fake
@@ -174,6 +176,27 @@ def _(
     fresh: bool,
 ) -> Tensor:
     return scores.new_empty(positions.shape)
+
+
+def _keep(
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    length: Tensor,
+    seen: Tensor,
+    base: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    capacity: int,
+    recent: int,
+    sinks: int,
+    eviction: int,
+    sliding_window: int | None,
+    fresh: bool,
+) -> Tensor:
+    plan = SlotPlan(capacity, k_cache.shape[2], recent, sinks, EVICTIONS[eviction], sliding_window)  # type: ignore[arg-type]
+    return write_survivors(k, v, scores, length, seen, base, k_cache, v_cache, positions, plan, fresh)
 
 
 @torch.library.custom_op("xkv::decode_attention", mutates_args=("k_cache", "v_cache"))
@@ -346,7 +369,9 @@ def _like_output(q: Tensor, v: Tensor) -> Tensor:
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.xkv.keep.default: _keep,
     torch.ops.xkv.decode_attention.default: _decode,
     torch.ops.xkv.decode_scored.default: _decode_scored,
 }
-"""What a lowering may put in place of an op: a function of plain aten ops, for ops whose shapes are all static."""
+"""What a lowering may put in place of an op: a function of plain aten ops that does not ask how long a prompt is. Those
+of the prompt's attention are in `any_length`."""

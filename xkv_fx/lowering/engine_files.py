@@ -1,0 +1,80 @@
+"""What is checked about the files of an engine's folder before anything in them runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+from xkv_fx.errors import EngineError, FileFormatError
+from xkv_fx.lowering.aoti import METADATA_KEY
+from xkv_fx.lowering.manifest import FileRecord, Kind, Manifest
+from xkv_fx.lowering.portable import KEY_FILE
+
+_MAX_SMALL_BYTES = 1 << 20
+# What torch writes around the code of a package.
+_ABOUT = {"archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id"}
+_CODE = "data/aotinductor/model/"
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Size and SHA-256 of every file that the manifest names.
+
+    Raises:
+        FileFormatError: one is missing, changed, or no file within the folder.
+    """
+    root = folder.resolve()
+    for name, record in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise FileFormatError(f"{path}: the manifest names it, but there is no such file")
+        if path.resolve() != root / name:
+            raise FileFormatError(f"{path}: a link; an engine's files lie in its own folder")
+        size = os.stat(path).st_size
+        if size != record.size:
+            raise FileFormatError(f"{path}: {size} bytes instead of the manifest's {record.size}; it is damaged")
+        if FileRecord.of(path) != record:
+            raise FileFormatError(f"{path}: its SHA-256 is not the manifest's; it is damaged or was changed")
+
+
+def check_package(folder: Path, manifest: Manifest, kind: Kind) -> None:
+    """That a package holds what its target says and nothing else that torch would read, and was made for this plan.
+
+    Raises:
+        FileFormatError: it does not.
+        EngineError: it was made for another plan than the manifest's.
+    """
+    path = folder / manifest.packages[kind].file
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {name.partition("/")[2]: name for name in archive.namelist()}
+            foreign = [name for name in members if name not in _ABOUT and not name.startswith(_CODE)]
+            if manifest.target == "aoti" and foreign:
+                raise FileFormatError(f"it holds {foreign[0]!r}, which is no part of compiled code")
+            keys = {_read(archive, members[name]) for name in members if _holds_key(name, manifest.target)}
+    except (FileFormatError, zipfile.BadZipFile, ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: {error}") from error
+    found = {_key_in(text, manifest.target) for text in keys} - {None}
+    if found != {manifest.package_key(kind)}:
+        raise EngineError(f"{path}: it was made for other budgets, weights or shapes than those of the manifest")
+
+
+def _holds_key(member: str, target: str) -> bool:
+    if target == "aoti":
+        return member.startswith(_CODE) and member.endswith("_metadata.json")
+    return member.rpartition("/")[2] == KEY_FILE
+
+
+def _read(archive: zipfile.ZipFile, member: str) -> str:
+    if archive.getinfo(member).file_size > _MAX_SMALL_BYTES:
+        raise FileFormatError(f"{member} is larger than {_MAX_SMALL_BYTES} bytes")
+    return archive.read(member).decode("utf-8", errors="replace")
+
+
+def _key_in(text: str, target: str) -> str | None:
+    if target != "aoti":
+        return text
+    data = json.loads(text)
+    key = data.get(METADATA_KEY) if isinstance(data, dict) else None
+    return key if isinstance(key, str) else None

@@ -1,0 +1,380 @@
+"""What an engine's folder says about itself, read as untrusted."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from xkv_fx.budgets import Budgets, LayerSpec
+from xkv_fx.errors import EngineError, FileFormatError, XkvError
+from xkv_fx.files import is_int, read_json, write_json
+from xkv_fx.runtime.slots import slot_plans
+from xkv_fx.runtime.state import CachePlan
+
+FORMAT = "xkv_fx.engine"
+FORMAT_VERSION = 1
+NAME = "manifest.json"
+WEIGHTS = "weights.safetensors"
+LENGTH = "S"
+"""Stands in a shape for the number of columns of a prompt."""
+
+Target = Literal["aoti", "pt2"]
+TARGETS: tuple[str, ...] = get_args(Target)
+Kind = Literal["prefill", "extend", "decode"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+        torch.uint8, torch.bool, torch.complex64,
+    )
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """A weight or an input: its name, its shape (`LENGTH` for the columns of a prompt), its dtype."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> TensorSpec:
+        fields = _fields(data, "a tensor", {"name": str, "shape": list, "dtype": str})
+        for size in fields["shape"]:
+            if size != LENGTH and not (is_int(size) and size >= 0):
+                raise FileFormatError(f"the shape of {fields['name']!r} holds {size!r}")
+        if fields["dtype"] not in DTYPES:
+            raise FileFormatError(f"{fields['name']!r} is of an unknown dtype {fields['dtype']!r}")
+        return cls(fields["name"], tuple(fields["shape"]), fields["dtype"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """One graph: its file, and what it is called with: these weights, then these inputs."""
+
+    file: str
+    weights: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        inputs = [spec.to_dict() for spec in self.inputs]
+        return {"file": self.file, "weights": list(self.weights), "inputs": inputs}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Package:
+        fields = _fields(data, "a package", {"file": str, "weights": list, "inputs": list})
+        if not all(isinstance(name, str) for name in fields["weights"]):
+            raise FileFormatError("a package's weights must be names")
+        return cls(
+            fields["file"], tuple(fields["weights"]), tuple(TensorSpec.from_dict(spec) for spec in fields["inputs"])
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """Size and SHA-256 of a file."""
+
+    size: int
+    sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"bytes": self.size, "sha256": self.sha256}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> FileRecord:
+        fields = _fields(data, "a file", {"bytes": int, "sha256": str})
+        return cls(fields["bytes"], fields["sha256"])
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        with open(path, "rb") as file:
+            return cls(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What compiled code needs: this torch, this kind of device, and these instructions."""
+
+    torch: str
+    device: str
+    architecture: str
+    instructions: str
+
+    @classmethod
+    def here(cls, device: str) -> Machine:
+        """This machine; `instructions` is the CPU's capability, or for CUDA the GPU's compute capability."""
+        if device == "cuda":
+            major, minor = torch.cuda.get_device_capability()
+            instructions = f"sm_{major}{minor}"
+        else:
+            instructions = torch.backends.cpu.get_cpu_capability()
+        return cls(torch.__version__.split("+")[0], device, platform.machine(), instructions)
+
+    def check(self) -> None:
+        """Raise EngineError, saying what differs, unless this is the machine that runs now."""
+        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
+            raise EngineError(f"it was built for the device {self.device!r}, which is not here")
+        here = Machine.here(self.device)
+        for what, built, now in (
+            ("torch", self.torch, here.torch),
+            ("the processor", self.architecture, here.architecture),
+            ("the instruction set", self.instructions, here.instructions),
+        ):
+            if built != now:
+                raise EngineError(f"it was built for {what} {built}, and this is {now}; export it again for this one")
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """An engine, all but its code and weights.
+
+    Attributes:
+        target: `"aoti"` or `"pt2"`.
+        machine: what it was built for.
+        xkv_fx: version of this package that wrote it.
+        model: the model's fingerprint.
+        program: identifies model, plan and batch size; as that of the transformed model, so that sessions fit.
+        budgets: the plan.
+        layers: what each layer caches.
+        room: slots set aside for generated tokens under `eviction="append"`.
+        batch_size: rows.
+        dtype: of K/V.
+        vocabulary: size of the logits' last dimension.
+        known_tokens: ids from 0 to before this one may be fed.
+        max_positions: longest sequence of a row; None if unbounded.
+        shortest, longest: columns that the graphs of prompts take.
+        end_tokens: generation of a row ends with one of these.
+        pad_token: what fills rows that are over.
+        weights: all weights, as in the file.
+        packages: the graphs, by their kind.
+        files: size and hash of every file of the folder but the manifest.
+    """
+
+    target: str
+    machine: Machine
+    xkv_fx: str
+    model: str
+    program: str
+    budgets: Budgets
+    layers: tuple[LayerSpec, ...]
+    room: int
+    batch_size: int
+    dtype: str
+    vocabulary: int
+    known_tokens: int
+    max_positions: int | None
+    shortest: int
+    longest: int
+    end_tokens: tuple[int, ...]
+    pad_token: int
+    weights: tuple[TensorSpec, ...]
+    packages: Mapping[Kind, Package]
+    files: Mapping[str, FileRecord]
+
+    @property
+    def plan(self) -> CachePlan:
+        """What each session allocates.
+
+        Raises:
+            BudgetError: the budgets do not fit the layers.
+        """
+        slots = slot_plans(self.budgets, self.layers, self.room)
+        return CachePlan(self.layers, slots, self.batch_size, DTYPES[self.dtype], torch.device(self.machine.device))
+
+    def package_key(self, kind: Kind) -> str:
+        """SHA-256 of all that a package was compiled for; the package holds it too."""
+        package = self.packages[kind]
+        shapes = {spec.name: spec.to_dict() for spec in self.weights}
+        compiled_for = {
+            "kind": kind,
+            "model": self.model,
+            "capacities": self.budgets.capacities,
+            "policy": self.budgets.policy.to_dict(),
+            "layers": [dataclasses.asdict(spec) for spec in self.layers],
+            "room": self.room,
+            "batch_size": self.batch_size,
+            "columns": (self.shortest, self.longest),
+            "weights": [shapes[name] for name in package.weights],
+            "inputs": [spec.to_dict() for spec in package.inputs],
+        }
+        return hashlib.sha256(json.dumps(compiled_for, sort_keys=True).encode()).hexdigest()
+
+    def with_files(self, files: Mapping[str, FileRecord]) -> Manifest:
+        """The same, naming these files."""
+        return dataclasses.replace(self, files=files)
+
+    def save(self, folder: Path) -> None:
+        """Write it into the folder, whole or not at all."""
+        plain = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.type in ("str", "int", "int | None")
+        }
+        write_json(
+            folder / NAME,
+            {
+                "format": FORMAT,
+                "version": FORMAT_VERSION,
+                **plain,
+                "machine": dataclasses.asdict(self.machine),
+                "budgets": self.budgets.to_dict(),
+                "layers": [dataclasses.asdict(spec) for spec in self.layers],
+                "end_tokens": list(self.end_tokens),
+                "packages": {kind: package.to_dict() for kind, package in self.packages.items()},
+                "weights": [spec.to_dict() for spec in self.weights],
+                "files": {name: record.to_dict() for name, record in self.files.items()},
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read the manifest of a folder and check that it is one, and agrees with itself.
+
+        Raises:
+            FileFormatError: no manifest, damaged, of a newer format, or one that contradicts itself.
+        """
+        path = folder / NAME
+        if not path.is_file():
+            raise FileFormatError(f"{path}: there is no such file; {folder} is not an engine's folder")
+        data = read_json(path, FORMAT, FORMAT_VERSION)
+        try:
+            manifest = cls._from_dict(data)
+            manifest._check()
+        except XkvError as error:
+            raise FileFormatError(f"{path}: {error}") from error
+        return manifest
+
+    @classmethod
+    def _from_dict(cls, data: dict[str, Any]) -> Manifest:
+        kinds: dict[str, Any] = {"str": str, "int": int, "int | None": (int, type(None))}
+        names = {field.name: kinds.get(str(field.type), (dict, list)) for field in dataclasses.fields(cls)}
+        fields = _fields({name: data[name] for name in data if name not in ("format", "version")}, "it", names)
+        for name in ("machine", "budgets", "packages", "files"):
+            _fields(fields[name], name)
+        for name in ("layers", "end_tokens", "weights"):
+            if not isinstance(fields[name], list):
+                raise FileFormatError(f"{name!r} must be a list")
+        if not all(is_int(token) and token >= 0 for token in fields["end_tokens"]):
+            raise FileFormatError("'end_tokens' must be token ids")
+        if set(fields["packages"]) != set(KINDS):
+            raise FileFormatError(f"'packages' must be {', '.join(KINDS)}")
+        fields["machine"] = Machine(**_fields(fields["machine"], "machine", _texts(Machine)))
+        fields["budgets"] = Budgets.from_dict(fields["budgets"])
+        fields["layers"] = tuple(_layer(spec) for spec in fields["layers"])
+        fields["end_tokens"] = tuple(fields["end_tokens"])
+        fields["weights"] = tuple(TensorSpec.from_dict(spec) for spec in fields["weights"])
+        fields["packages"] = {kind: Package.from_dict(fields["packages"][kind]) for kind in KINDS}
+        fields["files"] = {name: FileRecord.from_dict(record) for name, record in fields["files"].items()}
+        return cls(**fields)
+
+    def _check(self) -> None:
+        """That names, files, shapes and the plan agree.
+
+        Raises:
+            FileFormatError: they do not.
+            BudgetError: the budgets do not fit the layers.
+        """
+        if self.target not in TARGETS:
+            raise FileFormatError(f"its target {self.target!r} is unknown; known are {', '.join(TARGETS)}")
+        if self.dtype not in DTYPES:
+            raise FileFormatError(f"its dtype {self.dtype!r} is unknown")
+        for name in ("batch_size", "vocabulary", "known_tokens", "shortest"):
+            if getattr(self, name) < 1:
+                raise FileFormatError(f"{name!r} must be at least 1; it is {getattr(self, name)}")
+        if self.longest < self.shortest or self.pad_token < 0:
+            raise FileFormatError("'longest' is below 'shortest', or 'pad_token' below 0")
+        for name in (WEIGHTS, *(package.file for package in self.packages.values())):
+            if name not in self.files:
+                raise FileFormatError(f"'files' does not name {name}")
+        for name in self.files:
+            check_name(name)
+        known = {spec.name for spec in self.weights}
+        if len(known) != len(self.weights):
+            raise FileFormatError("a weight is named twice")
+        plan = self.plan
+        for kind, package in self.packages.items():
+            unknown = sorted(set(package.weights) - known)
+            if unknown:
+                raise FileFormatError(f"the package {kind} takes {unknown[0]!r}, which is no weight")
+            expected = inputs_of(kind, plan)
+            for planned, found in zip(expected, package.inputs, strict=False):
+                if planned != found:
+                    raise FileFormatError(
+                        f"the budgets do not match the package {kind}: by them it takes {planned.name} {planned.dtype} "
+                        f"{list(planned.shape)}, but it takes {found.name} {found.dtype} {list(found.shape)}"
+                    )
+            if len(expected) != len(package.inputs):
+                raise FileFormatError(
+                    f"the budgets do not match the package {kind}: by them it takes {len(expected)} inputs besides "
+                    f"weights, but it takes {len(package.inputs)}"
+                )
+
+
+def inputs_of(kind: Kind, plan: CachePlan) -> tuple[TensorSpec, ...]:
+    """What a graph of that kind takes after its weights."""
+    columns = 1 if kind == "decode" else LENGTH
+    tokens = [TensorSpec(name, (plan.rows, columns), "int64") for name in ("input_ids", "position_ids")]
+    if kind != "decode":
+        tokens.append(TensorSpec("valid", (plan.rows, columns), "bool"))
+    return (*tokens, *(spec_of(name, *plan.shape_and_dtype(name)) for name in plan.names()))
+
+
+def spec_of(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> TensorSpec:
+    return TensorSpec(name, tuple(shape), str(dtype).removeprefix("torch."))
+
+
+def check_name(name: str) -> None:
+    """Refuse a file name of a manifest that does not lie below the folder, in the one way of writing it.
+
+    Raises:
+        FileFormatError: it does not.
+    """
+    parts = name.split("/")
+    if "\\" in name or "\0" in name or ":" in name or any(part in ("", ".", "..") for part in parts):
+        raise FileFormatError(f"the file {name!r} would lie outside of the folder, or is written in a strange way")
+
+
+def _fields(data: Any, what: str, names: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A JSON object with exactly these fields of these types.
+
+    Raises:
+        FileFormatError: anything else.
+    """
+    if not isinstance(data, dict):
+        raise FileFormatError(f"{what} must be a JSON object, not {type(data).__name__}")
+    if names is None:
+        return data
+    wrong = sorted(set(names) ^ set(data))
+    if wrong:
+        state = "lacks" if wrong[0] in names else "has an unknown field"
+        raise FileFormatError(f"{what} {state} {wrong[0]!r}; is the folder of another xkv_fx?")
+    for name, kind in names.items():
+        if not isinstance(data[name], kind) or isinstance(data[name], bool):
+            raise FileFormatError(f"{name!r} of {what} is of the wrong type: {data[name]!r:.80}")
+    return dict(data)
+
+
+def _texts(kind: type[Any]) -> dict[str, Any]:
+    return {field.name: str for field in dataclasses.fields(kind)}
+
+
+def _layer(data: Any) -> LayerSpec:
+    names: dict[str, Any] = {field.name: int for field in dataclasses.fields(LayerSpec)}
+    names["sliding_window"] = (int, type(None))
+    fields = _fields(data, "a layer", names)
+    if any(value is not None and value < 1 for value in fields.values()):
+        raise FileFormatError("a layer's sizes must be at least 1")
+    return LayerSpec(**fields)

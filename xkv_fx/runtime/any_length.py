@@ -1,0 +1,193 @@
+"""The prompt's attention in forms that neither branch nor loop in Python on the number of tokens, so that a graph that
+is traced once is right for every length. Arguments, shapes and dtypes are those of `ops` and `attention`, whose forms
+are for lengths that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop
+
+from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
+from xkv_fx.runtime.attention import (
+    BLOCK,
+    apply_sinks,
+    causal_by_flash,
+    distance_bias,
+    flash_applies,
+    merge_attention,
+    slots_by_flash,
+    softmax_block,
+    without_slots,
+)
+from xkv_fx.runtime.scorers import accumulated  # noqa: F401  (registers its op)
+from xkv_fx.runtime.scorers.prompt import PromptView
+
+BlockOf = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: int,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """`xkv::attention`."""
+    out, lse = _causal(q, k, v, scale, sliding_window, softcap, slopes)
+    return apply_sinks(out, lse, sinks).contiguous()
+
+
+def extend_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    mask: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    ages: Tensor | None = None,
+) -> Tensor:
+    """`xkv::extend_attention`."""
+    among_new = _causal(q, k, v, scale, sliding_window, softcap, slopes)
+    over_slots = _slots(q, k_cache, v_cache, mask, scale, softcap, slopes, ages)
+    out, lse = merge_attention(among_new, over_slots)
+    return apply_sinks(out, lse, sinks).contiguous()
+
+
+def accumulated_attention(
+    q: Tensor,
+    k: Tensor,
+    length: Tensor,
+    scale: float,
+    seen: Tensor,
+    old_k: Tensor | None = None,
+    old_ordinals: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """`xkv::accumulated_attention`; each block of queries looks at all keys."""
+    prompt = PromptView(
+        q, k, None, length, scale, seen, old_k, None, old_ordinals, sliding_window, softcap, sinks, slopes
+    )
+    queries = q.shape[2]
+    offset = torch.arange(BLOCK, device=q.device)
+
+    def unfinished(start: Tensor, mass: Tensor) -> Tensor:
+        return start < queries
+
+    def add_block(start: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+        which = start + offset  # past the last query: none of a row's valid ones
+        block = q.index_select(2, which.clamp(max=queries - 1))
+        paid = prompt._attention(block, which.expand(q.shape[0], -1), queries)
+        return start + BLOCK, mass + paid.sum(3).mean(2)
+
+    start = torch.zeros((), dtype=torch.int64, device=q.device)
+    mass = torch.zeros(prompt.ordinals.shape, dtype=torch.float32, device=q.device)
+    _, total = while_loop(unfinished, add_block, (start, mass))
+    return total
+
+
+def _causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    slopes: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As `causal_attention`, without sinks."""
+    if sliding_window is None and softcap is None and slopes is None and flash_applies(q, k, v):
+        return causal_by_flash(q, k, v, scale)
+    length = q.shape[2]
+
+    def over_all(part: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        distance = query[:, None] - torch.arange(length, device=q.device)
+        bias = None if slopes is None else distance_bias(slopes, distance[None, None])
+        return softmax_block(part, k, v, scale, (distance >= 0)[None, None], softcap, bias)
+
+    if sliding_window is None:
+        return _in_blocks(q, v, over_all)
+    window = sliding_window
+
+    def over_window(part: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        key = query[0] - (window - 1) + torch.arange(BLOCK + window - 1, device=q.device)
+        distance = query[:, None] - key
+        mask = (distance >= 0) & (distance < window) & (key >= 0)
+        near_k, near_v = (values.index_select(2, key.clamp(0, length - 1)) for values in (k, v))
+        bias = None if slopes is None else distance_bias(slopes, distance[None, None])
+        return softmax_block(part, near_k, near_v, scale, mask[None, None], softcap, bias)
+
+    return _in_blocks(q, v, over_window)
+
+
+def _slots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None,
+    slopes: Tensor | None,
+    ages: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As `slot_attention`."""
+    per_head = mask.shape[1] != 1
+    if softcap is None and slopes is None and not per_head and flash_applies(q, k, v):
+        return without_slots(slots_by_flash(q, k, v, mask, scale), q, k, mask)
+    every_query = mask.shape[2] == 1
+
+    def over_slots(part: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        bias = None
+        if slopes is not None and ages is not None:
+            bias = distance_bias(slopes, ages[:, :, None] + query[:, None])
+        return softmax_block(part, k, v, scale, mask if every_query else mask.index_select(2, query), softcap, bias)
+
+    return without_slots(_in_blocks(q, v, over_slots), q, k, mask)
+
+
+def _in_blocks(q: Tensor, v: Tensor, attend: BlockOf) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of attention that is computed for `BLOCK` queries at a time.
+
+    Args:
+        attend: gives both for `queries [rows, query_heads, BLOCK, key_dim]` and their places int64 `[BLOCK]`. The last
+            block is filled up with copies of the last query.
+    """
+    length = q.shape[2]
+    offset = torch.arange(BLOCK, device=q.device)
+
+    def unfinished(start: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+        return start < length
+
+    def add_block(start: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query = (start + offset).clamp(max=length - 1)
+        part_out, part_lse = attend(q.index_select(2, query), query)
+        return start + BLOCK, out.index_copy(2, query, part_out), lse.index_copy(2, query, part_lse)
+
+    start = torch.zeros((), dtype=torch.int64, device=q.device)
+    out = q.new_zeros((*q.shape[:3], v.shape[-1]))
+    lse = torch.zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    _, out, lse = while_loop(unfinished, add_block, (start, out, lse))
+    return out, lse
+
+
+FORMS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.xkv.attention.default: attention,
+    torch.ops.xkv.extend_attention.default: extend_attention,
+    torch.ops.xkv.accumulated_attention.default: accumulated_attention,
+}
+"""What takes an op's place where the number of tokens is a symbol."""
