@@ -175,6 +175,10 @@ def normed(x: Tensor, angle: Tensor) -> Tensor:
     return turned / turned.norm(dim=-1, keepdim=True)
 
 
+def normed_between(x: Tensor, angle: Tensor) -> Tensor:
+    return normed(x, angle) * angle.sin()
+
+
 def by_head(x: Tensor, angle: Tensor) -> Tensor:
     return x * (angle * torch.arange(x.shape[1])[:, None, None]).cos()
 
@@ -205,6 +209,7 @@ class Turned(nn.Module):
         (shifted, "positions enter them in add"),
         (twice, "by something of their positions twice"),
         (normed, "positions enter them in mul"),
+        (normed_between, "positions enter them in mul"),
         (by_head, "do not turn each head's query by the same matrix"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -161,11 +161,12 @@ class _Finder:
     def rotation(self, site: AttentionSite, count: int) -> QueryRotation:
         q = site.q
         if self._factors_of(q) == 0:
-            self._check_unturned(site)
+            self._check_unturned(site, q)
             return QueryRotation(q, _as_it_is, None)
         if self._factors_of(q) > 1:
             raise _refusal(site, "they are multiplied by something of their positions twice")
         source, turn = self._turn(site)
+        self._check_unturned(site, source)
         found = _Turn(self, site, source, turn)
         kind = self._kind(site.q, {source: self._number(("source", source.meta["val"].dtype, found.layout))})
         if kind not in self._means:
@@ -244,9 +245,10 @@ class _Finder:
         (source,) = sources
         return source, turn
 
-    def _check_unturned(self, site: AttentionSite) -> None:
-        """Positions may be part of the hidden state, but must not enter behind the projection that makes queries."""
-        stack, known = [site.q], {site.q}
+    def _check_unturned(self, site: AttentionSite, source: Node) -> None:
+        """Positions may be part of the hidden state, but must not enter between the projection that makes queries and
+        `source`."""
+        stack, known = [source], {source}
         while stack:
             node = stack.pop()
             if node not in self.placed:
