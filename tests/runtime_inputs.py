@@ -7,6 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from xkv_fx.runtime.scorers import Scorer
 from xkv_fx.runtime.slots import SlotPlan
 
 HEADS = [(1, 1), (4, 4), (4, 2), (6, 1)]
@@ -28,6 +29,13 @@ def random_qkv(
         torch.randn(rows, heads[1], keys, dims[0]).to(dtype),
         torch.randn(rows, heads[1], keys, dims[1]).to(dtype),
     )
+
+
+def before_rotation(scorer: Scorer, q: Tensor) -> dict[str, Tensor]:
+    """What a scorer that needs it is given about queries before rotation: they are not rotated at all."""
+    if not getattr(scorer, "needs_unrotated_queries", False):
+        return {}
+    return {"unrotated": q, "rotation": torch.eye(q.shape[3]).expand(q.shape[0], -1, -1)}
 
 
 def named_tokens(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runtime_inputs import HEADS, random_qkv
+from runtime_inputs import HEADS, before_rotation, random_qkv
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -449,8 +449,7 @@ def test_length_stays_a_symbol_in_a_graph(name: str) -> None:
     with mode:
         _, k_cache, v_cache = random_qkv((4, 2), 1, DIMS, keys=6)
         positions, length = torch.zeros(2, 2, 6, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
-        needs = getattr(scorer, "needs_unrotated_queries", False)
-        given = {"unrotated": q, "rotation": torch.zeros(2, DIMS[0], DIMS[0])} if needs else {}
+        given = before_rotation(scorer, q)
         fresh = score_tokens(q, k, v, length, None, SCALE, scorer, 12, **given)
         extended = rescore_tokens(
             q, k, v, length, length, length, k_cache, v_cache, positions, SCALE, scorer, plan, 12, **given

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runtime_inputs import HEADS, random_qkv
+from runtime_inputs import HEADS, before_rotation, random_qkv
 from torch import Tensor
 
 from xkv_fx.budgets import Policy
@@ -90,14 +90,15 @@ def test_every_scorer_gives_finite_scores_of_the_right_shape(name: str) -> None:
     scorer = make_scorer(name, {})
     q, k, v = random_qkv((4, 2), 9, (4, 6), rows=3)
     length, seen = torch.tensor([9, 1, 4]), torch.tensor([0, 3, 20])
-    scores = score_tokens(q, k, v, length, None, SCALE, scorer)
+    given = before_rotation(scorer, q)
+    scores = score_tokens(q, k, v, length, None, SCALE, scorer, **given)
     assert (scores.shape, scores.dtype) == ((3, 2, 9), torch.float32)
     assert scores.isfinite().all()
     plan = SlotPlan(6, 6, 2, 0, "ring")
     positions = torch.arange(6, dtype=torch.int32).expand(3, 2, 6).contiguous()
     _, k_cache, v_cache = random_qkv((4, 2), 1, (4, 6), rows=3, keys=6)
     length = torch.tensor([9, 0, 4])
-    scores = rescore_tokens(q, k, v, length, seen, seen, k_cache, v_cache, positions, SCALE, scorer, plan)
+    scores = rescore_tokens(q, k, v, length, seen, seen, k_cache, v_cache, positions, SCALE, scorer, plan, **given)
     assert (scores.shape, scores.dtype) == ((3, 2, 15), torch.float32)
     assert scores.isfinite().all()
 
