@@ -19,7 +19,7 @@ from xkv_fx.runtime.kernels.decode_triton import Launch, _split_size
 xkv = torch.ops.xkv
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DRAWN = settings(  # shrinking what fails would take minutes under the interpreter
-    max_examples=8 if DEVICE == "cpu" else 300, deadline=None, derandomize=True, database=None, phases=[Phase.generate]
+    max_examples=12 if DEVICE == "cpu" else 300, deadline=None, derandomize=True, database=None, phases=[Phase.generate]
 )
 SCALE = 0.2
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -206,8 +206,8 @@ def test_views_are_read_as_they_look() -> None:
 
 
 def test_the_same_bits_every_time() -> None:
-    args = masked_inputs((6, 2), (80, 80), 2, 70, torch.bfloat16, 0, "shared")
-    count = torch.tensor([70, 70], device=DEVICE)
+    args = masked_inputs((6, 2), (16, 16), 2, 40, torch.bfloat16, 0, "shared")
+    count = torch.tensor([40, 40], device=DEVICE)
     first, second = (
         xkv.decode_attention_triton(*copies(args, DEVICE)[:7], count, SCALE, None, None, 3, 16, 4, 2) for _ in range(2)
     )
