@@ -55,3 +55,14 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     model.to(torch.device(device))  # type: ignore[arg-type]  # its decorator hides its signature
     return model.eval(), tokenizer
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies in a folder.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    if not folder.is_dir():
+        raise UnsupportedModelError(f"{folder}: there is no tokenizer; export the engine with one")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
@@ -14,13 +14,13 @@ from torch import Tensor
 from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BackendError, EngineError, FileFormatError, PromptError
 from xkv_fx.files import check_safetensors_size
-from xkv_fx.lowering.engine_files import check_files, check_package
+from xkv_fx.lowering.engine_files import check_files, check_packages
 from xkv_fx.lowering.manifest import KINDS, WEIGHTS, Kind, Manifest, spec_of
 from xkv_fx.runtime.greedy import generate_tokens
 from xkv_fx.runtime.session import Session
 from xkv_fx.runtime.state import CachePlan
 
-Run = Callable[[Sequence[Tensor]], Tensor]
+Run = Callable[[list[Tensor]], Tensor]
 
 
 class Engine:
@@ -179,8 +179,7 @@ def load_engine(folder: str | os.PathLike[str], trust: bool = False) -> Engine:
             "know where it comes from, or export it with target='aoti'"
         )
     check_files(path, manifest)
-    for kind in KINDS:
-        check_package(path, manifest, kind)
+    check_packages(path, manifest)
     weights = _load_weights(path / WEIGHTS, manifest)
     load = _load_aoti if manifest.target == "aoti" else _load_program
     return Engine(manifest, weights, {kind: load(path / manifest.packages[kind].file) for kind in KINDS})
@@ -213,7 +212,7 @@ def _load_aoti(path: Path) -> Run:
     except RuntimeError as error:
         raise EngineError(f"{path}: torch could not load it ({error})") from error
 
-    def run(inputs: Sequence[Tensor]) -> Tensor:
+    def run(inputs: list[Tensor]) -> Tensor:
         logits: Tensor = loaded.loader.run(inputs)[0]  # calling `loaded` itself would sort hundreds of inputs each time
         return logits
 

@@ -2,20 +2,67 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from xkv_fx.errors import EngineError, FileFormatError
+from xkv_fx.errors import EngineError, FileFormatError, XkvError
 from xkv_fx.lowering.aoti import METADATA_KEY
-from xkv_fx.lowering.manifest import FileRecord, Kind, Manifest
+from xkv_fx.lowering.manifest import KINDS, FileRecord, Kind, Manifest
 from xkv_fx.lowering.portable import KEY_FILE
 
 _MAX_SMALL_BYTES = 1 << 20
 # What torch writes around the code of a package.
 _ABOUT = {"archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id"}
 _CODE = "data/aotinductor/model/"
+
+
+def inspect_engine(folder: Path) -> dict[str, Any]:
+    """What an engine's folder holds, and what is wrong with it; nothing in it runs.
+
+    Returns:
+        of JSON's types; under `checks`, for the machine, the files and the packages, `"ok"` or why they are refused.
+
+    Raises:
+        FileFormatError: there is no manifest that could be read.
+    """
+    manifest = Manifest.load(folder)
+    plan = manifest.plan
+    return {
+        "engine": str(folder),
+        "target": manifest.target,
+        "model": manifest.model,
+        "built_for": dataclasses.asdict(manifest.machine),
+        "built_by": manifest.xkv_fx,
+        "batch_size": manifest.batch_size,
+        "dtype": manifest.dtype,
+        "vocabulary": manifest.vocabulary,
+        "max_positions": manifest.max_positions,
+        "end_tokens": list(manifest.end_tokens),
+        "kv_bytes": plan.kv_bytes,
+        "state_bytes": plan.state_bytes,
+        "file_bytes": sum(record.size for record in manifest.files.values()),
+        "capacities": list(manifest.budgets.capacities),
+        "slots": [slots.slots for slots in plan.slots],
+        "policy": manifest.budgets.policy.to_dict(),
+        "checks": {
+            "machine": _outcome(manifest.machine.check),
+            "files": _outcome(lambda: check_files(folder, manifest)),
+            "packages": _outcome(lambda: check_packages(folder, manifest)),
+        },
+    }
+
+
+def _outcome(check: Callable[[], object]) -> str:
+    try:
+        check()
+    except (XkvError, OSError) as error:
+        return str(error)
+    return "ok"
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -38,13 +85,18 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise FileFormatError(f"{path}: its SHA-256 is not the manifest's; it is damaged or was changed")
 
 
-def check_package(folder: Path, manifest: Manifest, kind: Kind) -> None:
-    """That a package holds what its target says and nothing else that torch would read, and was made for this plan.
+def check_packages(folder: Path, manifest: Manifest) -> None:
+    """That each package holds what its target says and nothing else that torch would read, and was made for this plan.
 
     Raises:
         FileFormatError: it does not.
         EngineError: it was made for another plan than the manifest's.
     """
+    for kind in KINDS:
+        _check_package(folder, manifest, kind)
+
+
+def _check_package(folder: Path, manifest: Manifest, kind: Kind) -> None:
     path = folder / manifest.packages[kind].file
     try:
         with zipfile.ZipFile(path) as archive:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from xkv_fx.lowering.aoti import compile_aoti
 from xkv_fx.lowering.budgeted import Budgeted
 from xkv_fx.lowering.export_graph import SHORTEST, export_graph
 from xkv_fx.lowering.manifest import (
+    DEVICES,
     KINDS,
     TARGETS,
     WEIGHTS,
@@ -45,6 +47,8 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
         raise BackendError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
     graphs = llm.program.graphs
     plan = graphs.plan
+    if plan.device.type not in DEVICES:
+        raise BackendError(f"engines run on {' and '.join(DEVICES)}; this model is on {plan.device.type}")
     longest = graphs.captured.max_positions or UNBOUNDED
     if longest < SHORTEST:
         raise UnsupportedModelError(f"a model of {longest} positions cannot be exported")
@@ -86,6 +90,7 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
                 else:
                     save_program(programs.pop(kind), path, manifest.package_key(kind))
             save_file(weights.separate(), part / WEIGHTS)
+            shutil.copymode(part / packages["decode"].file, part / WEIGHTS)  # safetensors lets nobody else read it
             if tokenizer is not None:
                 tokenizer.save_pretrained(part / TOKENIZER)
             manifest.with_files(_files_in(part)).save(part)

@@ -30,6 +30,7 @@ Target = Literal["aoti", "pt2"]
 TARGETS: tuple[str, ...] = get_args(Target)
 Kind = Literal["prefill", "extend", "decode"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+DEVICES = ("cpu", "cuda")
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -125,8 +126,8 @@ class Machine:
 
     def check(self) -> None:
         """Raise EngineError, saying what differs, unless this is the machine that runs now."""
-        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
-            raise EngineError(f"it was built for the device {self.device!r}, which is not here")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise EngineError("it was built for a GPU, and there is none here")
         here = Machine.here(self.device)
         for what, built, now in (
             ("torch", self.torch, here.torch),
@@ -206,7 +207,9 @@ class Manifest:
             "layers": [dataclasses.asdict(spec) for spec in self.layers],
             "room": self.room,
             "batch_size": self.batch_size,
-            "columns": (self.shortest, self.longest),
+            "dtype": self.dtype,
+            "tokens": (self.vocabulary, self.known_tokens),
+            "columns": (self.shortest, self.longest, self.max_positions),
             "weights": [shapes[name] for name in package.weights],
             "inputs": [spec.to_dict() for spec in package.inputs],
         }
@@ -289,6 +292,8 @@ class Manifest:
         """
         if self.target not in TARGETS:
             raise FileFormatError(f"its target {self.target!r} is unknown; known are {', '.join(TARGETS)}")
+        if self.machine.device not in DEVICES:
+            raise FileFormatError(f"its device {self.machine.device!r} is unknown; known are {', '.join(DEVICES)}")
         if self.dtype not in DTYPES:
             raise FileFormatError(f"its dtype {self.dtype!r} is unknown")
         for name in ("batch_size", "vocabulary", "known_tokens", "shortest"):

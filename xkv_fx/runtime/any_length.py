@@ -97,7 +97,7 @@ def accumulated_attention(
 
     start = torch.zeros((), dtype=torch.int64, device=q.device)
     mass = torch.zeros(prompt.ordinals.shape, dtype=torch.float32, device=q.device)
-    _, total = while_loop(unfinished, add_block, (start, mass))
+    total: Tensor = while_loop(unfinished, add_block, (start, mass))[1]
     return total
 
 
