@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -85,6 +86,7 @@ def test_graphs_are_recorded_once_a_session(model: Any) -> None:
     graphs = [recorded(llm)._recorded[mine.session.state.tensors[0]] for mine, _, _ in pairs]
     assert all(isinstance(graph, _Recorded) for graph in graphs)
     del pairs, mine, oracle
+    gc.collect()
     assert len(recorded(llm)._recorded) == 0
 
 
