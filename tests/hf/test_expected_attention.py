@@ -15,9 +15,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import xkv_fx
-from xkv_fx.errors import BudgetError, PassError
+from xkv_fx.errors import PassError
 from xkv_fx.planning.continuation import cut_model, run_full
-from xkv_fx.planning.profile import profiling_scorer
 from xkv_fx.runtime.scorers import scorer_of
 from xkv_fx.runtime.session import Session
 from xkv_fx.runtime.slots import slot_plans
@@ -155,8 +154,3 @@ def test_measured_plans_run_the_same_scorer() -> None:
     for index, plan in enumerate(slot_plans(budgets, source.layers)):
         survivors = by_hand.survivors(run.layers[index].scores[0].double(), plan.capacity, plan.recent)
         assert survivors == served[index]
-
-
-def test_profiling_is_refused() -> None:
-    with pytest.raises(BudgetError, match=r"'expected_attention' are not attention mass.*no retention"):
-        profiling_scorer(POLICY)
