@@ -28,7 +28,7 @@ from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.check_capture import check_capture
 from xkv_fx.passes.clean_graph import CleanGraph
 from xkv_fx.passes.export_graph import export_graph, reason_of
-from xkv_fx.passes.find_attention import attention_sites
+from xkv_fx.passes.find_attention import attention_sites, cached_layers
 from xkv_fx.passes.find_positions import FindPositions
 from xkv_fx.passes.graph import output_node
 from xkv_fx.passes.match_attention import MatchAttention
@@ -82,9 +82,10 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
             token = one_token_graph(prompt, rows)
         elif decode:
             token, _ = export_graph(entry, (ids[:, :1].clone(), positions[:, :1].clone()))
-    layers = tuple(site.spec for site in attention_sites(prompt))
-    _check_layer_count(model, layers)
-    for found in (probed or layers, layers if token is None else tuple(site.spec for site in attention_sites(token))):
+    sites = attention_sites(prompt)
+    layers = cached_layers(sites)
+    _check_layer_count(model, len(sites))
+    for found in (probed or layers, layers if token is None else cached_layers(attention_sites(token))):
         if found != layers:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: export kept {len(layers)} attentions of the {len(found)} that ran"
@@ -113,11 +114,11 @@ def _twin(model: PreTrainedModel) -> tuple[PreTrainedModel, tuple[LayerSpec, ...
         twin = shadow(model, NAME)
     except UnsupportedModelError:  # its attention cannot be replaced
         return shadow(model, None), ()
-    layers = _probe_layers(twin)
-    if not layers:
+    record = _probe(twin)
+    if not record.attentions:
         return shadow(model, None), ()
-    _check_layer_count(model, layers)
-    return twin, layers
+    _check_layer_count(model, record.attentions)
+    return twin, tuple(record.layers)
 
 
 def _rewrite(prompt: GraphModule, rows: int, longest: int | None, written: bool) -> bool:
@@ -141,34 +142,45 @@ def layers_of_model(model: Any) -> tuple[LayerSpec, ...]:
 
 
 class _RecordAttention(TorchDispatchMode):
+    """What each attention caches; one that attends to the K/V of an earlier one, nothing."""
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.layers: list[LayerSpec] = []
+        self.windows: list[int | None] = []
+        self._cached: list[tuple[Tensor, Tensor, int | None]] = []
+
+    @property
+    def attentions(self) -> int:
+        return len(self.windows)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.xkv.attention.default:
             q, k, v = args[:3]
             window = args[5] if len(args) > 5 else None
-            self.layers.append(LayerSpec(q.shape[1], k.shape[1], k.shape[3], v.shape[3], k.dtype.itemsize, window))
+            self.windows.append(window)
+            if not any(k is keys and v is values and window == other for keys, values, other in self._cached):
+                self._cached.append((k, v, window))
+                self.layers.append(LayerSpec(q.shape[1], k.shape[1], k.shape[3], v.shape[3], k.dtype.itemsize, window))
         return func(*args, **(kwargs or {}))
 
 
-def _probe_layers(twin: PreTrainedModel, length: int = 2) -> tuple[LayerSpec, ...]:
+def _probe(twin: PreTrainedModel, length: int = 2) -> _RecordAttention:
     """What the attentions of a model cache, from a run on `length` tokens."""
     ids = torch.zeros(1, length, dtype=torch.int64, device=twin.device)
     positions = torch.arange(length, device=twin.device)[None]
     with _refusing(twin), torch.no_grad(), recording_masks() as masks, _RecordAttention() as record:
         _Entry(twin)(ids, positions)
-    if not record.layers:
-        return ()
-    windows = [layer.sliding_window for layer in record.layers]
+    if not record.attentions:
+        return record
+    windows = record.windows
     longest = max_positions(twin) or FARTHEST
     try:
         check_masks(twin, masks, windows, length - 1 if length > 2 else min(longest, FARTHEST) - 1)
     except OutOfSightError:
         enough = min(2 * max((window or 0 for window in windows), default=0) + 64, longest)
-        return _probe_layers(twin, max(enough, 3))
-    return tuple(record.layers)
+        return _probe(twin, max(enough, 3))
+    return record
 
 
 @contextmanager
@@ -186,12 +198,12 @@ def _refusing(model: nn.Module) -> Iterator[None]:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be captured: {reason_of(error)}") from error
 
 
-def _check_layer_count(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> None:
+def _check_layer_count(model: PreTrainedModel, attentions: int) -> None:
     """Fewer attentions than layers: the others hold some other state. More: each has a cache of its own."""
     expected = model.config.get_text_config(decoder=True).num_hidden_layers
-    if len(layers) < expected:
+    if attentions < expected:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has {expected} layers but {len(layers)} attentions; models that mix in other "
+            f"{type(model).__name__} has {expected} layers but {attentions} attentions; models that mix in other "
             "kinds of layers (recurrent, linear attention, convolution), whose state is no KV cache, are not supported"
         )
 

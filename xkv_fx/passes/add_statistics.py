@@ -65,7 +65,7 @@ class AddStatistics(GraphPass):
     def run(self, module: GraphModule) -> PassRecord:
         graph = module.graph
         length = named(graph, "length")
-        sites = attention_sites(module)
+        sites = [site for site in attention_sites(module) if not site.borrows]
         output = output_node(graph)
         logits: Any = output.args[0]
         outputs: list[Node] = [logits]

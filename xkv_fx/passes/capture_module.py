@@ -15,7 +15,7 @@ from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.check_capture import check_capture
 from xkv_fx.passes.clean_graph import CleanGraph
 from xkv_fx.passes.export_graph import export_graph, reason_of
-from xkv_fx.passes.find_attention import attention_sites
+from xkv_fx.passes.find_attention import attention_sites, cached_layers
 from xkv_fx.passes.find_positions import FindPositions, position_limit
 from xkv_fx.passes.graph import output_node
 from xkv_fx.passes.match_attention import MatchAttention
@@ -69,7 +69,7 @@ def capture_module(
     return CapturedModel(
         prompt=prompt,
         token=token,
-        layers=tuple(site.spec for site in sites),
+        layers=cached_layers(sites),
         fingerprint=_fingerprint(module),
         rows=rows,
         dtype=dtype,

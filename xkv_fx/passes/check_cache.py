@@ -20,7 +20,7 @@ READERS = (*DECODE_OPS, xkv.extend_attention.default, xkv.keep.default)
 
 @dataclasses.dataclass(frozen=True)
 class CheckCache(GraphPass):
-    """After: every layer has exactly one op that writes its buffers, every capacity is the planned literal, no cache is
+    """After: every cache has exactly one op that fills its buffers, every capacity is the planned literal, no cache is
     copied, and no mask over all pairs of tokens is left.
 
     Raises:
@@ -34,8 +34,10 @@ class CheckCache(GraphPass):
     def run(self, module: GraphModule) -> PassRecord:
         writers = DECODE_OPS if self.kind == "decode" else (xkv.keep.default,)
         writes = [node for node in module.graph.nodes if node.target in writers]
+        if self.kind == "decode":
+            writes = _owners(writes, ("k", "v", "k_cache", "v_cache", "slot"))
         self._expect(len(writes) == len(self.plan.layers), f"{len(self.plan.layers)} writes of a cache", writes)
-        plain = calls(module, xkv.attention.default)
+        plain = _owners(calls(module, xkv.attention.default), ("k", "v", "sliding_window"))
         planned = len(self.plan.layers) if self.kind == "prefill" else 0
         self._expect(len(plain) == planned, f"{planned} attentions without a cache", plain)
         inputs = placeholders(module.graph)
@@ -61,6 +63,19 @@ class CheckCache(GraphPass):
         if not holds:
             names = ", ".join(node.name for node in nodes) or "none"
             raise PassError(f"the {self.kind} graph is not as planned: expected {what}, found {names}")
+
+
+def _owners(attentions: list[Node], cached: tuple[str, ...]) -> list[Node]:
+    """Attentions without those that borrow: other queries over what an earlier one caches, named by its arguments."""
+    queries: dict[tuple[object, ...], set[object]] = {}
+    owners = []
+    for node in attentions:
+        named = arguments(node)
+        earlier = queries.setdefault(tuple(named.get(name) for name in cached), set())
+        if not earlier or named["q"] in earlier:
+            owners.append(node)
+        earlier.add(named["q"])
+    return owners
 
 
 def _is_pair_mask(node: Node) -> bool:

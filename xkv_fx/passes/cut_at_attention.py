@@ -63,7 +63,7 @@ class CutModel:
         segments: one more than sites; `segments[i]` makes the inputs of attention i, the last one the logits.
         inputs: names of token ids and position ids.
         logits: name of the logits.
-        sinks: the learned sinks of each attention that has some, by its index.
+        sinks: the learned sinks of each attention that has some, by its place among them.
         future_positions: how many positions the means of `rotations` are taken over; None where nobody asked for them.
         rotations: how the queries of each attention are turned. What they are before is among the segments' outputs.
     """
@@ -78,13 +78,17 @@ class CutModel:
 
     @functools.cached_property
     def needed_from(self) -> tuple[frozenset[str], ...]:
-        """For each segment, the names of the values that it or a later one needs; those for attentions are not among
-        them."""
-        needed = [frozenset[str]()]
-        for at, segment in reversed([*enumerate(self.segments)]):
-            sources = {rotation.source.name for rotation in self.rotations[at : at + 1]}
-            needed.append(needed[-1] | {value.name for value in segment.inputs} | sources)
-        return tuple(reversed(needed[1:]))
+        """For each segment, the names of the values that it or a later one needs. What an attention takes from the
+        segment before it is not among them; what it borrows from an earlier one is."""
+        needed = [frozenset(value.name for value in self.segments[-1].inputs)]
+        for at in reversed(range(len(self.sites))):
+            site, taken = self.sites[at], {value.name for value in self.segments[at].inputs}
+            if site.borrows:
+                taken |= {site.k.name, site.v.name}
+            if self.rotations:
+                taken.add(self.rotations[at].source.name)
+            needed.append(needed[-1] | taken)
+        return tuple(reversed(needed))
 
 
 def cut_at_attention(module: GraphModule, future_positions: int | None = None) -> CutModel:
@@ -124,7 +128,7 @@ def cut_at_attention(module: GraphModule, future_positions: int | None = None) -
         nodes = [node for node in place if place[node] == index]
         outputs = [node for node in nodes if node in crossing or node in wanted]
         segments.append(_segment(module, nodes, outputs))
-    sinks = {s.index: attribute(module, str(s.sinks.target)) for s in sites if s.sinks is not None}
+    sinks = {at: attribute(module, str(s.sinks.target)) for at, s in enumerate(sites) if s.sinks is not None}
     return CutModel(sites, tuple(segments), tuple(placeholders(graph)), logits.name, sinks, future_positions, rotations)
 
 

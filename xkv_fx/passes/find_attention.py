@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch.fx import GraphModule, Node
 
 from xkv_fx.budgets import LayerSpec
-from xkv_fx.errors import UnsupportedModelError
+from xkv_fx.errors import BudgetError, UnsupportedModelError
 from xkv_fx.passes.graph import arguments, calls
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSite:
-    """One `xkv::attention` node and its arguments; `index` is its place among the layers that own a cache."""
+    """One `xkv::attention` node and its arguments.
+
+    Attributes:
+        index: place of its cache among all caches.
+        borrows: its K/V are those of an earlier attention, which owns the cache (Gemma 3n).
+    """
 
     index: int
+    borrows: bool
     node: Node
     layer: int
     q: Node
@@ -37,16 +44,36 @@ def attention_sites(module: GraphModule) -> tuple[AttentionSite, ...]:
     Raises:
         UnsupportedModelError: none was captured.
     """
-    sites = tuple(_site(index, node) for index, node in enumerate(calls(module, torch.ops.xkv.attention.default)))
+    sites: list[AttentionSite] = []
+    owners: dict[tuple[object, ...], int] = {}
+    for node in calls(module, torch.ops.xkv.attention.default):
+        named = arguments(node)
+        cached = (named["k"], named["v"], named["sliding_window"])  # of another window, it keeps other tokens
+        borrows = cached in owners
+        sites.append(_site(owners.setdefault(cached, len(owners)), borrows, node))
     if not sites:
         raise UnsupportedModelError(
             "no attention was found: the model neither calls it through transformers' attention interface nor writes "
             "it out as softmax(queries @ keys) @ values or scaled_dot_product_attention"
         )
-    return sites
+    return tuple(sites)
 
 
-def _site(index: int, node: Node) -> AttentionSite:
+def cached_layers(sites: Sequence[AttentionSite]) -> tuple[LayerSpec, ...]:
+    """What each attention that owns a cache keeps in it, in execution order."""
+    return tuple(site.spec for site in sites if not site.borrows)
+
+
+def check_borrowed(site: AttentionSite, eviction: str) -> None:
+    """Raise BudgetError where an attention borrows K/V whose cache evicts by score: every reader would have its own."""
+    if site.borrows and eviction == "scored":
+        raise BudgetError(
+            f"layer {site.layer} attends to the keys and values of an earlier layer, which eviction='scored' does not "
+            "support; choose 'ring' or 'append'"
+        )
+
+
+def _site(index: int, borrows: bool, node: Node) -> AttentionSite:
     named = arguments(node)
     q, k, v = (named[name].meta["val"] for name in "qkv")
     spec = LayerSpec(
@@ -57,4 +84,4 @@ def _site(index: int, node: Node) -> AttentionSite:
         itemsize=k.dtype.itemsize,
         sliding_window=named["sliding_window"],
     )
-    return AttentionSite(index=index, node=node, spec=spec, **named)
+    return AttentionSite(index=index, borrows=borrows, node=node, spec=spec, **named)

@@ -6,7 +6,7 @@ Each adds the state of the cache plan as graph inputs, which the graph mutates i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from xkv_fx.budgets import EVICTIONS
 from xkv_fx.errors import PassError
 from xkv_fx.passes.base import GraphPass, PassRecord
-from xkv_fx.passes.find_attention import AttentionSite, attention_sites
+from xkv_fx.passes.find_attention import AttentionSite, attention_sites, cached_layers, check_borrowed
 from xkv_fx.passes.find_rotation import unrotated_inputs
 from xkv_fx.passes.graph import add_input, at_end, at_start, emit, inline, named
 from xkv_fx.runtime.attention import distance_bias
@@ -42,8 +42,9 @@ class InsertPrefillCache(GraphPass):
         sites = _sites(module, self.plan)
         state = _add_state(graph, self.plan)
         length = named(graph, "length")
+        owners = [site for site in sites if not site.borrows]
         before_rotation = unrotated_inputs(module, sites, self.scorer)
-        for site, plan in zip(sites, self.plan.slots, strict=True):
+        for site, plan in zip(owners, self.plan.slots, strict=True):
             with graph.inserting_after(site.node):
                 score = scoring(score_tokens, self.scorer, sliding_window=site.sliding_window, softcap=site.softcap)
                 scores = emit(
@@ -58,7 +59,7 @@ class InsertPrefillCache(GraphPass):
         with at_end(graph):
             emit(graph, aten.copy_.default, state["seen"], length)
             emit(graph, aten.copy_.default, state["base"], length)
-        return PassRecord(self.name, len(sites), 2 * len(sites), f"scorer {self.scorer}")
+        return PassRecord(self.name, len(sites), 2 * len(owners), f"scorer {self.scorer}{_borrowed(sites)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,45 +78,70 @@ class InsertExtendCache(GraphPass):
         length, seen, base = named(graph, "length"), state["seen"], state["base"]
         before_rotation = unrotated_inputs(module, sites, self.scorer)
         shared: dict[SlotPlan, Node] = {}
-        for site, plan in zip(sites, self.plan.slots, strict=True):
-            k_cache, v_cache, positions = _buffers(state, site.index)
+        last = {site.index: site for site in sites}
+        owner = {site.index: site for site in sites if not site.borrows}
+        for site in sites:
+            plan = self.plan.slots[site.index]
             with graph.inserting_before(site.node):
-                mask = shared.get(plan)
-                if mask is None:
-                    mask = inline(graph, _extend_mask(plan), positions, seen, base, site.q)
-                    if plan.sliding_window is None:
-                        shared[plan] = mask
-                ages = None if site.slopes is None else inline(graph, plan.extend_ages, positions, seen, base)
-                attended = emit(
-                    graph, xkv.extend_attention.default, site.q, site.k, site.v, k_cache, v_cache, mask, site.scale,
-                    sliding_window=site.sliding_window, softcap=site.softcap, sinks=site.sinks, slopes=site.slopes,
-                    ages=ages, name=f"attention_{site.index}",
-                )  # fmt: skip
-                score = scoring(
-                    rescore_tokens, self.scorer, plan.slots, plan=plan, sliding_window=site.sliding_window,
-                    softcap=site.softcap,
-                )  # fmt: skip
-                scores = emit(
-                    graph, score, site.q, site.k, site.v, length, seen, base, k_cache, v_cache, positions, site.scale,
-                    sinks=site.sinks, slopes=site.slopes, **before_rotation[site.node], name=f"scores_{site.index}",
-                )  # fmt: skip
-                kept = _keep(graph, site, plan, scores, length, state, fresh=False)
-                if plan.eviction == "scored":
-                    kept = inline(graph, _scores_of_rows_with_tokens, kept, state[f"scores_{site.index}"], length)
-                _remember_scores(graph, site, kept, state)
+                attended = self._extend(graph, site, plan, state, shared)
+                if site is last[site.index]:  # all that reach the slots have done so
+                    scored = owner[site.index]
+                    self._rescore_and_keep(graph, scored, plan, state, length, before_rotation[scored.node])
             site.node.replace_all_uses_with(attended)
             graph.erase_node(site.node)
         with at_end(graph):
             new_seen, new_base = inline(graph, _extended_counters, seen, base, length)
             emit(graph, aten.copy_.default, seen, new_seen)
             emit(graph, aten.copy_.default, base, new_base)
-        return PassRecord(self.name, len(sites), 3 * len(sites), f"scorer {self.scorer}")
+        changed = len(sites) + 2 * len(owner)
+        return PassRecord(self.name, len(sites), changed, f"scorer {self.scorer}{_borrowed(sites)}")
+
+    def _extend(
+        self, graph: Graph, site: AttentionSite, plan: SlotPlan, state: dict[str, Node], shared: dict[SlotPlan, Node]
+    ) -> Node:
+        k_cache, v_cache, positions = _buffers(state, site.index)
+        seen, base = state["seen"], state["base"]
+        mask = shared.get(plan)
+        if mask is None:
+            mask = inline(graph, _extend_mask(plan), positions, seen, base, site.q)
+            if plan.sliding_window is None:
+                shared[plan] = mask
+        ages = None if site.slopes is None else inline(graph, plan.extend_ages, positions, seen, base)
+        return emit(
+            graph, xkv.extend_attention.default, site.q, site.k, site.v, k_cache, v_cache, mask, site.scale,
+            sliding_window=site.sliding_window, softcap=site.softcap, sinks=site.sinks, slopes=site.slopes,
+            ages=ages, name=f"attention_{site.index}",
+        )  # fmt: skip
+
+    def _rescore_and_keep(
+        self,
+        graph: Graph,
+        site: AttentionSite,
+        plan: SlotPlan,
+        state: dict[str, Node],
+        length: Node,
+        before_rotation: dict[str, Node | None],
+    ) -> None:
+        k_cache, v_cache, positions = _buffers(state, site.index)
+        score = scoring(
+            rescore_tokens, self.scorer, plan.slots, plan=plan, sliding_window=site.sliding_window,
+            softcap=site.softcap,
+        )  # fmt: skip
+        scores = emit(
+            graph, score, site.q, site.k, site.v, length, state["seen"], state["base"], k_cache, v_cache, positions,
+            site.scale, sinks=site.sinks, slopes=site.slopes, **before_rotation, name=f"scores_{site.index}",
+        )  # fmt: skip
+        kept = _keep(graph, site, plan, scores, length, state, fresh=False)
+        if plan.eviction == "scored":
+            kept = inline(graph, _scores_of_rows_with_tokens, kept, state[f"scores_{site.index}"], length)
+        _remember_scores(graph, site, kept, state)
 
 
 @dataclasses.dataclass(frozen=True)
 class InsertDecodeCache(GraphPass):
     """Before: a graph of one token, all shapes static. After: each attention writes its token into one slot of its
-    layer's buffers and attends to the valid ones. Slot and mask are computed once for all layers of equal plans."""
+    layer's buffers and attends to the valid ones; one that borrows its K/V writes what is there already. Slot and mask
+    are computed once for all layers of equal plans."""
 
     plan: CachePlan
     name: ClassVar[str] = "insert_decode_cache"
@@ -128,7 +154,8 @@ class InsertDecodeCache(GraphPass):
         with at_start(graph):
             slots = self._shared_slots(graph, seen, base)
             masks = self._shared_masks(graph, state)
-        for site, plan in zip(sites, self.plan.slots, strict=True):
+        for site in sites:
+            plan = self.plan.slots[site.index]
             with graph.inserting_before(site.node):
                 if plan.eviction == "scored":
                     attended = self._decode_scored(graph, site, plan, state)
@@ -138,7 +165,8 @@ class InsertDecodeCache(GraphPass):
             graph.erase_node(site.node)
         with at_end(graph):
             emit(graph, aten.add_.Tensor, seen, 1)
-        return PassRecord(self.name, len(sites), len(sites), f"{len(slots)} groups of layers share a slot")
+        note = f"{len(slots)} groups of layers share a slot{_borrowed(sites)}"
+        return PassRecord(self.name, len(sites), len(sites), note)
 
     def _decode(
         self, graph: Graph, site: AttentionSite, slot: Node, mask: Node | None, plan: SlotPlan, state: dict[str, Node]
@@ -187,12 +215,19 @@ class InsertDecodeCache(GraphPass):
 
 def _sites(module: GraphModule, plan: CachePlan) -> tuple[AttentionSite, ...]:
     sites = attention_sites(module)
-    if tuple(site.spec for site in sites) != plan.layers:
+    if cached_layers(sites) != plan.layers:
         names = ", ".join(site.node.name for site in sites)
         raise PassError(
             f"the graph's {len(sites)} attention nodes ({names}) are not the {len(plan.layers)} planned layers"
         )
+    for site in sites:
+        check_borrowed(site, plan.slots[site.index].eviction)
     return sites
+
+
+def _borrowed(sites: Sequence[AttentionSite]) -> str:
+    count = sum(site.borrows for site in sites)
+    return f"; {count} attentions read an earlier one's cache" if count else ""
 
 
 def _add_state(graph: Graph, plan: CachePlan) -> dict[str, Node]:

@@ -30,7 +30,7 @@ class ScoreOutputs(GraphPass):
     def run(self, module: GraphModule) -> PassRecord:
         graph = module.graph
         length = named(graph, "length")
-        sites = attention_sites(module)
+        sites = [site for site in attention_sites(module) if not site.borrows]
         before_rotation = unrotated_inputs(module, sites, self.scorer)
         outputs = []
         before = len(graph.nodes)

@@ -18,6 +18,7 @@ from xkv_fx.errors import PassError, PromptError
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.clean_graph import CleanGraph
 from xkv_fx.passes.cut_at_attention import CutModel, Segment, Value, cut_at_attention
+from xkv_fx.passes.find_attention import check_borrowed
 from xkv_fx.passes.pipeline import run_pipeline
 from xkv_fx.planning.held import Held, HeldScored, LayerRun, attend, hold, hold_all
 from xkv_fx.runtime.attention import causal_attention
@@ -52,7 +53,7 @@ class FullRun:
 
     Attributes:
         model: the cut graph.
-        layers: K/V and scores of the prompt's tokens in each layer.
+        layers: of each attention, K/V and scores of the prompt's tokens; those of the cache's owner where it borrows.
         values: every value that crosses from one segment to a later one, and the inputs of each attention, for the
             continuation's tokens alone.
         logits: of the continuation's tokens, `[T, vocabulary]`.
@@ -73,11 +74,13 @@ class FullRun:
         """S, the tokens that prefill sees."""
         return self.layers[0].k.shape[2]
 
-    def held(self, layer: int, plan: SlotPlan | None) -> Held | HeldScored:
-        """What a layer holds after the prompt; chosen once for each plan."""
-        key = (layer, plan)
+    def held(self, index: int, plan: SlotPlan | None) -> Held | HeldScored:
+        """What an attention reaches after the prompt; chosen once for each cache and plan."""
+        site = self.model.sites[index]
+        key = (site.index, plan)
         if key not in self._held:
-            run = self.layers[layer]
+            check_borrowed(site, "" if plan is None else plan.eviction)
+            run = self.layers[index]
             self._held[key] = hold_all(run, self.tokens) if plan is None else hold(run, plan, self.tokens)
         return self._held[key]
 
@@ -87,7 +90,7 @@ class FullRun:
         Returns:
             nats, float64 `[plans, T]`: one for each continuation token, once it has been fed.
         """
-        order = sorted(range(len(plans)), key=lambda row: _first_cut(plans[row]))
+        order = sorted(range(len(plans)), key=lambda row: self._first_cut(plans[row]))
         at_once = max(1, _TOKENS_AT_ONCE // self.tokens)
         result = torch.empty(len(plans), self.tokens, dtype=torch.float64)
         for start in range(0, len(plans), at_once):
@@ -99,10 +102,10 @@ class FullRun:
     def _divergence(self, plans: Sequence[LayerPlans]) -> Tensor:
         """As `divergence`, of plans in the order of their first layers that are not full. A plan joins the batch in
         that layer; before, it is the full run."""
-        layers = len(self.layers)
-        starts = [min(_first_cut(plan), layers - 1) for plan in plans]
+        attentions = len(self.layers)
+        starts = [min(self._first_cut(plan), attentions - 1) for plan in plans]
         live: dict[str, Tensor] = {}
-        for index in range(starts[0], layers):
+        for index in range(starts[0], attentions):
             site = self.model.sites[index]
             rows = sum(start <= index for start in starts)
             joining = sum(start == index for start in starts)
@@ -110,7 +113,7 @@ class FullRun:
             q, k, v = (_split(self._tiled(Value(node.name, 2), live, rows), rows) for node in (site.q, site.k, site.v))
             groups: dict[SlotPlan | None, list[int]] = {}
             for row, plan in enumerate(plans[:rows]):
-                groups.setdefault(plan[index], []).append(row)
+                groups.setdefault(plan[site.index], []).append(row)
             out = q.new_empty((*q.shape[:3], v.shape[3]))
             for slots, members in groups.items():
                 held = self.held(index, slots)
@@ -118,7 +121,7 @@ class FullRun:
             live = {name: value for name, value in live.items() if name in self.model.needed_from[index + 1]}
             live[site.node.name] = _join(out)
             segment = self.model.segments[index + 1]
-            if index + 1 < layers:
+            if index + 1 < attentions:
                 made = segment.module(*(self._tiled(value, live, rows) for value in segment.inputs))
                 live |= {
                     value.name: part
@@ -126,6 +129,11 @@ class FullRun:
                     if value.size is None and value.length_dim is not None
                 }
         return self._compare(segment, live, len(plans))
+
+    def _first_cut(self, plan: LayerPlans) -> int:
+        """The first attention whose layer does not hold everything; the number of attentions if there is none."""
+        cut = (at for at, site in enumerate(self.model.sites) if plan[site.index] is not None)
+        return next(cut, len(self.model.sites))
 
     def _extended(self, name: str, value: Tensor, joining: int) -> Tensor:
         """A value of the plans so far, and for those that join, the full run's."""
@@ -199,7 +207,8 @@ def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) ->
     live = dict(zip(model.inputs, (ids, positions), strict=True))
     values = {name: value[:, prompt:] for name, value in live.items()}
     length_dims = dict.fromkeys(live, 1)
-    layers = []
+    layers: list[LayerRun] = []
+    owners: dict[int, LayerRun] = {}
     for index, segment in enumerate(model.segments[:-1]):
         site = model.sites[index]
         inputs = [live[value.name] if value.size is None else value.size_of(total) for value in segment.inputs]
@@ -213,16 +222,18 @@ def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) ->
         live |= made
         q, k, v = (live[node.name] for node in (site.q, site.k, site.v))
         sinks = model.sinks.get(index)
-        scores = score_tokens(
-            q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt], length, None, site.scale, scorer,
-            site.sliding_window, site.softcap, sinks, **before_rotation(index, live),
-        )  # fmt: skip
-        layers.append(
-            LayerRun(
-                k[:, :, :prompt].clone(), v[:, :, :prompt].clone(), scores, site.scale, site.sliding_window,
-                site.softcap, sinks,
-            )
-        )  # fmt: skip
+        owner = owners.get(site.index)
+        if owner is None:
+            scores = score_tokens(
+                q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt], length, None, site.scale, scorer,
+                site.sliding_window, site.softcap, sinks, **before_rotation(index, live),
+            )  # fmt: skip
+            kept = k[:, :, :prompt].clone(), v[:, :, :prompt].clone(), scores
+        else:
+            kept = owner.k, owner.v, owner.scores
+        run = LayerRun(*kept, site.scale, site.sliding_window, site.softcap, sinks)
+        owners.setdefault(site.index, run)
+        layers.append(run)
         attended = causal_attention(q, k, v, site.scale, site.sliding_window, site.softcap, sinks)[0].contiguous()
         live = {name: part for name, part in live.items() if name in model.needed_from[index + 1]}
         live[site.node.name] = attended
@@ -232,11 +243,6 @@ def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) ->
     inputs = [values[value.name] if value.size is None else value.size_of(continuation) for value in last.inputs]
     logits = _logits(model, last, last.module(*inputs))
     return FullRun(model, tuple(layers), values, length_dims, logits[0], continuation)
-
-
-def _first_cut(plan: LayerPlans) -> int:
-    """The first layer that does not hold everything; the number of layers if there is none."""
-    return next((layer for layer, slots in enumerate(plan) if slots is not None), len(plan))
 
 
 def _before_rotation(
