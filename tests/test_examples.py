@@ -23,3 +23,11 @@ def test_own_scorer() -> None:
     generated = output.splitlines()[-1]
     assert generated.startswith("generated [")
     assert generated.count(",") == 7
+
+
+def test_torch_compile_backend() -> None:
+    output = run_example("torch_compile_backend.py")
+    assert "60 tokens of prompt, 4608 bytes kept, then [" in output
+    assert "and on, after another turn, [" in output
+    assert "insert_decode_cache    matched     2" in output
+    assert output.splitlines()[-1] == "graphs compiled by Dynamo: 2"

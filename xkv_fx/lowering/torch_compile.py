@@ -33,7 +33,7 @@ from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.check_capture import LENGTH, check_capture
 from xkv_fx.passes.clean_graph import CleanGraph
 from xkv_fx.passes.export_graph import export_graph
-from xkv_fx.passes.find_attention import attention_sites
+from xkv_fx.passes.find_attention import attention_sites, cached_layers
 from xkv_fx.passes.graph import output_node
 from xkv_fx.passes.open_last_logits import OpenLastLogits
 from xkv_fx.runtime import compile_ops  # noqa: F401  (registers the ops)
@@ -162,6 +162,7 @@ class _DynamoGraph:
                 f"the graph is for {length} tokens alone; the backend 'xkv' compiles one for every number of them. "
                 "Compile without dynamic=False, or with dynamic=True"
             )
+        _check_logits(_shape(cast(Node, output_node(graph).args[0])), length)
         sizes = _sizes(ids)
         first = next(iter(graph.nodes))
         with graph.inserting_before(first):
@@ -337,7 +338,7 @@ def _capture(source: _DynamoGraph, plan: CachePlan, longest: int | None) -> tupl
     positions = torch.arange(length, device=plan.device).expand(plan.rows, -1).contiguous()
     graph, _ = export_graph(source.entry, (ids, positions), longest)
     CleanGraph()(graph)
-    layers = tuple(site.spec for site in attention_sites(graph))
+    layers = cached_layers(attention_sites(graph))
     if len(layers) < len(plan.layers):
         raise BackendError(
             f"Dynamo broke the model's graph into pieces; this one has {len(layers)} of {len(plan.layers)} attentions. "
@@ -541,6 +542,17 @@ def _only_output(graph: Graph) -> Node:
         f"the model returns {len(outputs)} tensors instead of its logits alone; leave out labels, output_attentions, "
         "output_hidden_states and the like"
     )
+
+
+def _check_logits(shape: Any, length: Any) -> None:
+    """The output is logits `[rows, S, vocabulary]`, or of the last column alone."""
+    if len(shape) != 3:
+        raise BackendError(f"the model returns a tensor of shape {tuple(shape)} instead of logits of tokens")
+    if str(shape[1]) not in ("1", str(length)):
+        raise BackendError(
+            f"the model returns the logits of {shape[1]} tokens; logits_to_keep must be 0 (all) or 1 (the last) in a "
+            "model compiled for a budgeted cache"
+        )
 
 
 def _token_inputs(inputs: list[Node]) -> tuple[Node, Node]:

@@ -23,7 +23,7 @@ class OpenLastLogits(GraphPass):
     projection has chosen (`logits_to_keep=1`). After: logits of every column, `[rows, S, vocabulary]`.
 
     Raises:
-        UnsupportedModelError: the graph chooses otherwise.
+        UnsupportedModelError: they came about otherwise.
     """
 
     name: ClassVar[str] = "open_last_logits"
@@ -36,7 +36,9 @@ class OpenLastLogits(GraphPass):
                 break
             node = tensors[0]
         if not _takes_last_column(node):
-            raise UnsupportedModelError("logits_to_keep must be 0 or 1 in a model compiled for a budgeted cache")
+            raise UnsupportedModelError(
+                "the model returns logits of one token, but not by leaving out all others before its output projection"
+            )
         node.replace_all_uses_with(node.args[0])
         propagate(module.graph, node.args[0])
         module.graph.erase_node(node)
