@@ -169,7 +169,8 @@ def _probe(twin: PreTrainedModel, length: int = 2) -> _RecordAttention:
     """What the attentions of a model cache, from a run on `length` tokens."""
     ids = torch.zeros(1, length, dtype=torch.int64, device=twin.device)
     positions = torch.arange(length, device=twin.device)[None]
-    with _refusing(twin), torch.no_grad(), recording_masks() as masks, _RecordAttention() as record:
+    record = _RecordAttention()
+    with _refusing(twin), torch.no_grad(), recording_masks() as masks, record:
         _Entry(twin)(ids, positions)
     if not record.attentions:
         return record
