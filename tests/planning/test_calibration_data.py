@@ -145,6 +145,23 @@ def test_scaled_divergences_give_the_same_plan() -> None:
     assert len(plans) == 1
 
 
+@pytest.mark.parametrize("multiple", [1, 4, 16])
+def test_above_a_floor_more_tokens_are_never_expected_to_stray_further(multiple: int) -> None:
+    """A floor that stays: a quarter of the context is never below a quarter of the mean."""
+    layers = 5
+    rng = np.random.default_rng(3)
+    for _ in range(4):
+        kl = np.sort(rng.exponential(size=(1, layers, 3)) * 10.0 ** rng.integers(-4, 1, size=(1, layers, 1)))[..., ::-1]
+        calibration = made(kl=kl.astype(np.float32), lengths=(64,), layers=(SPEC,) * layers)
+        plans = [
+            xkv_fx.solve(calibration, total_tokens=total, multiple=multiple, floor=16)
+            for total in range(16 * layers, 64 * layers + 1, 7)
+        ]
+        assert min(min(plan.capacities) for plan in plans) == 16
+        expected = np.array([plan.provenance.expected_kl for plan in plans], dtype=np.float64)
+        assert np.diff(expected).max() <= 1e-9
+
+
 def test_file_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "calibration.safetensors"
     made().save(path)

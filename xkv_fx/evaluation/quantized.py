@@ -59,7 +59,7 @@ class Quantized:
 
 QUANTIZED = {
     "int8": Quantized("hqq", 8, "hqq", "hqq"),
-    "int4": Quantized("quanto", 4, "optimum.quanto", "optimum-quanto"),
+    "int4": Quantized("hqq", 4, "hqq", "hqq"),
     "fp8": Quantized("fp8"),
 }
 
@@ -112,6 +112,10 @@ def planned_bytes(name: str, model: Any, layers: Iterable[Any], prompt: int, new
     """Bytes that the cache takes once a prompt was read at once and so many tokens were decoded.
 
     Found by filling one with random keys and values of the model's shapes.
+
+    Raises:
+        BackendError: see `Quantized.new_cache`.
+        UnsupportedModelError: the model's heads do not divide into the groups that share a scale.
     """
     cache = quantized(name).new_cache(model.config)
     generator = torch.Generator().manual_seed(0)
@@ -121,5 +125,8 @@ def planned_bytes(name: str, model: Any, layers: Iterable[Any], prompt: int, new
                 torch.randn(1, spec.kv_heads, tokens, dim, generator=generator).to(model.dtype)
                 for dim in (spec.key_dim, spec.value_dim)
             )
-            cache.update(k, v, index)
+            try:
+                cache.update(k, v, index)
+            except AssertionError as error:  # of hqq
+                raise UnsupportedModelError(f"the cache {name!r} cannot hold this model's heads: {error}") from error
     return cache_bytes(cache)

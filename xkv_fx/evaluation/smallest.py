@@ -55,6 +55,8 @@ def smallest_shares(
     low, high = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 1.0)
     open_ways, found = set(ways), dict[str, float | None]()
     for turn in range(rounds):
+        if not open_ways:
+            break
         tried: list[tuple[str, float]] = []
         plans: list[Budgets] = []
         for name in sorted(open_ways):
