@@ -350,8 +350,8 @@ def _decode(
     out = q.new_empty((rows, heads, 1, value_dim))
     narrow: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     parts = out if whole else torch.empty((splits, rows * heads, value_dim), **narrow)
-    lse = out if whole else torch.empty((splits, rows * heads), **narrow)
-    logits = torch.empty((rows, heads, slots), **narrow) if scored else lse
+    lse = q if whole else torch.empty((splits, rows * heads), **narrow)
+    logits = torch.empty((rows, heads, slots), **narrow) if scored else q
     sizes = {"VALUE_DIM": value_dim, "VALUE_PAD": _padded(value_dim), "SINKS": sinks is not None}
     wrap_triton(_attend)[(pairs, splits)](
         q, k, v, k_cache, v_cache, slot, count, _given(mask, q), _given(positions, slot), _given(seen, slot),
