@@ -163,6 +163,7 @@ def test_weights_are_not_copied() -> None:
 
 def test_the_lowering_is_described() -> None:
     assert "compiled by Inductor" in big("inductor").describe()
+    assert "15 of 15 linear layers by CPU kernel" in big("inductor").describe()
     assert "graph of torch kernels" in big("eager").describe().split("decode")[1]
 
 

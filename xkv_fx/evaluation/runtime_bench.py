@@ -33,7 +33,7 @@ import xkv_fx
 from xkv_fx.evaluation.allocated import peak_bytes
 from xkv_fx.planning.solve import fill_by_gain
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
-from xkv_fx.runtime.kernels import decode_cpu  # noqa: F401
+from xkv_fx.runtime.kernels import decode_cpu
 
 app = typer.Typer(add_completion=False, help="What the runtime promises, measured.")
 LAYERS = 30
@@ -207,6 +207,7 @@ def decode_attention(
     q, k, v = (torch.randn(rows, heads, 1, 64).to(kind) for heads in (9, 3, 3))
     caches = [tuple(torch.randn(rows, 3, capacity, 64).to(kind) for _ in "kv") for _ in range(layers)]
     slot, mask = torch.full((rows,), 7), torch.zeros(rows, 1, 1, capacity, dtype=kind)
+    decode_cpu.build(kind, 3, 64, 64)
 
     def kernel() -> None:
         for k_cache, v_cache in caches:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from xkv_fx.budgets import Budgets, LayerSpec
-from xkv_fx.errors import BackendError
+from xkv_fx.errors import BackendError, SessionError
 from xkv_fx.lowering.program import CompiledProgram, compile_program
+from xkv_fx.runtime.choose_tokens import token_chooser
+from xkv_fx.runtime.decode_steps import decode_steps
+from xkv_fx.runtime.session import Session
 
 
 class Budgeted(nn.Module):
@@ -84,6 +88,46 @@ class Budgeted(nn.Module):
         """
         backend = self.program.backend if backend is None else backend
         return self._remade(budgets, compile_program(self.program.graphs.captured, budgets, backend, max_new_tokens))
+
+    @torch.no_grad()
+    def decode_steps(
+        self,
+        n: int,
+        session: Any,
+        ids: Tensor,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+        end_tokens: Collection[int] = (),
+        pad_token: int = 0,
+    ) -> Tensor:
+        """Decode `n` tokens a row behind what a session holds, without the work of `generate` between two tokens.
+
+        Args:
+            session: one of this model's that has been fed a prompt.
+            ids: int64 `[rows, 1]`, the token of each row that is fed first: the one chosen after the prompt.
+            do_sample: draw from the distribution instead of taking the likeliest token.
+            temperature, top_k: of that distribution.
+            generator: of the random numbers.
+            end_tokens: a row is over once it has one of these, and is filled up with `pad_token`; decoding ends when
+                all rows are over. Without any, nothing waits for the device.
+
+        Returns:
+            the tokens behind `ids`, int64 `[rows, n]` or fewer columns. The last one has not been fed, so that
+            `decode_steps(n, session, tokens[:, -1:])` goes on.
+
+        Raises:
+            PromptError: an argument out of its range, or as `Session.step`.
+            CapacityError: as `Session.step`; the tokens before are in the session then.
+            SessionError: a session of another model, or none of ours.
+        """
+        inner = getattr(session, "session", session)
+        if not isinstance(inner, Session):
+            raise SessionError(f"a {type(session).__name__} is no session; take one from llm.new_session()")
+        inner.check_owner(self.program)
+        choose = token_chooser(do_sample, temperature, top_k, generator)
+        return decode_steps(lambda token: session.step(token, None), ids, n, choose, end_tokens, pad_token)
 
     def describe(self) -> str:
         """Layers, capacities, policy, lowering and every choice that was made, as text."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xkv_fx.errors import PromptError
-from xkv_fx.files import is_int
 from xkv_fx.lowering.budgeted import Budgeted
-from xkv_fx.runtime.greedy import generate_tokens, likeliest
+from xkv_fx.runtime.choose_tokens import token_chooser
+from xkv_fx.runtime.greedy import generate_tokens
 from xkv_fx.runtime.session import Session
 
 
@@ -56,32 +55,16 @@ class BudgetedModule(Budgeted):
             PromptError: an argument out of its range, or as `Session.feed`.
             CapacityError, SessionError: as `Session.feed` and `Session.check_owner`.
         """
-        if do_sample and not temperature > 0:
-            raise PromptError(f"temperature must be above 0; got {temperature!r}")
-        if top_k is not None and (not is_int(top_k) or top_k < 1):
-            raise PromptError(f"top_k must be a whole number of at least 1, or None; got {top_k!r}")
+        choose = token_chooser(do_sample, temperature, top_k, generator)
         if session is None:
             session = self.new_session()
         session.check_owner(self.program)
-
-        def draw(logits: Tensor) -> Tensor:
-            return _draw(logits, temperature, top_k, generator)
-
         return generate_tokens(
             session,
             input_ids,
             max_new_tokens,
             attention_mask,
-            choose=draw if do_sample else likeliest,
+            choose,
             end_tokens=() if eos_token_id is None else (eos_token_id,),
             pad_token=0 if eos_token_id is None else eos_token_id,
         )
-
-
-def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """A token for each row `[rows]`, drawn from logits `[rows, vocabulary]`."""
-    logits = logits.float() / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    return torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)[:, 0]

@@ -13,9 +13,9 @@ constexpr int64_t CHUNK = 256;  // slots of one task
 constexpr int64_t TILE = 64;    // slots between two updates of the running softmax
 constexpr int KEY_STEPS = KEY_DIM / STEP, VALUE_STEPS = VALUE_DIM / STEP;
 constexpr int AT_ONCE = GROUP <= 3 ? 4 : GROUP <= 6 ? 2 : 1;  // slots whose dot products share a pass over the query
-constexpr int WIDTH = VALUE_STEPS % 2 == 0 && GROUP <= 3 ? 2 : 1;  // steps of dimensions summed at once
+constexpr int CHAINS = GROUP <= 3 ? 2 : 1;                    // slots whose values are summed side by side
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
-static_assert(KEY_DIM % STEP == 0 && VALUE_DIM % STEP == 0 && TILE % LANES == 0 && TILE % AT_ONCE == 0);
+static_assert(KEY_DIM % STEP == 0 && VALUE_DIM % STEP == 0 && TILE % LANES == 0 && TILE % AT_ONCE == 0 && TILE % CHAINS == 0);
 
 inline float max_of(vec x) {
   float most = x[0];
@@ -71,10 +71,10 @@ void dot(const Pair (*q)[KEY_STEPS], const scalar* k, int64_t count, float (*log
 
 // Turns logits into weights relative to the running maximum, and shrinks what was summed under an older maximum.
 // Entries from `count` on get weight 0.
-void softmax(float* logits, const scalar* mask, int64_t count, float softcap, Softmax& head) {
+void softmax(float* logits, const float* mask, int64_t count, float softcap, Softmax& head) {
   if (softcap > 0.0f)
     for (int64_t s = 0; s < count; ++s) logits[s] = softcap * std::tanh(logits[s] / softcap);
-  for (int64_t s = 0; s < count; ++s) logits[s] += widen(mask[s]);
+  for (int64_t s = 0; s < count; ++s) logits[s] += mask[s];
   std::fill(logits + count, logits + TILE, NOTHING);
   vec most = vec{} + head.maximum;
   for (int64_t s = 0; s < TILE; s += LANES) {
@@ -98,36 +98,38 @@ void softmax(float* logits, const scalar* mask, int64_t count, float softcap, So
   }
 }
 
-// Adds the weighted values of `count` slots to each head of the group.
+// Adds the weighted values of `count` slots to each head of the group, neighbouring slots to sums of their own: one sum
+// after the other would wait for the one before.
 void add_values(const float (*weights)[TILE], const scalar* v, int64_t count, Softmax* heads) {
-  for (int d = 0; d < VALUE_STEPS; d += WIDTH) {
-    Pair sums[GROUP][WIDTH];
-    for (int g = 0; g < GROUP; ++g)
-      for (int i = 0; i < WIDTH; ++i) sums[g][i] = heads[g].values[d + i];
-    for (int64_t s = 0; s < count; ++s) {
-      const scalar* value = v + s * VALUE_DIM + d * STEP;
-      for (int i = 0; i < WIDTH; ++i) {
-        const Pair part = load(value + i * STEP);
+  for (int d = 0; d < VALUE_STEPS; ++d) {
+    Pair sums[CHAINS][GROUP] = {};
+    for (int64_t s = 0; s < count; s += CHAINS) {
+      for (int i = 0; i < CHAINS; ++i) {
+        const Pair value = load(v + std::min(s + i, count - 1) * VALUE_DIM + d * STEP);
         for (int g = 0; g < GROUP; ++g) {
-          sums[g][i].first += weights[g][s] * part.first;
-          sums[g][i].second += weights[g][s] * part.second;
+          sums[i][g].first += weights[g][s + i] * value.first;
+          sums[i][g].second += weights[g][s + i] * value.second;
         }
       }
     }
     for (int g = 0; g < GROUP; ++g)
-      for (int i = 0; i < WIDTH; ++i) heads[g].values[d + i] = sums[g][i];
+      for (int i = 0; i < CHAINS; ++i) {
+        heads[g].values[d].first += sums[i][g].first;
+        heads[g].values[d].second += sums[i][g].second;
+      }
   }
 }
 
 void attend_chunk(const Pair (*q)[KEY_STEPS], const scalar* k, const scalar* v, const scalar* mask, int64_t slots,
                   float softcap, Softmax* heads) {
   for (int g = 0; g < GROUP; ++g) heads[g] = {NOTHING, 0.0f, {}};
-  alignas(64) float weights[GROUP][TILE];
+  alignas(64) float weights[GROUP][TILE], shown[TILE];
   for (int64_t start = 0; start < slots; start += TILE) {
     const int64_t count = std::min(TILE, slots - start);
     fetch(v + start * VALUE_DIM, count * VALUE_DIM * sizeof(scalar));
     dot(q, k + start * KEY_DIM, count, weights);
-    for (int g = 0; g < GROUP; ++g) softmax(weights[g], mask + start, count, softcap, heads[g]);
+    for (int64_t s = 0; s < count; ++s) shown[s] = widen(mask[start + s]);
+    for (int g = 0; g < GROUP; ++g) softmax(weights[g], shown, count, softcap, heads[g]);
     add_values(weights, v + start * VALUE_DIM, count, heads);
   }
 }

@@ -1,0 +1,47 @@
+"""Choosing a token for each row from logits, on the device they are on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from xkv_fx.errors import PromptError
+from xkv_fx.files import is_int
+from xkv_fx.runtime.greedy import likeliest
+
+Choose = Callable[[Tensor], Tensor]
+"""Tokens int64 `[rows]` from logits `[rows, vocabulary]`."""
+
+
+def token_chooser(
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Choose:
+    """The likeliest token, or with `do_sample` one drawn from the distribution.
+
+    Args:
+        temperature, top_k: of that distribution.
+        generator: of the random numbers.
+
+    Raises:
+        PromptError: an argument out of its range.
+    """
+    if do_sample and not temperature > 0:
+        raise PromptError(f"temperature must be above 0; got {temperature!r}")
+    if top_k is not None and (not is_int(top_k) or top_k < 1):
+        raise PromptError(f"top_k must be a whole number of at least 1, or None; got {top_k!r}")
+    if not do_sample:
+        return likeliest
+
+    def draw(logits: Tensor) -> Tensor:
+        logits = logits.float() / temperature
+        if top_k is not None:
+            least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < least, float("-inf"))
+        return torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)[:, 0]
+
+    return draw
