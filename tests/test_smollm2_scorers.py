@@ -24,8 +24,8 @@ from xkv_fx.hf.models import load_model
 pytestmark = pytest.mark.skipif(os.environ.get("XKV_FX_EXHAUSTIVE") != "1", reason="run by make test-exhaustive")
 
 LAYERS, KV_HEADS, CAPACITY, TOKENS = 30, 3, 48, 200
-Layer = tuple[Tensor, Tensor, Tensor]
-"""Queries `[9, S, 64]`, keys and values `[3, S, 64]`, keys rotated."""
+Layer = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Queries `[9, S, 64]`, keys and values `[3, S, 64]`, queries and keys rotated; the queries before that."""
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,13 @@ def layers_and_llm() -> tuple[list[Layer], BudgetedLM, Tensor]:
     ids = torch.tensor(tokenizer(documentation()[:4000])["input_ids"][:TOKENS])[None]
     llm = xkv_fx.transform(model, xkv_fx.Budgets.uniform(LAYERS, CAPACITY), backend="eager")
     seen: list[Layer] = []
+    projected: list[Tensor] = []
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.register_forward_hook(lambda module, args, out: projected.append(out[0].double()))
 
     def recording(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen.append((q[0].double(), k[0].double(), v[0].double()))
+        unrotated = projected[-1].view(TOKENS, -1, 64).transpose(0, 1)
+        seen.append((q[0].double(), k[0].double(), v[0].double(), unrotated))
         return sdpa_attention_forward(module, q, k, v, *args, **kwargs)
 
     AttentionInterface.register("recording", recording)
@@ -78,11 +82,28 @@ def key_diff(layer: Layer) -> Tensor:
     return -(unit * mean).sum(-1) / mean.square().sum(-1).sqrt()
 
 
+def expected_attention(layer: Layer) -> Tensor:
+    """arXiv 2510.00636, without the first 4 tokens; elements i and i + 32 turn by position / 100000 ** (i / 32)."""
+    angle = torch.outer(TOKENS + torch.arange(512).double(), 100000.0 ** (-torch.arange(32).double() / 32))
+    cos, sin = torch.diag(angle.cos().mean(0)), torch.diag(angle.sin().mean(0))
+    rotation = torch.cat((torch.cat((cos, -sin), 1), torch.cat((sin, cos), 1)))
+    scores = torch.zeros(KV_HEADS, TOKENS, dtype=torch.float64)
+    for head, queries in enumerate(layer[3]):
+        mean = rotation @ queries[4:].mean(0)
+        covariance = rotation @ torch.cov(queries[4:].T, correction=0) @ rotation.T
+        keys = layer[1][head // 3, 4:]
+        logits = keys @ mean / 8 + ((keys @ covariance) * keys).sum(1) / 128
+        scores[head // 3, 4:] += torch.softmax(logits, 0) / 3
+    scores *= layer[2].square().sum(-1).sqrt()
+    scores[:, :4] = torch.tensor([4.0, 3.0, 2.0, 1.0]) * 1e9
+    return scores
+
+
 def value_norm(layer: Layer) -> Tensor:
     return snapkv(layer) * layer[2].abs().sum(-1)
 
 
-@pytest.mark.parametrize("formula", [snapkv, h2o, tova, streaming, key_norm, key_diff, value_norm])
+@pytest.mark.parametrize("formula", [snapkv, h2o, tova, streaming, key_norm, key_diff, value_norm, expected_attention])
 def test_it_keeps_what_its_formula_chooses(
     layers_and_llm: tuple[list[Layer], BudgetedLM, Tensor], formula: Callable[[Layer], Tensor]
 ) -> None:
