@@ -44,9 +44,9 @@ NEWEST = torch.tensor([17, 4])
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100, "rope_theta": 10000.0}
 _SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "num_hidden_layers": 2, "max_position_embeddings": 400,
+    "num_hidden_layers": 1, "max_position_embeddings": 400,
 }  # fmt: skip
-_GPT_SIZES = {"vocab_size": 61, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 24}
+_GPT_SIZES = {"vocab_size": 61, "n_embd": 32, "n_head": 4, "n_layer": 1, "n_positions": 24}
 
 
 def tiny(family: str) -> PreTrainedModel:
