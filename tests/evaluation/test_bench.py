@@ -22,6 +22,7 @@ from xkv_fx.evaluation.bench import NAMES, Settings, run_bench, weight_bytes
 from xkv_fx.evaluation.bench_result import Bench, Run
 from xkv_fx.evaluation.contestants import Ours, dynamic, sliding, static
 from xkv_fx.evaluation.peers import run_peer
+from xkv_fx.evaluation.quantized import QUANTIZED
 
 IN_TURNS = ("dynamic", "sliding", "ours-full", "ours", "ours-plain", "ours-equal-bytes")
 SETTINGS = Settings(
@@ -173,6 +174,16 @@ def test_other_engines_are_run_by_their_own_python(tmp_path: Path, monkeypatch: 
     assert (run.decode_p50_ms, run.tokens_per_second, run.kv_bytes) == (pytest.approx(200), pytest.approx(10), None)
     script.write_text("#!/bin/sh\necho done\n")
     assert "could not be read" in (peer(str(script)).skipped or "")
+
+
+def test_quantized_caches_take_part_where_they_are_installed() -> None:
+    settings = dataclasses.replace(SETTINGS, only=("fp8", "int4"))
+    fp8, int4 = run_bench(llama(2), settings).runs
+    assert fp8.tokens_per_second is not None
+    assert fp8.kv_bytes is not None
+    assert 0 < fp8.kv_bytes < 2 * 2 * 8 * 4 * 2 * 2 * 64
+    if not QUANTIZED["int4"].installed:
+        assert int4.skipped == "not installed; pip install hqq"
 
 
 def test_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,13 +18,14 @@ from xkv_fx.budgets import Budgets, layers_of
 from xkv_fx.errors import BackendError, BudgetError
 from xkv_fx.evaluation.allocated import peak_bytes
 from xkv_fx.evaluation.bench_result import Bench, Run
-from xkv_fx.evaluation.contestants import Contestant, Ours, dynamic, sliding, static
+from xkv_fx.evaluation.contestants import Contestant, Ours, dynamic, quantized, sliding, static
 from xkv_fx.evaluation.machine import BYTES_READ, MemoryReader, available_bytes, describe_machine, synchronize
 from xkv_fx.evaluation.peers import PEERS, run_peer
+from xkv_fx.evaluation.quantized import QUANTIZED
 from xkv_fx.hf.generation import BudgetedLM
 
 OURS = ("ours-full", "ours", "ours-plain", "ours-equal-bytes")
-HERE = ("dynamic", "static", "sliding", *OURS)
+HERE = ("dynamic", "static", "sliding", *QUANTIZED, *OURS)
 NAMES = (*HERE, *PEERS)
 WARM_STEPS = 3
 TOKENS_WORTH_A_PREFILL = 8192
@@ -111,7 +112,7 @@ class Settings:
         full = _full(self, model).kv_bytes(model, batch_size=self.rows)
         kept = self.budgets.kv_bytes(model, batch_size=self.rows)
         each = {"dynamic": 2 * full, "static": full, "sliding": 2 * kept, "ours-full": full, "ours": kept}
-        each |= {"ours-plain": kept, "ours-equal-bytes": full}
+        each |= {"ours-plain": kept, "ours-equal-bytes": full, **dict.fromkeys(QUANTIZED, 2 * full)}
         return sum(each.get(name, 0) for name in self.names)
 
 
@@ -125,9 +126,12 @@ def run_bench(model: PreTrainedModel, settings: Settings, progress: Callable[[st
         BudgetError, BackendError: see `Settings.check`; and as `xkv_fx.transform`.
     """
     settings.check(model)
-    here = []
+    here, skipped = [], []
     for name, make in _makers(model, settings).items():
-        if name in settings.names:
+        if name in QUANTIZED and name in settings.names and not QUANTIZED[name].installed:
+            reason = f"not installed; pip install {QUANTIZED[name].package}"
+            skipped.append(Run(name, settings.rows, settings.context, skipped=reason))
+        elif name in settings.names:
             progress(f"{name}: made ready")
             here.append(_prepared(model, name, make, settings))
     reader = MemoryReader(model.device)
@@ -139,7 +143,7 @@ def run_bench(model: PreTrainedModel, settings: Settings, progress: Callable[[st
             entry.times += [_timed(entry.contestant.step, model.device) for _ in range(settings.new_tokens)]
     bandwidth = BYTES_READ / statistics.median(reads)
     weights = weight_bytes(model)
-    runs = [entry.run(settings, weights, bandwidth) for entry in here]
+    runs = [*(entry.run(settings, weights, bandwidth) for entry in here), *skipped]
     for name in settings.names:
         if name in PEERS:
             progress(name)
@@ -231,6 +235,7 @@ def _makers(model: PreTrainedModel, settings: Settings) -> dict[str, Callable[[]
         "dynamic": lambda: dynamic(model, rows),
         "static": lambda: static(model, rows, settings.context + settings.steps),
         "sliding": lambda: sliding(model, rows, longest),
+        **{name: functools.partial(quantized, name, model, rows) for name in QUANTIZED},
         "ours-full": lambda: ours("ours-full", full),
         "ours": lambda: ours("ours", settings.budgets),
         "ours-plain": lambda: ours("ours-plain", plain),

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from xkv_fx.evaluation.quantized import cache_bytes
+from xkv_fx.evaluation.quantized import quantized as quantized_kind
 from xkv_fx.hf.cache import SessionCache
 from xkv_fx.hf.generation import BudgetedLM
 
@@ -142,6 +144,12 @@ def sliding(model: PreTrainedModel, rows: int, slots: int) -> Transformers:
         return Cache(layers=[DynamicSlidingWindowLayer(sliding_window=slots) for _ in range(layers)])
 
     return Transformers("sliding", model, rows, new, _held)
+
+
+def quantized(name: str, model: PreTrainedModel, rows: int) -> Transformers:
+    """One of transformers' quantized caches, by its name in `xkv_fx.evaluation.quantized.QUANTIZED`."""
+    kind = quantized_kind(name)
+    return Transformers(name, model, rows, lambda: kind.new_cache(model.config), cache_bytes)
 
 
 def fill_session(session: SessionCache, tokens: int) -> None:
