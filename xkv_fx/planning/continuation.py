@@ -77,9 +77,9 @@ class FullRun:
     def held(self, index: int, plan: SlotPlan | None) -> Held | HeldScored:
         """What an attention reaches after the prompt; chosen once for each cache and plan."""
         site = self.model.sites[index]
+        check_borrowed(site, "" if plan is None else plan.eviction)
         key = (site.index, plan)
         if key not in self._held:
-            check_borrowed(site, "" if plan is None else plan.eviction)
             run = self.layers[index]
             self._held[key] = hold_all(run, self.tokens) if plan is None else hold(run, plan, self.tokens)
         return self._held[key]
