@@ -44,7 +44,7 @@ INSIDE, AFTER = "inside", "after"
 FORMS = (INSIDE, AFTER)
 PART_FORMAT, RUN_FORMAT = "xkv_fx.evaluation_part", "xkv_fx.evaluation_run"
 VERSION = 1
-# Generated tokens that text is compared over.
+# Tokens of text after a prompt that are compared.
 FORCED = 32
 
 
