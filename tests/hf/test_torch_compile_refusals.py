@@ -94,7 +94,7 @@ def test_a_model_with_another_attention() -> None:
 
 @exhaustive
 def test_a_graph_of_one_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xkv_fx.lowering.torch_compile._leave_lengths_open", lambda *inputs: None)
+    monkeypatch.setattr("xkv_fx.lowering.torch_compile.leave_lengths_open", lambda *inputs: None)
     with pytest.raises(BackendError, match=r"for 9 tokens alone.*without dynamic=False"):
         compiled(dynamic=False)(**prompt())
 
