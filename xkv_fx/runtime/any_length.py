@@ -21,6 +21,7 @@ from xkv_fx.runtime.attention import (
     merge_attention,
     slots_by_flash,
     softmax_block,
+    wide_dtype,
     without_slots,
 )
 from xkv_fx.runtime.scorers import accumulated  # noqa: F401  (registers its op)
@@ -180,7 +181,7 @@ def _in_blocks(q: Tensor, v: Tensor, attend: BlockOf) -> tuple[Tensor, Tensor]:
 
     start = torch.zeros((), dtype=torch.int64, device=q.device)
     out = q.new_zeros((*q.shape[:3], v.shape[-1]))
-    lse = torch.zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    lse = torch.zeros(q.shape[:3], dtype=wide_dtype(q), device=q.device)
     _, out, lse = while_loop(unfinished, add_block, (start, out, lse))
     return out, lse
 

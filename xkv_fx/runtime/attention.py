@@ -140,8 +140,13 @@ def group_logits(q: Tensor, k: Tensor, scale: float, softcap: float | None = Non
     return soft_cap(torch.matmul(_wide(grouped), _wide(k).transpose(-1, -2)[:, :, None]) * scale, softcap)
 
 
+def wide_dtype(values: Tensor) -> torch.dtype:
+    """What logits of `values` are computed in."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32  # promote_types cannot be traced in a loop
+
+
 def _wide(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.to(wide_dtype(values))
 
 
 def distance_bias(slopes: Tensor, distance: Tensor) -> Tensor:
