@@ -45,7 +45,7 @@ test: lint  ## Run linter, type checker and tests
 	$(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS)
 
 test-exhaustive: .venv/.installed  ## Run the long forms of the tests on the real model
-	XKV_FX_EXHAUSTIVE=1 $(VENV_PYTHON) -m pytest tests/test_smollm2.py tests/test_smollm2_scorers.py tests/hf/test_torch_compile*.py
+	XKV_FX_EXHAUSTIVE=1 $(VENV_PYTHON) -m pytest tests/test_smollm2.py tests/test_smollm2_scorers.py tests/test_smollm2_engine.py tests/hf/test_torch_compile*.py
 
 coverage: .venv/.installed  ## Try every causal language model that transformers registers; writes docs/coverage.md
 	$(VENV_PYTHON) -m xkv_fx.evaluation.coverage --output docs/coverage.md

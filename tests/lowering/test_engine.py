@@ -407,17 +407,10 @@ def test_a_portable_engine_is_loaded_by_those_who_trust_it(llm: Any, tmp_path: P
     assert Manifest.load(path).budgets == llm.budgets
 
 
-def test_policies_are_exported(tmp_path: Path) -> None:
-    """Every op that a prompt graph may hold, once, in a model with sliding windows and soft caps."""
+def test_a_scorer_whose_loop_is_not_traced_yet_is_refused_by_name(tmp_path: Path) -> None:
+    """torch does not make in-place ops in the body of H2O's loop functional; when it does, this fails."""
     budgets = Budgets((12, 16), Policy(scorer="h2o", eviction="scored", sinks=1))
     llm = ready_models.transform_again(budgets, rows=1, family="gemma2")
-    xkv_fx.export(llm, tmp_path / "engine", target="pt2")
-    engine = xkv_fx.load(tmp_path / "engine", trust=True)
-    expected, ours = llm.new_session().session, engine.new_session()
-    for turn in (random_ids(1, 30), random_ids(1, 7, seed=1)):
-        logits = expected.feed(turn)
-        assert torch.allclose(ours.feed(turn), logits, atol=1e-4)
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        assert torch.allclose(ours.step(token), expected.step(token), atol=1e-4)
-    for one, other in zip(ours.state.tensors, expected.state.tensors, strict=True):
-        assert torch.allclose(one.double(), other.double(), atol=1e-4)
+    with pytest.raises(xkv_fx.BackendError, match="H2O"):
+        xkv_fx.export(llm, tmp_path / "engine", target="pt2")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,93 @@
+"""What an engine promises, measured: `python -m xkv_fx.evaluation.engine_bench COMMAND ENGINE --model MODEL`.
+
+start   a fresh process to its first token: with the engine; with the model, loaded, transformed and compiled
+decode  a decode step of the engine and of the transformed model, in turns
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import xkv_fx
+
+app = typer.Typer(add_completion=False, help="What an engine promises, measured.")
+Engine = Annotated[Path, typer.Argument(help="A folder that xkv-fx export wrote.")]
+Model = Annotated[str, typer.Option(help="The model that it was made of.")]
+Prompt = Annotated[int, typer.Option(help="Tokens in the prompt.")]
+
+_ENGINE = """
+import time; start = time.perf_counter()
+import sys, torch, xkv_fx
+engine = xkv_fx.load(sys.argv[1])
+engine.generate(torch.arange(3, 3 + int(sys.argv[3]))[None], 2)
+print(time.perf_counter() - start)
+"""
+_MODEL = """
+import time; start = time.perf_counter()
+import sys, torch, xkv_fx
+from xkv_fx.hf.models import load_model
+from xkv_fx.lowering.manifest import Manifest
+from pathlib import Path
+model, _ = load_model(sys.argv[2])
+llm = xkv_fx.transform(model, Manifest.load(Path(sys.argv[1])).budgets)
+ids = torch.arange(3, 3 + int(sys.argv[3]))[None]
+llm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+print(time.perf_counter() - start)
+"""
+
+
+@app.command()
+def start(engine: Engine, model: Model = "smollm2", prompt: Prompt = 128, repeats: int = 3) -> None:
+    """Seconds from the start of a process to its second token; nothing compiled before is found again."""
+    by_engine = [_seconds(_ENGINE, engine, model, prompt) for _ in range(repeats)]
+    by_model = [_seconds(_MODEL, engine, model, prompt) for _ in range(repeats)]
+    fast, slow = statistics.median(by_engine), statistics.median(by_model)
+    print(json.dumps({"engine": fast, "model": slow, "times_faster": slow / fast}))
+
+
+def _seconds(program: str, engine: Path, model: str, prompt: int) -> float:
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", program, str(engine), model, str(prompt)],
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return float(done.stdout.splitlines()[-1])
+
+
+@app.command()
+def decode(engine: Engine, model: Model = "smollm2", prompt: Prompt = 128, steps: int = 50) -> None:
+    """Milliseconds of a decode step, the median over steps taken in turns."""
+    from xkv_fx.hf.models import load_model
+
+    loaded = xkv_fx.load(engine)
+    llm = xkv_fx.transform(load_model(model)[0], loaded.budgets)
+    ids = torch.arange(3, 3 + prompt)[None]
+    sessions: dict[str, Any] = {"engine": loaded.new_session(), "model": llm.new_session().session}
+    for session in sessions.values():
+        session.feed(ids)
+    taken: dict[str, list[float]] = {name: [] for name in sessions}
+    for _ in range(steps):
+        for name, session in sessions.items():
+            begin = time.perf_counter()
+            session.step(ids[:, :1])
+            taken[name].append(time.perf_counter() - begin)
+    medians = {name: 1e3 * statistics.median(times) for name, times in taken.items()}
+    print(json.dumps({**medians, "engine_over_model": medians["engine"] / medians["model"]}))
+
+
+if __name__ == "__main__":
+    app()
