@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from batches import padded
+from exhaustive import exhaustive
 from safetensors.torch import load_file, save_file
 
 import xkv_fx
 from xkv_fx.evaluation.texts import documentation
 from xkv_fx.hf.models import load_model
 
-pytestmark = pytest.mark.skipif(os.environ.get("XKV_FX_EXHAUSTIVE") != "1", reason="compiles for minutes")
+pytestmark = exhaustive
 LAYERS = 30
 BUDGETS = xkv_fx.Budgets(tuple(128 + 16 * (layer % 3) for layer in range(LAYERS)))
 NEW = 64

@@ -5,13 +5,13 @@ Run by `make test-exhaustive`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import by_hand
 import pytest
 import torch
+from exhaustive import exhaustive
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -21,7 +21,7 @@ from xkv_fx.evaluation.texts import documentation
 from xkv_fx.hf.generation import BudgetedLM
 from xkv_fx.hf.models import load_model
 
-pytestmark = pytest.mark.skipif(os.environ.get("XKV_FX_EXHAUSTIVE") != "1", reason="run by make test-exhaustive")
+pytestmark = exhaustive
 
 LAYERS, KV_HEADS, CAPACITY, TOKENS = 30, 3, 48, 200
 Layer = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from exhaustive import exhaustive
 from tiny_models import llama, random_ids
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -16,7 +17,7 @@ import xkv_fx
 from xkv_fx import Budgets, UnsupportedModelError
 
 PROMPT, NEW = 40, 20
-each_backend = pytest.mark.parametrize("backend", ["eager", "inductor"])
+each_backend = pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=exhaustive)])
 
 
 def source() -> nn.Module:
@@ -55,8 +56,16 @@ def test_full_budgets_are_exact(make: Any, backend: str) -> None:
     torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=0)
 
 
-@each_backend
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [
+        (torch.bfloat16, "eager"),
+        (torch.bfloat16, "inductor"),
+        (torch.float16, "eager"),
+        pytest.param(torch.float16, "inductor", marks=exhaustive),
+    ],
+    ids=str,
+)
 def test_half_precision_is_as_near_to_float32_as_the_model_itself(dtype: torch.dtype, backend: str) -> None:
     """Judged by the logits of forced tokens: rounding may turn a close call between two greedy ones."""
     model: Any = source().to(dtype)

@@ -3,12 +3,12 @@ once for several tokens and once for one."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from exhaustive import exhaustive
 from graph_checks import assert_meta_is_true
 from tiny_models import gemma3, llama, random_ids
 from torch import Tensor
@@ -21,7 +21,6 @@ from xkv_fx.evaluation.allocated import allocations
 from xkv_fx.hf.generation import BudgetedLM
 
 BUDGETS = Budgets((12, 6))
-exhaustive = pytest.mark.skipif(os.environ.get("XKV_FX_EXHAUSTIVE") != "1", reason="run by make test-exhaustive")
 """Compiling is most of what these tests cost."""
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
 
@@ -240,7 +239,8 @@ def test_bare_calls_run_on_a_session_of_the_backend(llm: BudgetedLM) -> None:
         call(random_ids(1, 6), position_ids=torch.arange(6)[None] + 1, use_cache=False)
 
 
-@pytest.mark.parametrize("eviction", ["none", pytest.param("scored", marks=exhaustive)])
+@exhaustive
+@pytest.mark.parametrize("eviction", ["none", "scored"])
 def test_sliding_windows(eviction: str) -> None:
     """Room for all tokens: those of the plain model. Otherwise those of `transform`."""
     torch._dynamo.reset()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from exhaustive import exhaustive
 from tiny_models import llama, random_ids
 from torch.fx import Graph, GraphModule
 from transformers import DynamicCache, PreTrainedModel
@@ -22,7 +22,6 @@ from xkv_fx.lowering.torch_compile import xkv
 
 BUDGETS = Budgets((6,))
 OPTIONS: dict[str, Any] = {"budgets": BUDGETS, "lower": "eager"}
-exhaustive = pytest.mark.skipif(os.environ.get("XKV_FX_EXHAUSTIVE") != "1", reason="run by make test-exhaustive")
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +86,7 @@ def test_a_plan_of_another_model_without_a_cache() -> None:
         compiled({**OPTIONS, "budgets": Budgets((6, 6))})(**prompt())
 
 
+@exhaustive
 def test_a_model_with_another_attention() -> None:
     with pytest.raises(BackendError, match=r"set_attn_implementation\('xkv'\)"):
         compiled(attention="sdpa")(**prompt())
