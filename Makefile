@@ -44,8 +44,8 @@ test: lint  ## Run linter, type checker and tests
 	$(VENV_PYTHON) -m mypy
 	$(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS)
 
-test-exhaustive: .venv/.installed  ## Run the long forms of the tests on the real model
-	XKV_FX_EXHAUSTIVE=1 $(VENV_PYTHON) -m pytest tests/test_smollm2.py tests/test_smollm2_scorers.py tests/test_smollm2_engine.py tests/hf/test_torch_compile*.py
+test-exhaustive: .venv/.installed  ## Run those tests too that take minutes
+	XKV_FX_EXHAUSTIVE=1 $(VENV_PYTHON) -m pytest $$(grep -lr --include='test_*.py' 'from exhaustive' tests)
 
 coverage: .venv/.installed  ## Try every causal language model that transformers registers; writes docs/coverage.md
 	$(VENV_PYTHON) -m xkv_fx.evaluation.coverage --output docs/coverage.md

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from exhaustive import exhaustive
 from typer.testing import CliRunner
 
 from xkv_fx.errors import BudgetError, UnsupportedModelError
@@ -22,6 +23,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, arguments)
 
 
+@exhaustive
 def test_on_a_cpu() -> None:
     sizes = ("--context", "200", "--batch", "2", "--steps", "2", "--rounds", "2", "--fraction", "0.384")
     done = run("--preset", "tiny", "--device", "cpu", *sizes, "--no-compiled")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from exhaustive import exhaustive
 
 TESTS = Path(__file__).parents[2]
 ROOT = TESTS.parent
@@ -32,6 +33,7 @@ def test_under_the_interpreter_they_are_the_references() -> None:
     assert re.search(r"^\d+ passed in", out, re.MULTILINE), out
 
 
+@exhaustive
 def test_they_compile_for_gpus(tmp_path: Path) -> None:
     """To PTX with tensor cores and asynchronous copies, in the shared memory that every GPU since Ampere has."""
     out = run("tests/compile_triton.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
