@@ -110,6 +110,14 @@ def test_counts_are_checked(n: Any) -> None:
         transformed().decode_steps(n, session, first)
 
 
+@pytest.mark.parametrize("wrong", [{"end_tokens": bad} for bad in (5, (-1,), ("a",), [True])] + [{"pad_token": -1}])
+def test_tokens_are_checked_before_anything_is_decoded(wrong: dict[str, Any]) -> None:
+    session, first = fed(transformed())
+    with pytest.raises(PromptError, match="at least 0"):
+        transformed().decode_steps(2, session, first, **wrong)
+    assert session.tokens_seen.tolist() == [30, 30]
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": float("nan")}, {"top_k": 0}], ids=str)
 def test_options_are_checked_before_anything_is_decoded(options: dict[str, Any]) -> None:
     session, first = fed(transformed())

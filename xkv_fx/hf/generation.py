@@ -16,6 +16,7 @@ from xkv_fx.errors import PromptError, SessionError
 from xkv_fx.hf.cache import SessionCache
 from xkv_fx.lowering.budgeted import Budgeted
 from xkv_fx.lowering.program import CompiledProgram
+from xkv_fx.runtime.session import refuse_rows_of_padding
 
 _CACHE_FIELD = next(
     field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in ("past_key_values", "cache")
@@ -86,7 +87,7 @@ class BudgetedLM(Budgeted, GenerationMixin):
         session = past_key_values if past_key_values is not None else cache
         if session is None:
             session = self.new_session()
-            _refuse_rows_of_padding(attention_mask)
+            refuse_rows_of_padding(attention_mask)
         if not isinstance(session, SessionCache):
             raise SessionError(
                 f"a {type(session).__name__} has no bounded memory; pass a session from llm.new_session() instead"
@@ -171,7 +172,7 @@ class BudgetedLM(Budgeted, GenerationMixin):
                 f"a {type(given).__name__} has no bounded memory; pass a session from llm.new_session() instead"
             )
         given.session.check_owner(self.program)
-        _refuse_rows_of_padding(model_kwargs.get("attention_mask"))
+        refuse_rows_of_padding(model_kwargs.get("attention_mask"))
         _refuse_rows_without_last_token(
             model_kwargs.get("attention_mask"), given.get_seq_length(), generation_config.prefill_chunk_size
         )
@@ -200,11 +201,6 @@ def _with_cache(config: GenerationConfig) -> GenerationConfig:
     config = copy.deepcopy(config)
     config.use_cache = True
     return config
-
-
-def _refuse_rows_of_padding(mask: Tensor | None) -> None:
-    if mask is not None and not bool((mask != 0).any(-1).all()):
-        raise PromptError("a row of the prompt is nothing but padding; give every row at least one token")
 
 
 def _refuse_rows_without_last_token(mask: Tensor | None, fed: int, chunk: int | None) -> None:

@@ -16,7 +16,7 @@ from xkv_fx.errors import BackendError, EngineError, FileFormatError, PromptErro
 from xkv_fx.files import check_safetensors_size
 from xkv_fx.lowering.engine_files import check_files, check_packages
 from xkv_fx.lowering.manifest import KINDS, WEIGHTS, Kind, Manifest, spec_of
-from xkv_fx.runtime.greedy import generate_tokens
+from xkv_fx.runtime.decode_steps import generate_tokens
 from xkv_fx.runtime.session import Session
 from xkv_fx.runtime.state import CachePlan
 

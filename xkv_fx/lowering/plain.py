@@ -7,7 +7,7 @@ from torch import Tensor
 
 from xkv_fx.lowering.budgeted import Budgeted
 from xkv_fx.runtime.choose_tokens import token_chooser
-from xkv_fx.runtime.greedy import generate_tokens
+from xkv_fx.runtime.decode_steps import generate_tokens
 from xkv_fx.runtime.session import Session
 
 

@@ -9,10 +9,14 @@ from torch import Tensor
 
 from xkv_fx.errors import PromptError
 from xkv_fx.files import is_int
-from xkv_fx.runtime.greedy import likeliest
 
 Choose = Callable[[Tensor], Tensor]
 """Tokens int64 `[rows]` from logits `[rows, vocabulary]`."""
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The likeliest token of each row, int64 `[rows]`, from logits `[rows, vocabulary]`."""
+    return logits.argmax(-1)
 
 
 def token_chooser(

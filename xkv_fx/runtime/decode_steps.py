@@ -1,4 +1,4 @@
-"""A tight loop of decode steps: no token leaves the device, and nothing stands between two steps but their choice."""
+"""Decoding in a loop: no token leaves the device, and nothing stands between two steps but their choice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,36 @@ from torch import Tensor
 
 from xkv_fx.errors import PromptError
 from xkv_fx.files import is_int
-from xkv_fx.runtime.choose_tokens import Choose
+from xkv_fx.runtime.choose_tokens import Choose, likeliest
+from xkv_fx.runtime.session import Session, refuse_rows_of_padding
+
+
+def generate_tokens(
+    session: Session,
+    ids: Tensor,
+    max_new_tokens: int,
+    attention_mask: Tensor | None = None,
+    choose: Choose = likeliest,
+    end_tokens: Collection[int] = (),
+    pad_token: int = 0,
+) -> Tensor:
+    """Feed a prompt or a turn, `ids` int64 `[rows, S]`, and decode behind it as `decode_steps` does.
+
+    Args:
+        attention_mask: `[rows, S]`, 0 for padding before or after a row's tokens.
+
+    Returns:
+        int64 `[rows, S + new]`; new ends when every row is over, after `max_new_tokens` at most.
+
+    Raises:
+        PromptError: `max_new_tokens` below 1, end tokens or a padding token that are none, a row of padding only, or as
+            `Session.feed`.
+        CapacityError: as `Session.feed`.
+    """
+    _check("max_new_tokens", max_new_tokens, end_tokens, pad_token)
+    refuse_rows_of_padding(attention_mask)
+    logits = session.feed(ids, valid=None if attention_mask is None else attention_mask != 0)
+    return torch.cat((ids, _decode(logits, session.step, max_new_tokens, choose, end_tokens, pad_token)), 1)
 
 
 def decode_steps(
@@ -31,20 +60,41 @@ def decode_steps(
         the tokens that were chosen, int64 `[rows, n]`, fewer columns if every row is over. The last has not been fed.
 
     Raises:
-        PromptError: `n` below 1; and whatever `step` raises.
+        PromptError: `n` below 1, end tokens or a padding token that are none; and whatever `step` raises.
     """
-    if not is_int(n) or n < 1:
-        raise PromptError(f"n must be a whole number of at least 1; got {n!r}")
-    ends = torch.tensor(sorted(end_tokens), dtype=torch.int64, device=ids.device)
-    over = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+    _check("n", n, end_tokens, pad_token)
+    return _decode(step(ids), step, n, choose, end_tokens, pad_token)
+
+
+def _decode(
+    logits: Tensor,
+    step: Callable[[Tensor], Tensor],
+    n: int,
+    choose: Choose,
+    end_tokens: Collection[int],
+    pad_token: int,
+) -> Tensor:
+    """`decode_steps` from the logits of what was fed first."""
+    ends = torch.tensor(sorted(end_tokens), dtype=torch.int64, device=logits.device)
+    over = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
     tokens: list[Tensor] = []
     for _ in range(n):
-        chosen = choose(step(ids)[:, -1])
-        if end_tokens:
+        if tokens:
+            logits = step(tokens[-1])
+        chosen = choose(logits[:, -1])
+        if len(ends):
             chosen = chosen.masked_fill(over, pad_token)
             over = over | torch.isin(chosen, ends)
-        ids = chosen[:, None]
-        tokens.append(ids)
-        if end_tokens and bool(over.all()):
+        tokens.append(chosen[:, None])
+        if len(ends) and bool(over.all()):
             break
     return torch.cat(tokens, 1)
+
+
+def _check(name: str, count: int, end_tokens: Collection[int], pad_token: int) -> None:
+    if not is_int(count) or count < 1:
+        raise PromptError(f"{name} must be a whole number of at least 1; got {count!r}")
+    if not isinstance(end_tokens, Collection) or not all(is_int(token) and token >= 0 for token in end_tokens):
+        raise PromptError(f"the tokens that end a row must be several whole numbers of at least 0; got {end_tokens!r}")
+    if not is_int(pad_token) or pad_token < 0:
+        raise PromptError(f"pad_token must be a whole number of at least 0; got {pad_token!r}")

@@ -229,3 +229,9 @@ class Session:
             f"the room for {plan.slots - plan.capacity} appended tokens that was set aside is used up; transform with "
             "a larger max_new_tokens, or choose eviction='ring'"
         )
+
+
+def refuse_rows_of_padding(mask: Tensor | None) -> None:
+    """Raise PromptError if a row of a prompt's mask `[rows, S]`, 0 for padding, has no token."""
+    if mask is not None and not bool((mask != 0).any(-1).all()):
+        raise PromptError("a row of the prompt is nothing but padding; give every row at least one token")
