@@ -263,6 +263,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: build(TwoFacedLlama, LlamaConfig(**LLAMA)),
         "TwoFacedLlama: the captured graph differs from the model by .* of its largest logit",
     ),
+    "something else, its attention ours already": (
+        lambda: build(TwoFacedLlama, LlamaConfig(**LLAMA, attn_implementation="xkv")),
+        "TwoFacedLlama: the captured graph differs from the model by .* of its largest logit",
+    ),
     "on the meta device": (lambda: llama(1).to("meta"), "LlamaForCausalLM cannot be captured"),
     "a classifier": (
         lambda: build(LlamaForSequenceClassification, LlamaConfig(**LLAMA, pad_token_id=0)),

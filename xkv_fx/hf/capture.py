@@ -215,12 +215,19 @@ def _random_ids(model: PreTrainedModel, rows: int, length: int) -> Tensor:
     return torch.randint(vocabulary, (rows, length), generator=generator).to(model.device)
 
 
+def _reference(model: PreTrainedModel) -> PreTrainedModel:
+    """What the graphs are compared with: the model as it is evaluated, under an attention that is not ours."""
+    if model.config.get_text_config(decoder=True)._attn_implementation == NAME:
+        return shadow(model, "eager")
+    return shadow(model, None) if model.training else model
+
+
 def _check(model: PreTrainedModel, prompt: GraphModule, token: GraphModule | None, rows: int) -> None:
     """Run the model and its graphs on the same random tokens."""
     ids = _random_ids(model, rows, min(PROBE_LENGTH, max_positions(model) or PROBE_LENGTH))
     positions = torch.arange(ids.shape[1], device=model.device).expand(rows, -1).contiguous()
     with torch.no_grad():
-        expected = _logits(shadow(model, None) if model.training else model, ids, positions)
+        expected = _logits(_reference(model), ids, positions)
     with _refusing(model):
         try:
             check_capture(prompt, token, ids, expected, model.dtype)
