@@ -68,11 +68,9 @@ class Cache(SessionCache):
         budgets.check_layers(layers, identity)
         slots = slot_plans(budgets, layers, max_new_tokens)
         plan = CachePlan(layers, slots, batch_size, source.dtype, source.device)
-        self._start(_PlanOnly(plan, budgets, max_positions(source), identity), weakref.ref(source))
-
-    def _start(self, program: _PlanOnly, model: weakref.ref[nn.Module]) -> None:
-        SessionCache.__init__(self, program)
-        self.model = model
+        self._planned = _PlanOnly(plan, budgets, max_positions(source), identity)
+        super().__init__(self._planned)
+        self.model: weakref.ref[nn.Module] = weakref.ref(source)
         self._register()
 
     def _register(self) -> None:
@@ -81,28 +79,21 @@ class Cache(SessionCache):
 
     @property
     def budgets(self) -> Budgets:
-        return self._plan_only.budgets
-
-    @property
-    def _plan_only(self) -> _PlanOnly:
-        program = self.session.program
-        assert isinstance(program, _PlanOnly)
-        return program
+        return self._planned.budgets
 
     @contextmanager
     def running(self, graphs: BoundGraphs) -> Iterator[None]:
         """Feed and step through the graphs of whichever call of the model is running."""
-        planned = self._plan_only
-        planned.used[graphs.planned] = None
-        planned.current.graphs = graphs
+        self._planned.used[graphs.planned] = None
+        self._planned.current.graphs = graphs
         try:
             yield
         finally:
-            planned.current.graphs = None
+            self._planned.current.graphs = None
 
     def describe(self) -> str:
         """The plan, and what the backend compiled for it so far, as text."""
-        planned = self._plan_only
+        planned = self._planned
         lines = describe_plan(planned.identity, planned.plan, planned.scorer, planned.budgets)
         lines += ["", *describe_layers(planned.plan)]
         made = [line for graphs in self.graphs for line in graphs.describe()]
@@ -112,13 +103,14 @@ class Cache(SessionCache):
     def graphs(self) -> tuple[PlannedGraphs, ...]:
         """What the backend made of each call that this cache took part in, in order of first use; see there for the
         graphs themselves."""
-        return tuple(self._plan_only.used)
+        return tuple(self._planned.used)
 
     def fork(self) -> Cache:
         """An independent cache with the same history."""
         twin = Cache.__new__(Cache)
         TransformersCache.__init__(twin, layers=[])
-        twin.session, twin.fed, twin.model = self.session.fork(), self.fed, self.model
+        twin.session, twin.fed = self.session.fork(), self.fed
+        twin._planned, twin.model = self._planned, self.model
         twin._register()
         return twin
 
