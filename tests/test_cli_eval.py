@@ -34,7 +34,7 @@ def captured() -> CapturedModel:
 
 @pytest.fixture(autouse=True)
 def _tiny_model(monkeypatch: pytest.MonkeyPatch, captured: CapturedModel) -> None:
-    monkeypatch.setattr(cli, "_load", lambda name: (MODEL, WordTokenizer(500)))
+    monkeypatch.setattr("xkv_fx.hf.models.load_model", lambda name: (MODEL, WordTokenizer(500)))
     monkeypatch.setattr("xkv_fx.hf.capture.capture", lambda *args, **options: captured)
     for module in ("evaluate", "command"):  # all of it takes seconds in a tokenizer of plain Python
         monkeypatch.setattr(f"xkv_fx.evaluation.{module}.source_code", lambda: source_code()[:60_000])

@@ -28,7 +28,7 @@ class Letters:
 @pytest.fixture(autouse=True)
 def _tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     remember_captures(monkeypatch)
-    monkeypatch.setattr(cli, "_load", lambda name: (model(), Letters()))
+    monkeypatch.setattr("xkv_fx.hf.models.load_model", lambda name: (model(), Letters()))
 
 
 def invoke(*arguments: Any) -> str:

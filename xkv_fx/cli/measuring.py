@@ -1,0 +1,142 @@
+"""Commands that compare: `eval` what plans answer, `bench` how fast they decode."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from xkv_fx.cli.common import Json, Model, app, console, errors, interruptible, load, progress, show
+from xkv_fx.files import write_json
+
+
+@app.command("eval")
+def eval_(
+    plans: Annotated[list[Path] | None, typer.Option(help="Budgets files; may be given repeatedly.")] = None,
+    measured: Annotated[
+        list[Path] | None, typer.Option(help="Profiles and calibrations to solve plans from; may be given repeatedly.")
+    ] = None,
+    model: Model = "smollm2",
+    allocators: Annotated[str | None, typer.Option(help="Names between commas; by default each file's own.")] = None,
+    fractions: Annotated[str, typer.Option(help="Shares of the full cache, between commas.")] = "0.125,0.25,0.384,0.5",
+    scorers: Annotated[str, typer.Option(help="Further scorers, with uniform plans, between commas.")] = "",
+    tasks: Annotated[
+        str | None, typer.Option(help="Between commas; all by default. continuation compares distributions.")
+    ] = None,
+    forms: Annotated[
+        str, typer.Option(help="inside: the question is in the prompt; after: in a second turn, behind what was kept.")
+    ] = "inside,after",
+    length: Annotated[int, typer.Option(help="Tokens of each context with its question.", min=1)] = 1024,
+    instances: Annotated[int, typer.Option(help="Examples of each task.", min=1)] = 10,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.", min=0)] = 0,
+    quantized: Annotated[
+        str | None, typer.Option(help="transformers' quantized caches: int8, int4, fp8; by default those installed.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="eager or inductor, which compiles every plan.")] = "eager",
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON here, its tables beside it.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Write pictures into this folder.")] = None,
+    smallest: Annotated[
+        bool, typer.Option(help="Also find the smallest shares that are enough: by needles, and by held-out KL.")
+    ] = False,
+    kl: Annotated[float, typer.Option(help="The bound that --smallest holds.")] = 0.02,
+    json_: Json = False,
+) -> None:
+    """Put tasks to the full cache and to plans of equal bytes. Goes on where it was interrupted, if given --out."""
+    from xkv_fx.evaluation import command
+    from xkv_fx.evaluation.evaluate import Settings, remove_parts
+    from xkv_fx.evaluation.results import CONTINUATION
+    from xkv_fx.evaluation.tasks import task_names
+
+    named = (*task_names(), CONTINUATION) if tasks is None else command.names(tasks)
+    request = command.Request(
+        plans=tuple(plans or ()),
+        measured=tuple(measured or ()),
+        allocators=None if allocators is None else command.names(allocators),
+        fractions=command.numbers(fractions),
+        scorers=command.names(scorers),
+        quantized=None if quantized is None else command.names(quantized),
+        settings=Settings(named, command.names(forms), length, instances, seed),
+        backend=backend,
+    )
+    loaded, tokenizer = load(model)
+    parts = None if out is None else out.with_name(f"{out.name}.parts")
+    extra: dict[str, Any] = {}
+    with interruptible(parts):
+        with progress("eval") as advance:
+            found = command.run(loaded, tokenizer, request, parts, advance)
+        if smallest:
+            with progress("smallest") as advance:
+                extra = {"smallest": command.smallest(loaded, tokenizer, request, found, kl, progress=advance)}
+    if pictures is not None:
+        command.draw(found, request, pictures)
+    if out is not None and parts is not None:
+        command.write(found, out, extra)
+        remove_parts(parts)
+    if json_:
+        show({**found.to_dict(), **extra}, True)
+    else:
+        print(found.as_markdown())
+        for name, value in extra.items():
+            print(f"{name}: {json.dumps(value)}")
+
+
+@app.command()
+def bench(
+    model: Model = "smollm2",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    context: Annotated[int, typer.Option(help="Tokens that every row has seen.", min=1)] = 4096,
+    batch: Annotated[int, typer.Option(help="Rows.", min=1)] = 1,
+    fraction: Annotated[float, typer.Option(help="Share of the context that every layer keeps.")] = 0.384,
+    budgets: Annotated[Path | None, typer.Option(help="A budgets file, instead of --fraction.")] = None,
+    rounds: Annotated[int, typer.Option(help="How often the contestants take turns.", min=1)] = 5,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that each decodes in a round.", min=1)] = 8,
+    only: Annotated[str | None, typer.Option(help="Contestants, between commas; all by default.")] = None,
+    backend: Annotated[str, typer.Option(help="Of ours: inductor or eager.")] = "inductor",
+    prefill: Annotated[
+        bool | None,
+        typer.Option(help="Feed real prompts, or fill caches directly; by default prompts if they are short."),
+    ] = None,
+    kvpress_python: Annotated[Path | None, typer.Option(help="The Python that has kvpress.")] = None,
+    openvino_python: Annotated[Path | None, typer.Option(help="The Python that has openvino-genai.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the steps here (.png, .svg, .pdf).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
+    json_: Json = False,
+) -> None:
+    """Measure our decode beside transformers' caches and other engines, in turns."""
+    from xkv_fx.evaluation.bench_command import bench_model
+
+    names = tuple(name.strip() for name in (only or "").split(",") if name.strip())
+    pythons = {"kvpress": kvpress_python, "openvino": openvino_python}
+
+    def say(what: str) -> None:
+        errors.print(what, markup=False, highlight=False)
+
+    result = bench_model(
+        model,
+        dtype,
+        device,
+        context,
+        batch,
+        budgets,
+        fraction,
+        rounds,
+        new_tokens,
+        names,
+        backend,
+        prefill,
+        pythons,
+        say,
+    )
+    if out is not None:
+        write_json(out, result.to_dict())
+    if picture is not None:
+        result.draw(picture)
+    if json_:
+        show(result.to_dict(), True)
+        return
+    console.print(result.table())
+    for note in result.notes():
+        console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,208 @@
+"""Commands that measure a model, solve a plan, and measure the plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import xkv_fx
+from xkv_fx.cli.common import (
+    Json,
+    Model,
+    Plan,
+    app,
+    console,
+    errors,
+    interruptible,
+    load,
+    progress,
+    read,
+    show,
+    show_plan,
+)
+from xkv_fx.errors import BudgetError
+from xkv_fx.planning.load_measured import load_measured
+
+Texts = Annotated[list[Path], typer.Option(help="Text files, each of them a prompt; may be given repeatedly.")]
+Length = Annotated[int | None, typer.Option(help="Cut each text into prompts of so many tokens.", min=2)]
+Scorer = Annotated[str, typer.Option(help="How tokens are ranked.")]
+Recent = Annotated[int | None, typer.Option(help="Newest tokens always kept; min(64, C/4) by default.")]
+Sinks = Annotated[int, typer.Option(help="First tokens always kept.")]
+Continuation = Annotated[int, typer.Option(help="Last tokens of each prompt, fed as decode would and measured.", min=1)]
+
+
+@app.command()
+def profile(
+    out: Annotated[Path, typer.Option(help="Where to write the profile.")],
+    prompts: Texts,
+    model: Model = "smollm2",
+    length: Length = None,
+    sampling: Annotated[float, typer.Option(help="Share of the prompts to measure.")] = 1.0,
+    statistics: Annotated[
+        list[str] | None, typer.Option(help="preference (for the allocator entropy), similarity (for squeeze).")
+    ] = None,
+    scorer: Scorer = "snapkv",
+    eviction: Annotated[str, typer.Option(help="ring, scored, append or none.")] = "ring",
+    recent: Recent = None,
+    sinks: Sinks = 0,
+    json_: Json = False,
+) -> None:
+    """Measure how much attention mass each layer keeps at every capacity."""
+    policy = xkv_fx.Policy(scorer=scorer, eviction=eviction, recent=recent, sinks=sinks)  # type: ignore[arg-type]
+    loaded, tokenizer = load(model)
+    rows = token_rows(prompts, tokenizer, length)
+    with progress("profile") as advance:
+        measured = xkv_fx.profile(
+            loaded, rows, sampling=sampling, policy=policy, progress=advance, statistics=tuple(statistics or ())
+        )
+    measured.save(out)
+    show(
+        {
+            "profile": str(out),
+            "model": measured.model,
+            "layers": len(measured.layers),
+            "prompts": len(measured.lengths),
+            "longest": measured.context_default,
+        },
+        json_,
+    )
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Where to write the calibration.")],
+    prompts: Texts,
+    model: Model = "smollm2",
+    length: Length = None,
+    continuation: Continuation = 16,
+    grid: Annotated[
+        list[float] | None, typer.Option(help="Capacities as shares of a prompt, ascending; may be given repeatedly.")
+    ] = None,
+    scorer: Scorer = "snapkv",
+    eviction: Annotated[str, typer.Option(help="ring, scored or append: what will serve.")] = "ring",
+    recent: Recent = None,
+    sinks: Sinks = 0,
+    json_: Json = False,
+) -> None:
+    """Measure the KL to the full cache when one layer alone holds less. Goes on where it was interrupted."""
+    from xkv_fx.planning.calibrate import remove_parts
+
+    policy = xkv_fx.Policy(scorer=scorer, eviction=eviction, recent=recent, sinks=sinks)  # type: ignore[arg-type]
+    loaded, tokenizer = load(model)
+    rows = token_rows(prompts, tokenizer, None if length is None else length + continuation)
+    parts = out.with_name(f"{out.name}.parts")
+    with interruptible(parts), progress("calibrate") as advance:
+        measured = xkv_fx.calibrate(
+            loaded, rows, grid=grid, policy=policy, continuation=continuation, progress=advance, resume=parts
+        )
+    measured.save(out)
+    remove_parts(parts)
+    show(
+        {
+            "calibration": str(out),
+            "model": measured.model,
+            "layers": len(measured.layers),
+            "prompts": len(measured.lengths),
+            "longest": measured.context_default,
+            "grid": list(measured.grid),
+        },
+        json_,
+    )
+
+
+@app.command()
+def solve(
+    measured: Annotated[Path, typer.Argument(help="A profile or a calibration.")],
+    out: Annotated[Path, typer.Option(help="Where to write the budgets.")],
+    fraction: Annotated[float | None, typer.Option(help="Share of layers x context to keep.")] = None,
+    total_tokens: Annotated[int | None, typer.Option(help="Sum of the capacities.")] = None,
+    retention: Annotated[float | None, typer.Option(help="Mean share of attention mass to keep.")] = None,
+    kv_bytes: Annotated[int | None, typer.Option(help="Most bytes of KV cache.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows that --kv-bytes is for.", min=1)] = 1,
+    context: Annotated[int | None, typer.Option(help="Tokens to plan for; the longest prompt by default.")] = None,
+    allocator: Annotated[
+        str | None, typer.Option(help="By default xkv for a profile, calibrated for a calibration.")
+    ] = None,
+    multiple: Annotated[int, typer.Option(help="Round capacities to multiples of this.", min=1)] = 16,
+    floor: Annotated[int, typer.Option(help="Fewest slots of a layer.", min=1)] = 1,
+    holdout: Annotated[
+        list[Path] | None, typer.Option(help="Text files to measure the plan on, against uniform at equal bytes.")
+    ] = None,
+    fall_back: Annotated[bool, typer.Option(help="Write the uniform plan if the solved one is not better.")] = False,
+    model: Model = "smollm2",
+    length: Length = None,
+    continuation: Continuation = 48,
+    json_: Json = False,
+) -> None:
+    """Solve how many slots each layer gets; give exactly one of the constraints.
+
+    With --holdout the plan is measured on those texts; what was found is stored in it, and a plan that is not better
+    than uniform is warned of.
+    """
+    if fall_back and not holdout:
+        raise BudgetError("--fall-back needs --holdout: without held-out texts nobody knows whether the plan is better")
+    budgets = xkv_fx.solve(
+        load_measured(measured),
+        fraction=fraction,
+        total_tokens=total_tokens,
+        retention=retention,
+        kv_bytes=kv_bytes,
+        batch_size=batch_size,
+        context=context,
+        allocator=allocator,
+        multiple=multiple,
+        floor=floor,
+    )
+    if holdout:
+        report = _verify(budgets, holdout, model, length, continuation)
+        errors.print(str(report), markup=False, soft_wrap=True)
+        plan = report.stored_in(budgets)
+        if not report.better:
+            kept = "the uniform plan is written instead" if fall_back else "--fall-back writes the uniform plan instead"
+            errors.print(
+                f"warning: the plan is not better than uniform on these prompts; {kept}", style="yellow", soft_wrap=True
+            )
+            plan = report.uniform_plan(budgets) if fall_back else plan
+        budgets = plan
+    budgets.save(out)
+    show_plan(budgets, json_)
+
+
+@app.command()
+def verify(
+    plan: Plan,
+    prompts: Texts,
+    model: Model = "smollm2",
+    length: Length = None,
+    continuation: Continuation = 48,
+    out: Annotated[Path | None, typer.Option(help="Write the plan with the result in it here.")] = None,
+    json_: Json = False,
+) -> None:
+    """Measure a plan on held-out texts, against a uniform plan of equal bytes."""
+    budgets = xkv_fx.Budgets.load(plan)
+    report = _verify(budgets, prompts, model, length, continuation)
+    if out is not None:
+        report.stored_in(budgets).save(out)
+    if not json_:
+        console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+    show({"better": report.better, **report.to_dict()}, json_)
+
+
+def _verify(
+    budgets: xkv_fx.Budgets, texts: list[Path], model: str, length: int | None, continuation: int
+) -> xkv_fx.Verification:
+    loaded, tokenizer = load(model)
+    rows = token_rows(texts, tokenizer, None if length is None else length + continuation)
+    with progress("verify") as advance:
+        return xkv_fx.verify(loaded, budgets, rows, continuation=continuation, progress=advance)
+
+
+def token_rows(files: list[Path], tokenizer: Any, length: int | None) -> list[list[int]]:
+    rows = []
+    for file in files:
+        ids: list[int] = tokenizer(read(file))["input_ids"]
+        step = len(ids) if length is None else length
+        rows += [ids[start : start + step] for start in range(0, max(len(ids) - step, 0) + 1, max(step, 1))]
+    return rows

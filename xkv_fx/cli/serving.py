@@ -1,0 +1,97 @@
+"""Commands that generate with a plan, and write and show what serves it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+import xkv_fx
+from xkv_fx.cli.common import Json, Model, Plan, app, console, load, read, show, show_plan
+from xkv_fx.errors import BudgetError, PromptError
+
+
+@app.command()
+def generate(
+    plan: Annotated[Path | None, typer.Argument(help="A budgets file; none with --engine.")] = None,
+    engine: Annotated[Path | None, typer.Option(help="A folder that xkv-fx export wrote, in place of a plan.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A text file with the prompt.")] = None,
+    model: Model = "smollm2",
+    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate.", min=1)] = 64,
+    backend: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
+    trust: Annotated[bool, typer.Option(help="Take an engine of the target pt2, which is read with pickle.")] = False,
+    json_: Json = False,
+) -> None:
+    """Generate with a plan's budgets or with an engine, greedily."""
+    if (prompt is None) == (prompt_file is None):
+        raise PromptError("give either --prompt or --prompt-file")
+    text = prompt if prompt is not None else read(prompt_file)
+    llm: Any
+    if engine is not None and plan is None:
+        from xkv_fx.hf.models import load_tokenizer
+
+        llm = xkv_fx.load(engine, trust=trust)
+        tokenizer: Any = load_tokenizer(engine / "tokenizer")
+        ids = tokenizer(text, return_tensors="pt")
+        output = llm.generate(ids["input_ids"], max_new_tokens)
+    elif plan is not None and engine is None:
+        budgets = xkv_fx.Budgets.load(plan)
+        loaded, tokenizer = load(model)
+        ids = tokenizer(text, return_tensors="pt")
+        llm = xkv_fx.transform(loaded, budgets, backend=backend, max_new_tokens=max_new_tokens)
+        output = llm.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False)
+    else:
+        raise BudgetError("give either a budgets file or --engine")
+    answer = tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    if json_:
+        show({"text": answer, "prompt_tokens": ids["input_ids"].shape[1], "kv_bytes": llm.kv_bytes}, True)
+    else:
+        console.print(answer, markup=False, highlight=False)
+
+
+@app.command()
+def export(
+    plan: Plan,
+    out: Annotated[Path, typer.Option(help="The engine's folder, a new one.")],
+    model: Model = "smollm2",
+    target: Annotated[str, typer.Option(help="aoti: compiled for this machine; pt2: portable, with pickle.")] = "aoti",
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.", min=1)] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Room for generated tokens under append.", min=0)] = 0,
+    json_: Json = False,
+) -> None:
+    """Write an engine: a folder that generates without transformers, the model's code, or a compiler."""
+    budgets = xkv_fx.Budgets.load(plan)
+    loaded, tokenizer = load(model)
+    llm = xkv_fx.transform(loaded, budgets, batch_size=batch_size, backend="eager", max_new_tokens=max_new_tokens)
+    xkv_fx.export(llm, out, target=target, tokenizer=tokenizer)
+    show_engine(out, json_)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A budgets file, or an engine's folder.")], json_: Json = False
+) -> None:
+    """Show a budgets file: capacities, policy, and how it was made; or an engine, and whether it would load here."""
+    if path.is_dir():
+        show_engine(path, json_)
+    else:
+        show_plan(xkv_fx.Budgets.load(path), json_)
+
+
+def show_engine(folder: Path, as_json: bool) -> None:
+    from xkv_fx.lowering.engine_files import inspect_engine
+
+    found = inspect_engine(folder)
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table("layer", "capacity", "slots")
+    for layer, (capacity, slots) in enumerate(zip(found.pop("capacities"), found.pop("slots"), strict=True)):
+        table.add_row(str(layer), str(capacity), str(slots))
+    checks = {f"check {name}": outcome for name, outcome in found.pop("checks").items()}
+    show({**found, **checks}, False)
+    console.print(table)
