@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from xkv_fx.lowering.choose_triton import use_triton
-from xkv_fx.passes.graph import arguments, emit
+from xkv_fx.passes.graph import arguments, call_instead, emit
 from xkv_fx.runtime.kernels import decode_cpu
 from xkv_fx.runtime.kernels.build_cpu import DTYPES, STEP
 from xkv_fx.runtime.ops import DECOMPOSITIONS
@@ -52,8 +52,7 @@ def _obstacle(node: Node) -> str | None:
     mask = given["mask"].meta["val"]
     if mask.dtype != k_cache.dtype or mask.shape[1] not in (1, k_cache.shape[1]):
         return "biased attention"
-    extra = [name for name, value in given.items() if value is not None and name not in decode_cpu.ARGUMENTS]
-    return f"it takes {', '.join(extra)}" if extra else None
+    return None
 
 
 def _use_cpu_kernel(node: Node) -> str | None:
@@ -67,6 +66,5 @@ def _use_cpu_kernel(node: Node) -> str | None:
     if given["sinks"] is not None:
         with node.graph.inserting_before(node):
             given["sinks"] = emit(node.graph, torch.ops.aten.to.dtype, given["sinks"], torch.float32)
-    node.target = torch.ops.xkv.decode_attention_cpu.default
-    node.args, node.kwargs = tuple(given[name] for name in decode_cpu.ARGUMENTS), {}
+    call_instead(node, torch.ops.xkv.decode_attention_cpu.default, given)
     return None

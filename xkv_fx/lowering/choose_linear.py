@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from xkv_fx.passes.graph import arguments, emit
+from xkv_fx.passes.graph import arguments, calls, emit
 from xkv_fx.runtime.kernels import linear_cpu
 from xkv_fx.runtime.kernels.build_cpu import DTYPES, STEP
 
@@ -24,7 +24,7 @@ def choose_linear(module: GraphModule) -> str:
     Raises:
         BackendError: the kernel cannot be built.
     """
-    linears = [node for node in module.graph.nodes if node.target is aten.linear.default]
+    linears = calls(module, aten.linear.default)
     served = [node for node in linears if _is_served(node)]
     for node in served:
         _use_kernel(module, node)

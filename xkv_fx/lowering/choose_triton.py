@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from xkv_fx.errors import BackendError
-from xkv_fx.passes.graph import arguments, inline
+from xkv_fx.passes.graph import arguments, call_instead, inline
 
 _log = logging.getLogger(__name__)
 _PROCESSORS = 108  # of a GPU that is not there to be asked, as when its fake tensors stand for it
@@ -35,12 +35,11 @@ def use_triton(node: Node) -> str | None:
         return obstacle
     if node.target is torch.ops.xkv.decode_attention.default:
         given["count"] = _count(node, given["mask"])
-        node.target = torch.ops.xkv.decode_attention_triton.default
+        target = torch.ops.xkv.decode_attention_triton.default
     else:
-        node.target = torch.ops.xkv.decode_scored_triton.default
+        target = torch.ops.xkv.decode_scored_triton.default
     given.update(_launch(kernel, given["k_cache"].meta["val"], given["v_cache"].meta["val"]))
-    node.args = tuple(given[argument.name] for argument in node.target._schema.arguments)
-    node.kwargs = {}
+    call_instead(node, target, given)
     return None
 
 

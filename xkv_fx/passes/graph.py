@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any
@@ -25,6 +25,12 @@ def arguments(node: Node) -> dict[str, Any]:
         if argument.name not in named and argument.has_default_value():
             named[argument.name] = argument.default_value
     return named
+
+
+def call_instead(node: Node, target: torch._ops.OpOverload, given: Mapping[str, Any]) -> None:
+    """Make a node call another operator, with arguments by name; those that it does not take are left out."""
+    node.target = target
+    node.args, node.kwargs = tuple(given[argument.name] for argument in target._schema.arguments), {}
 
 
 def calls(module: GraphModule, target: Any) -> list[Node]:

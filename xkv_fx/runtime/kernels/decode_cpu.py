@@ -13,8 +13,6 @@ from torch import Tensor
 
 from xkv_fx.runtime.kernels.build_cpu import build_kernel, library
 
-ARGUMENTS = ("q", "k", "v", "k_cache", "v_cache", "slot", "mask", "scale", "softcap", "sinks")
-
 library.define(
     "decode_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot, "
     "Tensor mask, float scale, float? softcap=None, Tensor? sinks=None) -> Tensor"
