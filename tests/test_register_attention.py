@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 CODE = """
-import sys, transformers, xkv_fx
+import importlib.util, sys, transformers, xkv_fx
+assert importlib.util.find_spec("transformers.modeling_utils") is not None, "who only looks for it does not load it"
 assert "transformers.modeling_utils" not in sys.modules, "its models are loaded when the first one is asked for"
 from transformers import LlamaForCausalLM
 import transformers.modeling_utils as models, transformers.masking_utils as masks
