@@ -45,3 +45,8 @@ class BackendError(XkvError):
 
 class EngineError(XkvError):
     """An engine's folder that does not fit this machine, this torch, or itself; or one that cannot be written."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error that is not ours says, in one line, for a message that is."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from xkv_fx.errors import BackendError
+from xkv_fx.errors import BackendError, first_line
 
 METADATA_KEY = "xkv_fx"
 """Under this name a package holds what it was compiled for; see `manifest.package_key`."""
@@ -38,8 +38,7 @@ def compile_aoti(program: ExportedProgram, path: Path, key: str) -> None:
                 inductor_configs={name: value for name, value in wanted.items() if name in known},
             )
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise BackendError(
-            f"AOTInductor could not compile {path.stem} ({first}); it needs a C++ compiler on CPU and Triton on CUDA. "
-            "target='pt2' needs none"
+            f"AOTInductor could not compile {path.stem} ({first_line(error)}); it needs a C++ compiler on CPU and "
+            "Triton on CUDA. target='pt2' needs none"
         ) from error

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from xkv_fx.errors import BackendError
+from xkv_fx.errors import BackendError, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,8 @@ class RecordedSteps:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits = self._run(*inputs, *state)
         except RuntimeError as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise BackendError(
-                f"the decode step could not be recorded as a CUDA graph ({reason}); backend='eager' runs without"
+                f"the decode step could not be recorded as a CUDA graph ({first_line(error)}); backend='eager' runs "
+                "without"
             ) from error
         return _Recorded(graph, inputs, logits)

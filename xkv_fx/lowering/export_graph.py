@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from xkv_fx.errors import BackendError, UnsupportedModelError, XkvError
+from xkv_fx.errors import BackendError, UnsupportedModelError, XkvError, first_line
 from xkv_fx.lowering.lift_weights import lift_weights
 from xkv_fx.passes.graph import placeholders
 from xkv_fx.runtime.any_length import FORMS
@@ -68,7 +68,7 @@ def export_graph(module: GraphModule, scorer: Scorer, longest: int) -> tuple[Exp
         raise
     except Exception as error:
         raise BackendError(
-            f"the graph cannot be traced for every length of prompt ({_first_line(error)}); where the scorer "
+            f"the graph cannot be traced for every length of prompt ({first_line(error)}); where the scorer "
             f"{type(scorer).__name__} is the reason, it may use tensor ops only and not branch or loop on sizes"
         ) from error
     foreign = sorted({str(target) for target in _targets(program) if target.namespace not in _PLAIN})
@@ -105,7 +105,3 @@ def _targets(program: ExportedProgram) -> Iterator[torch._ops.OpOverload]:
             for node in module.graph.nodes:
                 if isinstance(node.target, torch._ops.OpOverload):
                     yield node.target
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from xkv_fx.errors import BackendError
+from xkv_fx.errors import BackendError, first_line
 from xkv_fx.lowering.choose_attention import choose_attention
 from xkv_fx.lowering.choose_linear import choose_linear
 from xkv_fx.lowering.cuda_graph import RecordedSteps
 from xkv_fx.lowering.lift_weights import lift_weights
+from xkv_fx.passes.graph import output_node
 
 
 def lower_inductor(module: GraphModule) -> tuple[Callable[..., Tensor], str]:
@@ -43,7 +44,7 @@ def compile_lifted(lifted: GraphModule) -> tuple[Callable[..., Tensor], str]:
             "start Python through a link without spaces. backend='eager' runs without"
         )
     chosen = f"{choose_attention(lifted)}; {choose_linear(lifted)}"
-    output = next(iter(reversed(lifted.graph.nodes)))
+    output = output_node(lifted.graph)
     output.args = ((output.args[0],),)
     lifted.recompile()
     examples = [node.meta["val"] for node in lifted.graph.nodes if node.op == "placeholder"]
@@ -52,7 +53,7 @@ def compile_lifted(lifted: GraphModule) -> tuple[Callable[..., Tensor], str]:
             compiled = torch._inductor.standalone_compile(lifted, examples, dynamic_shapes="from_graph")
     except Exception as error:
         raise BackendError(
-            f"Inductor could not compile the decode graph ({_first_line(error)}); it needs a C++ compiler on CPU and "
+            f"Inductor could not compile the decode graph ({first_line(error)}); it needs a C++ compiler on CPU and "
             "Triton on CUDA. backend='eager' runs without"
         ) from error
 
@@ -62,7 +63,3 @@ def compile_lifted(lifted: GraphModule) -> tuple[Callable[..., Tensor], str]:
         return logits
 
     return run, chosen
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -11,7 +11,7 @@ from torch._dynamo.exc import UserError
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
-from xkv_fx.errors import UnsupportedModelError
+from xkv_fx.errors import UnsupportedModelError, first_line
 from xkv_fx.passes.graph import arguments, at_length, output_node
 
 aten = torch.ops.aten
@@ -83,10 +83,10 @@ def _exported(
 
 def reason_of(error: Exception) -> str:
     """Why a module could not be traced, in one line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if "data-dependent" in lines[0]:
-        return f"it branches on what the tokens are, or loops over what was chosen for them ({lines[0].strip()})"
-    return lines[0]
+    reason = first_line(error)
+    if "data-dependent" in reason:
+        return f"it branches on what the tokens are, or loops over what was chosen for them ({reason.strip()})"
+    return reason
 
 
 def _guards(error: Exception) -> str:

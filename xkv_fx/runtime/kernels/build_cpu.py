@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from xkv_fx.errors import BackendError
+from xkv_fx.errors import BackendError, first_line
 
 DTYPES = {torch.float32: "DTYPE_FLOAT32", torch.bfloat16: "DTYPE_BFLOAT16", torch.float16: "DTYPE_FLOAT16"}
 STEP = 16
@@ -60,6 +60,7 @@ def _compiled(files: Sequence[str], defined: tuple[tuple[str, int], ...] = ()) -
     try:
         compiled: ctypes.CDLL = CppCodeCache.load(text, extra_flags=("-ffp-contract=fast",))
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise BackendError(f"the CPU kernels could not be built ({reason}); they need a C++ compiler") from error
+        raise BackendError(
+            f"the CPU kernels could not be built ({first_line(error)}); they need a C++ compiler"
+        ) from error
     return compiled
