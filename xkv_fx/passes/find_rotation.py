@@ -23,7 +23,7 @@ from torch.fx.node import map_arg
 
 from xkv_fx.passes.dependence import READ_SIZES, dependents, value_inputs
 from xkv_fx.passes.find_attention import AttentionSite
-from xkv_fx.passes.graph import graft, inline, named, placeholders
+from xkv_fx.passes.graph import inline, named, placeholders
 from xkv_fx.passes.mean_rotation import CASTS, PlacedGraph, Turn, as_it_is, refusal
 from xkv_fx.runtime.scorers import Scorer, future_positions
 
@@ -125,7 +125,8 @@ def unrotated_inputs(
             if piece is not None and positions is not None:
                 if not means:
                     newest = inline(graph, _newest, positions, named(graph, "length"), name="newest_position")
-                means[piece] = graft(graph, piece.graph, newest)
+                given = dict.fromkeys(placeholders(piece.graph).values(), newest)  # its one input
+                means[piece] = graph.graph_copy(piece.graph, given)  # type: ignore[assignment]
                 means[piece]._rename("mean_rotation")
     inputs: dict[Node, dict[str, Node | None]] = {}
     for site, rotation in zip(sites, rotations, strict=True):

@@ -134,27 +134,6 @@ def inline(graph: Graph, function: Callable[..., Any], *args: Node, name: str | 
     return result
 
 
-def graft(graph: Graph, piece: Graph, *args: Node) -> Any:
-    """Add a copy of another graph at the insertion point, which reads attributes of the same names.
-
-    Args:
-        args: what stands for its inputs.
-
-    Returns:
-        the node that stands for what it returns.
-    """
-    copies: dict[Node, Node] = {}
-    inputs = iter(args)
-    for node in piece.nodes:
-        if node.op == "placeholder":
-            copies[node] = next(inputs)
-        elif node.op == "output":
-            return map_arg(node.args[0], copies.__getitem__)
-        else:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    raise PassError("a graph without an output cannot be grafted onto another")
-
-
 def propagate(graph: Graph, changed: Node) -> None:
     """Recompute the fake values of everything that depends on `changed`."""
     stale = {changed}

@@ -138,8 +138,7 @@ class Turn:
     def _arrangement(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """What brings the source to `[rows, heads, S, dim]`, and back."""
         heads = self.heads
-        shape, longer = size_at(self.source, 2), size_at(self.source, 3)
-        open_dims = [dim for dim, (a, b) in enumerate(zip(shape, longer, strict=True)) if a != b]
+        shape, open_dims = size_at(self.source, 2), _open_dims(self.source)
         if shape[0] == self.rows and len(open_dims) == 1 and shape[open_dims[0]] == 2:
             if len(shape) == 4 and open_dims == [2] and shape[1] == heads:
                 return as_it_is, as_it_is
@@ -216,10 +215,14 @@ def _looked_up(node: Node) -> tuple[Node, Node, int] | None:
     return None
 
 
+def _open_dims(node: Node) -> list[int]:
+    """The dimensions of a value whose sizes depend on the number of tokens."""
+    return [dim for dim, (a, b) in enumerate(zip(size_at(node, 2), size_at(node, 3), strict=True)) if a != b]
+
+
 def _token_dim(factor: Node, site: AttentionSite) -> int:
-    shape, longer = size_at(factor, 2), size_at(factor, 3)
-    dims = [dim for dim, (a, b) in enumerate(zip(shape, longer, strict=True)) if a != b]
-    if len(dims) != 1 or shape[dims[0]] != 2:
+    dims = _open_dims(factor)
+    if len(dims) != 1 or size_at(factor, 2)[dims[0]] != 2:
         raise refusal(site, f"{factor.name}, by which they are multiplied, has no one value for each position")
     return dims[0]
 
