@@ -147,8 +147,7 @@ def _slots(
     ages: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As `slot_attention`."""
-    per_head = mask.shape[1] != 1
-    if softcap is None and slopes is None and not per_head and flash_applies(q, k, v):
+    if softcap is None and slopes is None and mask.shape[1] == 1 and flash_applies(q, k, v):
         return without_slots(slots_by_flash(q, k, v, mask, scale), q, k, mask)
     every_query = mask.shape[2] == 1
 

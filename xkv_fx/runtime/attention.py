@@ -39,9 +39,10 @@ def causal_attention(
         without the sinks.
     """
     windowed = sliding_window is not None and k.shape[2] > sliding_window
-    if flash_applies(q, k, v) and softcap is None and slopes is None and not windowed:
+    plain = softcap is None and slopes is None and not windowed
+    if plain and flash_applies(q, k, v):
         out, lse = causal_by_flash(q, k, v, scale)
-    elif attention_cuda.flash_applies(q, k, v) and softcap is None and slopes is None and not windowed:
+    elif plain and attention_cuda.flash_applies(q, k, v):
         out, lse = attention_cuda.causal_by_flash(q, k, v, scale)
     else:
         out, lse = _causal_in_blocks(q, k, v, scale, sliding_window if windowed else None, softcap, slopes)
@@ -68,10 +69,10 @@ def slot_attention(
     Returns:
         as `causal_attention`; a query without any slot gets output 0 and a log-sum-exp of minus infinity.
     """
-    per_head = mask.shape[1] != 1
-    if flash_applies(q, k, v) and softcap is None and slopes is None and not per_head:
+    plain = softcap is None and slopes is None
+    if plain and flash_applies(q, k, v) and mask.shape[1] == 1:
         out, lse = slots_by_flash(q, k, v, mask, scale)
-    elif attention_cuda.bias_applies(q, k, v, mask) and softcap is None and slopes is None:
+    elif plain and attention_cuda.bias_applies(q, k, v, mask):
         out, lse = attention_cuda.slots_by_bias(q, k, v, mask, scale)
     else:
         blocks = [

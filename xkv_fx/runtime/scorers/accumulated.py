@@ -69,18 +69,7 @@ def accumulated_attention(
         float32 `[rows, kv_heads, N]`, summed over queries, mean over the query group.
     """
     prompt = PromptView(
-        q,
-        k,
-        None,
-        length,
-        scale,
-        seen,
-        old_k,
-        old_ordinals=old_ordinals,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=sinks,
-        slopes=slopes,
+        q, k, None, length, scale, seen, old_k, None, old_ordinals, sliding_window, softcap, sinks, slopes
     )
     mass = torch.zeros(prompt.ordinals.shape, dtype=torch.float32, device=q.device)
     for start in range(0, q.shape[2], BLOCK):

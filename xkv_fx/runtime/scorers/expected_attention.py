@@ -57,9 +57,8 @@ class ExpectedAttention:
     def __post_init__(self) -> None:
         if not is_int(self.future_positions) or self.future_positions < 1:
             raise BudgetError(f"future_positions must be a whole number of at least 1; got {self.future_positions!r}")
-        if not is_int(self.epsilon) and not isinstance(self.epsilon, float):
-            raise BudgetError(f"epsilon must be a number of at least 0; got {self.epsilon!r}")
-        if not 0 <= self.epsilon < math.inf:
+        is_number = is_int(self.epsilon) or isinstance(self.epsilon, float)
+        if not is_number or not 0 <= self.epsilon < math.inf:
             raise BudgetError(f"epsilon must be a number of at least 0; got {self.epsilon!r}")
         if not is_int(self.sinks) or self.sinks < 0:
             raise BudgetError(f"sinks must be a whole number of at least 0; got {self.sinks!r}")
