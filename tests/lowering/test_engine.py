@@ -370,7 +370,7 @@ def test_an_export_that_fails_leaves_nothing(llm: Any, tmp_path: Path, monkeypat
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("xkv_fx.lowering.export_engine.export_graph", interrupted)
+    monkeypatch.setattr("xkv_fx.lowering.export_engine.trace_program", interrupted)
     with pytest.raises(KeyboardInterrupt):
         xkv_fx.export(llm, tmp_path / "engine")
     assert not list(tmp_path.iterdir())

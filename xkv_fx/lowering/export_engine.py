@@ -18,7 +18,6 @@ from xkv_fx.errors import BackendError, EngineError, UnsupportedModelError
 from xkv_fx.files import folder_written_whole
 from xkv_fx.lowering.aoti import compile_aoti
 from xkv_fx.lowering.budgeted import Budgeted
-from xkv_fx.lowering.export_graph import SHORTEST, export_graph
 from xkv_fx.lowering.manifest import (
     DEVICES,
     KINDS,
@@ -33,6 +32,7 @@ from xkv_fx.lowering.manifest import (
     spec_of,
 )
 from xkv_fx.lowering.portable import save_program
+from xkv_fx.lowering.trace_program import SHORTEST, trace_program
 from xkv_fx.passes.export_graph import UNBOUNDED
 from xkv_fx.passes.graph import calls, placeholders
 
@@ -58,7 +58,7 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
             programs: dict[Kind, ExportedProgram] = {}
             packages: dict[Kind, Package] = {}
             for kind in KINDS:
-                program, taken = export_graph(graphs.get(kind).module, graphs.scorer, longest)
+                program, taken = trace_program(graphs.get(kind).module, graphs.scorer, longest)
                 programs[kind] = program
                 packages[kind] = Package(f"{kind}.pt2", weights.add(taken), inputs_of(kind, plan))
             manifest = Manifest(

@@ -25,7 +25,7 @@ _OURS = {**DECOMPOSITIONS, **FORMS}
 _PLAIN = {"aten", "prims", "higher_order"}
 
 
-def export_graph(module: GraphModule, scorer: Scorer, longest: int) -> tuple[ExportedProgram, dict[str, Tensor]]:
+def trace_program(module: GraphModule, scorer: Scorer, longest: int) -> tuple[ExportedProgram, dict[str, Tensor]]:
     """Trace a graph with its weights as inputs, before all others.
 
     Args:
