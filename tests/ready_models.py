@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from xkv_fx import Budgets, Policy
 from xkv_fx.hf.capture import capture
 from xkv_fx.hf.generation import BudgetedLM
-from xkv_fx.lowering.program import CompiledProgram, Graphs
+from xkv_fx.lowering.program import CompiledProgram, Graphs, compile_program
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.runtime.scorers import scorer_of
 from xkv_fx.runtime.slots import slot_plans
@@ -48,6 +48,17 @@ def remember_captures(monkeypatch: pytest.MonkeyPatch) -> None:
         return captured("llama", 2, rows) if source is model() else capture(source, rows, check, decode)
 
     monkeypatch.setattr("xkv_fx.hf.capture.capture", once)
+
+
+def remember_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `transform` and `with_budgets` lower a captured model under one plan only once; sessions are ever new."""
+    for place in ("program", "budgeted"):
+        monkeypatch.setattr(f"xkv_fx.lowering.{place}.compile_program", _program)
+
+
+@functools.cache
+def _program(source: CapturedModel, budgets: Budgets, backend: str, max_new_tokens: int = 0) -> CompiledProgram:
+    return compile_program(source, budgets, backend, max_new_tokens)
 
 
 def transformed(budgets: Budgets, rows: int = 1, family: str = "llama", max_new_tokens: int = 0) -> BudgetedLM:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ready_models import remember_programs
 from tiny_models import llama, mistral, random_ids
 from typer.testing import CliRunner
 from word_tokenizer import WordTokenizer
@@ -36,6 +37,7 @@ def captured() -> CapturedModel:
 def _tiny_model(monkeypatch: pytest.MonkeyPatch, captured: CapturedModel) -> None:
     monkeypatch.setattr("xkv_fx.hf.models.load_model", lambda name: (MODEL, WordTokenizer(500)))
     monkeypatch.setattr("xkv_fx.hf.capture.capture", lambda *args, **options: captured)
+    remember_programs(monkeypatch)
     for module in ("evaluate", "command"):  # all of it takes seconds in a tokenizer of plain Python
         monkeypatch.setattr(f"xkv_fx.evaluation.{module}.source_code", lambda: source_code()[:60_000])
 
