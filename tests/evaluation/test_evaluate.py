@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ready_models import remember_programs
 from tiny_models import llama, random_ids
 from transformers import PreTrainedModel
 from word_tokenizer import WordTokenizer
@@ -27,7 +28,8 @@ from xkv_fx.evaluation.candidates import (
     candidates_of_plans,
     check_equal_bytes,
 )
-from xkv_fx.evaluation.evaluate import Settings, evaluate, remove_parts
+from xkv_fx.evaluation.evaluate import Settings, evaluate
+from xkv_fx.evaluation.parts import remove_parts
 from xkv_fx.evaluation.quantized import QUANTIZED, Quantized, cache_bytes, planned_bytes
 from xkv_fx.evaluation.results import CONTINUATION, FULL, Evaluation, Row, smallest_sizes
 from xkv_fx.evaluation.shared_prefill import Recorder, can_record
@@ -52,15 +54,16 @@ class Ready:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _little_text() -> Iterator[None]:
-    """All of it takes seconds in a tokenizer of plain Python."""
+def _little_work() -> Iterator[None]:
+    """All of it takes seconds in a tokenizer of plain Python, and so does lowering each plan again in each test."""
     with pytest.MonkeyPatch.context() as patch:
+        remember_programs(patch)
         patch.setattr("xkv_fx.evaluation.evaluate.source_code", lambda: source_code()[:60_000])
         yield
 
 
 @pytest.fixture(scope="module")
-def ready(_little_text: None) -> Ready:
+def ready(_little_work: None) -> Ready:
     model = llama(2, vocab_size=VOCABULARY)
     llm = xkv_fx.transform(model, Budgets.full(2, LENGTH), backend="eager", check=False)
     return Ready(model, WordTokenizer(VOCABULARY), llm)

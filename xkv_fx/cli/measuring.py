@@ -45,7 +45,8 @@ def eval_(
 ) -> None:
     """Put tasks to the full cache and to plans of equal bytes. Goes on where it was interrupted, if given --out."""
     from xkv_fx.evaluation import command
-    from xkv_fx.evaluation.evaluate import Settings, remove_parts
+    from xkv_fx.evaluation.evaluate import Settings
+    from xkv_fx.evaluation.parts import remove_parts
     from xkv_fx.evaluation.results import CONTINUATION
     from xkv_fx.evaluation.tasks import task_names
 

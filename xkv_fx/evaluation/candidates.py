@@ -38,6 +38,15 @@ class Candidate:
         return self.budgets.policy
 
 
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What is asked: a plan, or without budgets a quantized cache of transformers'."""
+
+    name: str
+    size: str
+    budgets: Budgets | None
+
+
 def label_of(fraction: float) -> str:
     """What a share of the full cache is called."""
     return f"{fraction:.1%}"

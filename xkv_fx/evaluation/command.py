@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import xkv_fx
-from xkv_fx.budgets import Budgets, layers_of
+from xkv_fx.budgets import Budgets, LayerSpec, layers_of
 from xkv_fx.errors import BudgetError
 from xkv_fx.evaluation.candidates import (
     Candidate,
@@ -79,32 +78,31 @@ def run(
             quantized(name).new_cache(model.config)  # says that it is not installed
     there = tuple(name for name in asked if name not in missing)
 
-    longest = settings.length + 1
-    llm = xkv_fx.transform(model, Budgets.full(len(layers_of(model)), longest), backend=request.backend)
+    layers = layers_of(model)
     common = (measured, request.allocators, request.scorers)
-    candidates = list(candidates_of_fractions(llm.layers, settings.length, request.fractions, *common))
-    sizes = {f"{name} bytes": planned_bytes(name, model, llm.layers, settings.length, 1) for name in there}
+    candidates = list(candidates_of_fractions(layers, settings.length, request.fractions, *common))
+    sizes = {f"{name} bytes": planned_bytes(name, model, layers, settings.length, 1) for name in there}
     if request.fractions:
-        candidates += candidates_of_bytes(llm.layers, settings.length, sizes, *common)
-    candidates += _given(llm, plans, candidates)
-    found = evaluate(
-        model, tokenizer, candidates, settings, there, request.backend, resume=resume, progress=progress, llm=llm
-    )
+        candidates += candidates_of_bytes(layers, settings.length, sizes, *common)
+    candidates += _given(layers, plans, candidates)
+    found = evaluate(model, tokenizer, candidates, settings, there, request.backend, resume=resume, progress=progress)
     return dataclasses.replace(found, not_installed=missing)
 
 
-def _given(llm: Any, plans: dict[str, Budgets], others: Sequence[Candidate]) -> tuple[Candidate, ...]:
+def _given(
+    layers: Sequence[LayerSpec], plans: dict[str, Budgets], others: Sequence[Candidate]
+) -> tuple[Candidate, ...]:
     """Plans from files join the group of their bytes; without fractions they are a group of their own.
 
     Raises:
         BudgetError: a plan whose bytes are those of no group.
     """
     if not others or not plans:
-        return candidates_of_plans(llm.layers, plans)
-    sizes = {candidate.budgets.kv_bytes(llm.layers): candidate.size for candidate in others}
+        return candidates_of_plans(layers, plans)
+    sizes = {candidate.budgets.kv_bytes(layers): candidate.size for candidate in others}
     found: list[Candidate] = []
     for name, budgets in plans.items():
-        taken = budgets.kv_bytes(llm.layers)
+        taken = budgets.kv_bytes(layers)
         if taken not in sizes:
             listed = ", ".join(f"{size} {kv_bytes:,}" for kv_bytes, size in sizes.items())
             raise BudgetError(
@@ -113,7 +111,7 @@ def _given(llm: Any, plans: dict[str, Budgets], others: Sequence[Candidate]) -> 
         known = {(other.name, other.size, other.policy) for other in (*others, *found)}
         found += [
             new
-            for new in candidates_of_plans(llm.layers, {name: budgets}, sizes[taken])
+            for new in candidates_of_plans(layers, {name: budgets}, sizes[taken])
             if (new.name, new.size, new.policy) not in known
         ]
     return tuple(found)

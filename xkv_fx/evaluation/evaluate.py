@@ -1,25 +1,21 @@
 """Tasks over plans: what is asked, of which plans, in which form; one prefill of a prompt serves all plans of a scorer.
 
-What is measured is kept in a folder, a JSON file for each plan, task and form, so that an interrupted run goes on.
+What is measured may be kept in a folder, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 import xkv_fx
 from xkv_fx.budgets import Budgets, Policy, layers_of
-from xkv_fx.errors import BudgetError, FileFormatError, ModelMismatchError, PromptError
+from xkv_fx.errors import BudgetError, PromptError
 from xkv_fx.evaluation.answering import (
     BudgetedReader,
     Reader,
@@ -28,22 +24,19 @@ from xkv_fx.evaluation.answering import (
     end_tokens,
     forced,
 )
-from xkv_fx.evaluation.candidates import Candidate, check_equal_bytes
+from xkv_fx.evaluation.candidates import Candidate, Entry, check_equal_bytes
 from xkv_fx.evaluation.metrics import compare
+from xkv_fx.evaluation.parts import Parts
 from xkv_fx.evaluation.quantized import quantized_reader
 from xkv_fx.evaluation.results import CONTINUATION, FULL, Evaluation, Row
 from xkv_fx.evaluation.shared_prefill import Recorded, Recorder, can_record
 from xkv_fx.evaluation.tasks import Instance, make_instances
 from xkv_fx.evaluation.texts import cut_prompts, source_code
-from xkv_fx.files import read_json, write_json
-from xkv_fx.planning.calibrate import digest_of_weights
 
 Progress = Callable[[int, int], None]
 
 INSIDE, AFTER = "inside", "after"
 FORMS = (INSIDE, AFTER)
-PART_FORMAT, RUN_FORMAT = "xkv_fx.evaluation_part", "xkv_fx.evaluation_run"
-VERSION = 1
 # Tokens of text after a prompt that are compared.
 FORCED = 32
 
@@ -134,9 +127,10 @@ def evaluate(
         candidate.budgets.check_layers(llm.layers, llm.program.graphs.captured.fingerprint)
 
     asked = _Asked(model, tokenizer, llm, room, longest)
-    parts = _Parts(resume, llm, settings)
-    entries = [_Entry(candidate.name, candidate.size, candidate.budgets) for candidate in everyone]
-    entries += [_Entry(name, name, None) for name in quantized]
+    captured = llm.program.graphs.captured
+    parts = None if resume is None else Parts(resume, captured, settings.length, settings.seed, room)
+    entries = [Entry(candidate.name, candidate.size, candidate.budgets) for candidate in everyone]
+    entries += [Entry(name, name, None) for name in quantized]
     for entry in entries:
         if entry.budgets is None:
             quantized_reader(entry.name, model)  # says what is not installed before anything is run
@@ -154,32 +148,24 @@ def evaluate(
     rows = []
     for task, form in jobs:
         made = examples[task]
-        found = {entry: parts.read(entry, task, form, made, room) for entry in entries}
+        found = {entry: None if parts is None else parts.read(entry, task, form, made) for entry in entries}
         missing = [entry for entry, row in found.items() if row is None]
         for _ in range((len(entries) - len(missing)) * len(made)):
             count()
         measured = _measure(asked, task, form, made, missing, count) if missing else {}
         for entry, row in measured.items():
-            parts.write(entry, task, form, made, room, row)
+            if parts is not None:
+                parts.write(entry, task, form, made, row)
             found[entry] = row
         rows += [row for row in found.values() if row is not None]
     return Evaluation(
-        model=llm.program.graphs.captured.fingerprint,
+        model=captured.fingerprint,
         dtype=str(llm.dtype).removeprefix("torch."),
         settings=dataclasses.asdict(settings),
         plans=everyone,
         rows=tuple(rows),
         full_bytes=sum(spec.slot_bytes(llm.dtype) for spec in llm.layers) * settings.length,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """What is asked: a plan, or without budgets a quantized cache of transformers'."""
-
-    name: str
-    size: str
-    budgets: Budgets | None
 
 
 class _Asked:
@@ -192,15 +178,17 @@ class _Asked:
         self.reader = functools.cache(self._reader)
         self.recorder = functools.cache(self._recorder)
 
-    def _reader(self, entry: _Entry) -> BudgetedReader | TransformersReader:
+    def _reader(self, entry: Entry) -> BudgetedReader | TransformersReader:
         if entry.budgets is None:
             return quantized_reader(entry.name, self.model)
+        if entry.budgets == self.llm.budgets:  # the full cache, built already
+            return BudgetedReader(self.llm)
         return BudgetedReader(self.llm.with_budgets(entry.budgets, max_new_tokens=self.room))
 
     def _recorder(self, policy: Policy) -> Recorder:
         return Recorder(self.llm, policy, self.longest)
 
-    def scorer_of(self, entry: _Entry) -> Policy | None:
+    def scorer_of(self, entry: Entry) -> Policy | None:
         """What prompts may be recorded by for this entry; None if it must read them itself."""
         if entry.budgets is None:
             return None
@@ -210,11 +198,11 @@ class _Asked:
 
 
 def _measure(
-    asked: _Asked, task: str, form: str, made: Sequence[Instance], entries: Sequence[_Entry], count: Callable[[], None]
-) -> dict[_Entry, Row]:
+    asked: _Asked, task: str, form: str, made: Sequence[Instance], entries: Sequence[Entry], count: Callable[[], None]
+) -> dict[Entry, Row]:
     """Every example put to each of the entries."""
-    measured: dict[_Entry, _Measured] = {entry: _Measured() for entry in entries}
-    full = _Entry(FULL, FULL, Budgets.full(len(asked.llm.layers), asked.longest))
+    measured: dict[Entry, _Measured] = {entry: _Measured() for entry in entries}
+    full = Entry(FULL, FULL, Budgets.full(len(asked.llm.layers), asked.longest))
     for instance in made:
         shown = instance.context if form == AFTER or task == CONTINUATION else instance.prompt
         recorded: dict[Policy, Recorded] = {}
@@ -241,7 +229,7 @@ def _measure(
 
 def _shown(
     asked: _Asked,
-    entry: _Entry,
+    entry: Entry,
     reader: BudgetedReader | TransformersReader,
     shown: Tensor,
     recorded: dict[Policy, Recorded],
@@ -270,98 +258,10 @@ class _Measured:
         self.texts.append(text)
         self.kv_bytes = max(self.kv_bytes, reader.kv_bytes)
 
-    def row(self, entry: _Entry, task: str, form: str) -> Row:
+    def row(self, entry: Entry, task: str, form: str) -> Row:
         policy = None if entry.budgets is None else entry.budgets.policy
         values = {name: tuple(each) for name, each in self.values.items()}
         return Row(entry.name, entry.size, policy, task, form, self.kv_bytes, values, tuple(self.texts))
-
-
-class _Parts:
-    """What was measured so far, a file for each plan, task and form, named by a hash of all that it depends on."""
-
-    def __init__(self, folder: str | os.PathLike[str] | None, llm: Any, settings: Settings) -> None:
-        self.folder = None if folder is None else Path(folder)
-        if self.folder is None:
-            return
-        captured = llm.program.graphs.captured
-        self.base = [captured.fingerprint, str(captured.dtype), digest_of_weights(captured)]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_run({"model": self.base, "length": settings.length, "seed": settings.seed})
-
-    def _check_run(self, run: dict[str, Any]) -> None:
-        """Whose folder it is; tasks, forms, plans and the number of examples may differ."""
-        assert self.folder is not None
-        path = self.folder / "run.json"
-        if not path.exists():
-            write_json(path, {"format": RUN_FORMAT, "version": VERSION, **run})
-            return
-        before = read_json(path, RUN_FORMAT, VERSION)
-        if before.get("model") != run["model"]:
-            raise ModelMismatchError(
-                f"{self.folder} holds what was measured of another model; name another folder, or delete it"
-            )
-        other = [
-            f"{name} {before.get(name)!r} instead of {value!r}"
-            for name, value in run.items()
-            if before.get(name) != value
-        ]
-        if other:
-            raise FileFormatError(
-                f"{self.folder} holds what another run measured ({', '.join(other)}); name another folder, or delete it"
-            )
-
-    def _path(self, entry: _Entry, task: str, form: str, made: Sequence[Instance], room: int) -> Path | None:
-        if self.folder is None:
-            return None
-        plan: list[Any] = [entry.name]
-        if entry.budgets is not None and entry.name != FULL:  # how much more room than needed that has is no matter
-            appended = room if entry.budgets.policy.eviction == "append" else 0
-            plan = [list(entry.budgets.capacities), entry.budgets.policy.to_dict(), appended]
-        described = json.dumps([VERSION, self.base, plan, task, form], sort_keys=True)
-        digest = hashlib.sha256(described.encode())
-        for instance in made:
-            digest.update(json.dumps([instance.answers, instance.new_tokens, instance.context.shape[1]]).encode())
-            digest.update(instance.prompt.cpu().numpy().astype("<i8").tobytes())
-        return self.folder / f"{digest.hexdigest()}.json"
-
-    def read(self, entry: _Entry, task: str, form: str, made: Sequence[Instance], room: int) -> Row | None:
-        """A row that was measured before, if there is a sound one."""
-        path = self._path(entry, task, form, made, room)
-        if path is None or not path.is_file():
-            return None
-        try:
-            data = read_json(path, PART_FORMAT, VERSION)
-        except FileFormatError:
-            return None  # damaged: measured again
-        values, texts, kv_bytes = data.get("values"), data.get("texts"), data.get("kv_bytes")
-        wanted = {"kl", "nll_change", "agreement"} if task == CONTINUATION else {"score"}
-        if not isinstance(values, dict) or set(values) != wanted or not isinstance(kv_bytes, int):
-            return None
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            return None
-        if not all(isinstance(part, list) and len(part) == len(made) for part in (*values.values(), texts)):
-            return None
-        if not all(isinstance(value, float) and math.isfinite(value) for part in values.values() for value in part):
-            return None
-        policy = None if entry.budgets is None else entry.budgets.policy
-        kept = {name: tuple(part) for name, part in values.items()}
-        return Row(entry.name, entry.size, policy, task, form, kv_bytes, kept, tuple(texts))
-
-    def write(self, entry: _Entry, task: str, form: str, made: Sequence[Instance], room: int, row: Row) -> None:
-        """Keep a row."""
-        path = self._path(entry, task, form, made, room)
-        if path is None:
-            return
-        write_json(
-            path,
-            {
-                "format": PART_FORMAT,
-                "version": VERSION,
-                "values": {name: list(each) for name, each in row.values.items()},
-                "texts": list(row.texts),
-                "kv_bytes": row.kv_bytes,
-            },
-        )
 
 
 def _check_names(candidates: Sequence[Candidate]) -> None:
@@ -371,15 +271,3 @@ def _check_names(candidates: Sequence[Candidate]) -> None:
         if key in seen:
             raise BudgetError(f"there are two plans named {candidate.name!r} of the size {candidate.size!r}")
         seen.add(key)
-
-
-def remove_parts(folder: str | os.PathLike[str]) -> None:
-    """Delete what was kept in a `resume` folder, and the folder unless something else is in it."""
-    root = Path(folder)
-    for path in root.glob("*.json"):
-        if path.name == "run.json" or (len(path.stem) == 64 and set(path.stem) <= set("0123456789abcdef")):
-            path.unlink()
-    try:
-        root.rmdir()
-    except OSError:
-        return
