@@ -25,8 +25,9 @@ from xkv_fx.files import is_int
 from xkv_fx.hf.cache import SessionCache
 from xkv_fx.hf.capture import layers_of_model
 from xkv_fx.hf.inspect import check_model, fingerprint, max_positions
+from xkv_fx.lowering.describe import describe_layers, describe_plan
 from xkv_fx.lowering.planned_graphs import BoundGraphs, PlannedGraphs
-from xkv_fx.lowering.program import describe_layers, describe_plan, program_key
+from xkv_fx.lowering.program import program_key
 from xkv_fx.runtime import compile_ops  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.scorers import scorer_of
 from xkv_fx.runtime.session import Graph

@@ -14,10 +14,11 @@ from torch import Tensor
 from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BackendError, EngineError, FileFormatError, PromptError
 from xkv_fx.files import check_safetensors_size
+from xkv_fx.lowering.describe import describe_layers
 from xkv_fx.lowering.engine_files import check_files, check_packages
-from xkv_fx.lowering.manifest import KINDS, WEIGHTS, Kind, Manifest, spec_of
+from xkv_fx.lowering.manifest import WEIGHTS, Manifest, spec_of
 from xkv_fx.runtime.decode_steps import generate_tokens
-from xkv_fx.runtime.session import Session
+from xkv_fx.runtime.session import KINDS, Kind, Session
 from xkv_fx.runtime.state import CachePlan
 
 Run = Callable[[list[Tensor]], Tensor]
@@ -93,8 +94,6 @@ class Engine:
 
     def describe(self) -> str:
         """Target, machine, plan and layers, as text."""
-        from xkv_fx.lowering.program import describe_layers
-
         manifest = self.manifest
         machine, policy = manifest.machine, manifest.budgets.policy
         return "\n".join(

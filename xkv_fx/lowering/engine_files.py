@@ -12,8 +12,9 @@ from typing import Any
 
 from xkv_fx.errors import EngineError, FileFormatError, XkvError
 from xkv_fx.lowering.aoti import METADATA_KEY
-from xkv_fx.lowering.manifest import KINDS, FileRecord, Kind, Manifest
+from xkv_fx.lowering.manifest import FileRecord, Manifest
 from xkv_fx.lowering.portable import KEY_FILE
+from xkv_fx.runtime.session import KINDS, Kind
 
 _MAX_SMALL_BYTES = 1 << 20
 # What torch writes around the code of a package.

@@ -20,11 +20,9 @@ from xkv_fx.lowering.aoti import compile_aoti
 from xkv_fx.lowering.budgeted import Budgeted
 from xkv_fx.lowering.manifest import (
     DEVICES,
-    KINDS,
     TARGETS,
     WEIGHTS,
     FileRecord,
-    Kind,
     Machine,
     Manifest,
     Package,
@@ -35,6 +33,7 @@ from xkv_fx.lowering.portable import save_program
 from xkv_fx.lowering.trace_program import SHORTEST, trace_program
 from xkv_fx.passes.export_graph import UNBOUNDED
 from xkv_fx.passes.graph import calls, placeholders
+from xkv_fx.runtime.session import KINDS, Kind
 
 TOKENIZER = "tokenizer"
 

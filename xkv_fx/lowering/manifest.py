@@ -16,6 +16,7 @@ import torch
 from xkv_fx.budgets import Budgets, LayerSpec
 from xkv_fx.errors import EngineError, FileFormatError, XkvError
 from xkv_fx.files import is_int, read_json, write_json
+from xkv_fx.runtime.session import KINDS, Kind
 from xkv_fx.runtime.slots import slot_plans
 from xkv_fx.runtime.state import CachePlan
 
@@ -28,8 +29,6 @@ LENGTH = "S"
 
 Target = Literal["aoti", "pt2"]
 TARGETS: tuple[str, ...] = get_args(Target)
-Kind = Literal["prefill", "extend", "decode"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 DEVICES = ("cpu", "cuda")
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype

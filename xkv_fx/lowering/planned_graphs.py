@@ -14,10 +14,11 @@ from torch.fx import GraphModule
 
 from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BackendError, SessionError
+from xkv_fx.lowering.describe import LOWERED, describe_passes
 from xkv_fx.lowering.dynamo_graph import DynamoGraph
 from xkv_fx.lowering.inductor import compile_lifted
 from xkv_fx.lowering.lift_weights import lift_weights
-from xkv_fx.lowering.program import LOWERED, Graphs, check_request, describe_passes
+from xkv_fx.lowering.program import Graphs, check_request
 from xkv_fx.passes.capture_module import PROBE_LENGTH
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.check_capture import LENGTH, check_capture
@@ -26,6 +27,7 @@ from xkv_fx.passes.export_graph import export_graph
 from xkv_fx.passes.find_attention import attention_sites, cached_layers
 from xkv_fx.passes.graph import output_node
 from xkv_fx.passes.open_last_logits import OpenLastLogits
+from xkv_fx.runtime.session import Kind
 from xkv_fx.runtime.state import CachePlan
 
 
@@ -45,7 +47,7 @@ class PlannedGraphs:
         captured, self.all_logits = _capture(source, plan, longest)
         self.graphs = Graphs(captured, plan, check_request(budgets, lower))
         self.attention = "torch ops"
-        self._lowered: dict[tuple[str, bool], Callable[..., Tensor]] = {}
+        self._lowered: dict[tuple[Kind, bool], Callable[..., Tensor]] = {}
         self._lock = threading.RLock()
         self.lowered("prefill" if self.many else "decode")
 
@@ -53,7 +55,7 @@ class PlannedGraphs:
         """These graphs with the weights of a call."""
         return BoundGraphs(self, {name: inputs[index] for name, index in self.source.weights.items()})
 
-    def lowered(self, kind: Any) -> Callable[..., Tensor]:
+    def lowered(self, kind: Kind) -> Callable[..., Tensor]:
         """The graph of that kind, as a function of weights by name and the graph's own inputs."""
         key = (kind, kind != "decode" and self.all_logits)
         with self._lock:
@@ -61,7 +63,7 @@ class PlannedGraphs:
                 self._lowered[key] = self._lower(*key)
             return self._lowered[key]
 
-    def _lower(self, kind: Any, all_logits: bool) -> Callable[..., Tensor]:
+    def _lower(self, kind: Kind, all_logits: bool) -> Callable[..., Tensor]:
         lifted, constants = lift_weights(self.graphs.get(kind, all_logits).module)
         code: Callable[..., Tensor] = lifted
         if kind == "decode" and self.lower == "inductor":
@@ -73,7 +75,7 @@ class PlannedGraphs:
 
         return run
 
-    def module(self, kind: Any) -> GraphModule:
+    def module(self, kind: Kind) -> GraphModule:
         """The readable graph of that kind."""
         return self.graphs.get(kind, kind != "decode" and self.all_logits).module
 
@@ -83,7 +85,7 @@ class PlannedGraphs:
         made = "several tokens    graph of torch kernels, length dynamic" if self.many else f"one token         {code}"
         lines = ["", made]
         for kind, all_logits in self._lowered:
-            lines += describe_passes(kind, self.graphs.get(kind, all_logits))  # type: ignore[arg-type]
+            lines += describe_passes(kind, self.graphs.get(kind, all_logits))
         return lines
 
 

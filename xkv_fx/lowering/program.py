@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BackendError, BudgetError
+from xkv_fx.lowering.describe import LOWERED, describe_layers, describe_passes, describe_plan
 from xkv_fx.lowering.eager import lower_eager
 from xkv_fx.lowering.inductor import lower_inductor
 from xkv_fx.passes.captured import CapturedModel
@@ -25,13 +26,13 @@ from xkv_fx.passes.pipeline import (
     run_pipeline,
 )
 from xkv_fx.runtime.scorers import Scorer, scorer_of
+from xkv_fx.runtime.session import Kind
 from xkv_fx.runtime.slots import slot_plans
 from xkv_fx.runtime.state import CachePlan
 
 Backend = Literal["inductor", "eager"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 Compiled = Callable[..., Tensor]
-LOWERED = {"inductor": "one graph, compiled by Inductor, static shapes", "eager": "graph of torch kernels"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +43,9 @@ class Graphs:
     plan: CachePlan
     scorer: Scorer
     _lock: threading.RLock = dataclasses.field(default_factory=threading.RLock, repr=False)
-    _built: dict[tuple[str, bool], TransformedGraph] = dataclasses.field(default_factory=dict, repr=False)
+    _built: dict[tuple[Kind, bool], TransformedGraph] = dataclasses.field(default_factory=dict, repr=False)
 
-    def get(self, kind: Literal["prefill", "extend", "decode"], all_logits: bool = False) -> TransformedGraph:
+    def get(self, kind: Kind, all_logits: bool = False) -> TransformedGraph:
         """The graph of that kind, and the records of the passes that made it."""
         with self._lock:
             key = (kind, all_logits)
@@ -52,7 +53,7 @@ class Graphs:
                 self._built[key] = self._build(kind, all_logits)
             return self._built[key]
 
-    def _build(self, kind: str, all_logits: bool) -> TransformedGraph:
+    def _build(self, kind: Kind, all_logits: bool) -> TransformedGraph:
         if kind == "decode":
             return run_pipeline(self.captured.graph("token"), decode_pipeline(self.plan))
         pipeline = prefill_pipeline if kind == "prefill" else extend_pipeline
@@ -131,7 +132,7 @@ class CompiledProgram:
             return lower_inductor(self.graphs.decode)
         return lower_eager(self.graphs.decode), "torch ops"
 
-    def _lower_prompt(self, kind: Literal["prefill", "extend"], all_logits: bool) -> Compiled:
+    def _lower_prompt(self, kind: Kind, all_logits: bool) -> Compiled:
         return lower_eager(self.graphs.get(kind, all_logits).module)
 
     def describe(self, budgets: Budgets) -> str:
@@ -143,7 +144,7 @@ class CompiledProgram:
             "",
             *describe_layers(self.plan),
         ]
-        kinds: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
+        kinds: tuple[Kind, ...] = ("prefill", "decode")
         for kind in kinds:
             lines += ["", *describe_passes(kind, self.graphs.get(kind))]
         return "\n".join(lines)
@@ -153,38 +154,3 @@ def program_key(fingerprint: str, plan: CachePlan, scorer: Scorer) -> str:
     """Identifies model, plan and batch size; a saved session fits programs of the same key."""
     made_for = (fingerprint, plan.layers, plan.slots, plan.rows, plan.dtype, scorer)
     return hashlib.sha256(repr(made_for).encode()).hexdigest()
-
-
-def describe_plan(fingerprint: str, plan: CachePlan, scorer: Scorer, budgets: Budgets) -> list[str]:
-    """What was planned, as lines of text."""
-    policy, source = budgets.policy, budgets.provenance
-    return [
-        f"model         {fingerprint}",
-        f"plan          {source.allocator or 'by hand'}, {budgets.total_tokens} slots in {len(plan.layers)} layers",
-        f"policy        scorer {scorer}, eviction {policy.eviction}, recent "
-        f"{'min(64, C/4)' if policy.recent is None else policy.recent}, sinks {policy.sinks}",
-        f"rows          {plan.rows}",
-        f"dtype         {plan.dtype} on {plan.device}",
-        f"KV bytes      {plan.kv_bytes:,} a session, and {plan.state_bytes:,} for positions and counters",
-    ]
-
-
-def describe_layers(plan: CachePlan) -> list[str]:
-    """A line for each layer."""
-    lines = ["layer  slots  recent  eviction  sliding window  bytes"]
-    for index, (spec, slots) in enumerate(zip(plan.layers, plan.slots, strict=True)):
-        size = slots.slots * spec.slot_bytes(plan.dtype) * plan.rows
-        window = "-" if spec.sliding_window is None else str(spec.sliding_window)
-        lines.append(f"{index:5}  {slots.slots:5}  {slots.recent:6}  {slots.eviction:8}  {window:>14}  {size:,}")
-    return lines
-
-
-def describe_passes(kind: str, graph: TransformedGraph) -> list[str]:
-    """A line for each pass that made a graph."""
-    return [
-        f"passes of the {kind} graph",
-        *(
-            f"  {record.name:22} matched {record.matched:5} changed {record.changed:5}  {record.note}"
-            for record in graph.records
-        ),
-    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from xkv_fx.errors import PassError
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.graph import arguments, calls, placeholders
+from xkv_fx.runtime.session import Kind
 from xkv_fx.runtime.state import CachePlan
 
 xkv = torch.ops.xkv
@@ -28,7 +29,7 @@ class CheckCache(GraphPass):
     """
 
     plan: CachePlan
-    kind: Literal["prefill", "extend", "decode"]
+    kind: Kind
     name: ClassVar[str] = "check_cache"
 
     def run(self, module: GraphModule) -> PassRecord:

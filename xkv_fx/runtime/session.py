@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from xkv_fx.errors import CapacityError, PromptError, SessionError
 from xkv_fx.runtime.state import CachePlan, State
 
 Graph = Callable[..., Tensor]
+Kind = Literal["prefill", "extend", "decode"]
+"""The graphs of a program."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _UNLIMITED = 2**62
 
 

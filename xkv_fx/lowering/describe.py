@@ -1,0 +1,50 @@
+"""What was planned and what was made of it, as lines of text for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xkv_fx.budgets import Budgets
+from xkv_fx.runtime.scorers import Scorer
+from xkv_fx.runtime.session import Kind
+from xkv_fx.runtime.state import CachePlan
+
+if TYPE_CHECKING:  # an engine is described without the passes
+    from xkv_fx.passes.pipeline import TransformedGraph
+
+LOWERED = {"inductor": "one graph, compiled by Inductor, static shapes", "eager": "graph of torch kernels"}
+
+
+def describe_plan(fingerprint: str, plan: CachePlan, scorer: Scorer, budgets: Budgets) -> list[str]:
+    """What was planned, as lines of text."""
+    policy, source = budgets.policy, budgets.provenance
+    return [
+        f"model         {fingerprint}",
+        f"plan          {source.allocator or 'by hand'}, {budgets.total_tokens} slots in {len(plan.layers)} layers",
+        f"policy        scorer {scorer}, eviction {policy.eviction}, recent "
+        f"{'min(64, C/4)' if policy.recent is None else policy.recent}, sinks {policy.sinks}",
+        f"rows          {plan.rows}",
+        f"dtype         {plan.dtype} on {plan.device}",
+        f"KV bytes      {plan.kv_bytes:,} a session, and {plan.state_bytes:,} for positions and counters",
+    ]
+
+
+def describe_layers(plan: CachePlan) -> list[str]:
+    """A line for each layer."""
+    lines = ["layer  slots  recent  eviction  sliding window  bytes"]
+    for index, (spec, slots) in enumerate(zip(plan.layers, plan.slots, strict=True)):
+        size = slots.slots * spec.slot_bytes(plan.dtype) * plan.rows
+        window = "-" if spec.sliding_window is None else str(spec.sliding_window)
+        lines.append(f"{index:5}  {slots.slots:5}  {slots.recent:6}  {slots.eviction:8}  {window:>14}  {size:,}")
+    return lines
+
+
+def describe_passes(kind: Kind, graph: TransformedGraph) -> list[str]:
+    """A line for each pass that made a graph."""
+    return [
+        f"passes of the {kind} graph",
+        *(
+            f"  {record.name:22} matched {record.matched:5} changed {record.changed:5}  {record.note}"
+            for record in graph.records
+        ),
+    ]
