@@ -4,6 +4,7 @@ Triton's interpreter, in a process of its own, and `tests/gpu` on a GPU."""
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -81,10 +82,6 @@ def copies(args: list[Any], device: str = "cpu") -> list[Any]:
     return [arg.to(device, copy=True) if isinstance(arg, Tensor) else arg for arg in args]
 
 
-def numbers(launch: Launch) -> dict[str, int]:
-    return {name: getattr(launch, name) for name in ("splits", "block", "warps", "stages")}
-
-
 def assert_same(out: Tensor, tested: list[Any], expected_out: Tensor, expected: list[Any]) -> None:
     """Outputs are near; what is moved and not computed is the same, to the bit; so is what no one may touch."""
     tolerance = TOLERANCE[out.dtype]
@@ -101,7 +98,7 @@ def check_masked(args: list[Any], launch: Launch, softcap: float | None = None, 
     slots = args[3].shape[2]
     count = ((tested[6] > float("-inf")) * torch.arange(1, slots + 1, device=DEVICE)).amax((1, 2, 3))
     there = None if sinks is None else sinks.to(DEVICE)
-    out = xkv.decode_attention_triton(*tested[:7], count, SCALE, softcap=softcap, sinks=there, **numbers(launch))
+    out = xkv.decode_attention_triton(*tested[:7], count, SCALE, softcap=softcap, sinks=there, **asdict(launch))
     assert_same(out, tested, reference.decode_attention(*expected, softcap, sinks), expected)
 
 
@@ -109,7 +106,7 @@ def check_scored(args: list[Any], launch: Launch, **options: Any) -> None:
     tested, expected = copies(args, DEVICE), copies(args)
     there = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in options.items()}
     unused = {"sliding_window": None, "softcap": None, "sinks": None, "slopes": None}
-    out = xkv.decode_scored_triton(*tested, **{**unused, **there}, **numbers(launch))
+    out = xkv.decode_scored_triton(*tested, **{**unused, **there}, **asdict(launch))
     by_loops = reference.decode_scored(*expected, **options)
     torch.testing.assert_close(tested[6].cpu(), expected[6], rtol=0, atol=max(TOLERANCE[out.dtype], 1e-5))
     tested[6] = expected[6]
@@ -167,7 +164,7 @@ def test_scores_accumulate_step_by_step() -> None:
         seen = args[7] + step
         tested[:3], tested[7] = copies(token, DEVICE), seen.to(DEVICE)
         expected[:3], expected[7] = copies(token), seen
-        out = xkv.decode_scored_triton(*tested, None, None, None, None, **numbers(Launch(2, 16)))
+        out = xkv.decode_scored_triton(*tested, None, None, None, None, **asdict(Launch(2, 16)))
         torch.testing.assert_close(out.cpu(), reference.decode_scored(*expected), rtol=1e-5, atol=1e-5)
         assert torch.equal(tested[5].cpu(), expected[5])
         torch.testing.assert_close(tested[6].cpu(), expected[6], rtol=0, atol=1e-5)

@@ -227,6 +227,7 @@ def test_what_generate_refuses() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 2, "do_sample": True, "temperature": 0.0}, "temperature"),
         ({"max_new_tokens": 2, "top_k": 0}, "top_k"),
+        ({"max_new_tokens": 2, "eos_token_id": -1}, "tokens that end a row"),
         ({"max_new_tokens": 2, "attention_mask": torch.zeros(1, 5)}, "nothing but padding"),
     ):
         with pytest.raises(PromptError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 from types import ModuleType
@@ -94,8 +95,9 @@ def _launch(kernel: ModuleType, k_cache: Tensor, v_cache: Tensor) -> dict[str, i
     processors = _PROCESSORS
     if torch.cuda.is_available():
         processors = torch.cuda.get_device_properties(k_cache.device).multi_processor_count
-    planned = kernel.plan_launch(rows, kv_heads, slots, key_dim, v_cache.shape[3], k_cache.dtype, processors)
-    return {name: getattr(planned, name) for name in ("splits", "block", "warps", "stages")}
+    return dataclasses.asdict(
+        kernel.plan_launch(rows, kv_heads, slots, key_dim, v_cache.shape[3], k_cache.dtype, processors)
+    )
 
 
 def _value(argument: Any) -> Any:
