@@ -34,8 +34,8 @@ def main() -> None:
     options = parser.parse_args()
 
     manifest = json.loads((options.engine / "manifest.json").read_text())
-    weights = load_file(options.engine / "weights.safetensors", device=manifest["machine"]["device"])
     device = manifest["machine"]["device"]
+    weights = load_file(options.engine / "weights.safetensors", device=device)
     call, taken, state = {}, {}, []
     for kind in ("prefill", "decode"):  # "extend" has prefill's inputs, and goes on from what the state holds
         package = manifest["packages"][kind]

@@ -1,6 +1,7 @@
 // The little of JSON that manifests and safetensors headers need.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
 #include <map>
 #include <stdexcept>
