@@ -19,7 +19,7 @@ from xkv_fx.errors import BackendError, BudgetError
 from xkv_fx.evaluation.allocated import peak_bytes
 from xkv_fx.evaluation.bench_result import Bench, Run
 from xkv_fx.evaluation.contestants import Contestant, Ours, dynamic, quantized, sliding, static
-from xkv_fx.evaluation.machine import BYTES_READ, MemoryReader, available_bytes, describe_machine, synchronize
+from xkv_fx.evaluation.machine import BYTES_READ, MemoryReader, available_bytes, describe_machine, seconds
 from xkv_fx.evaluation.peers import PEERS, run_peer
 from xkv_fx.evaluation.quantized import QUANTIZED
 from xkv_fx.hf.generation import BudgetedLM
@@ -140,7 +140,7 @@ def run_bench(model: PreTrainedModel, settings: Settings, progress: Callable[[st
         progress(f"decode, round {turn + 1} of {settings.rounds}")
         reads += [reader.seconds() for _ in range(3)]
         for entry in here:
-            entry.times += [_timed(entry.contestant.step, model.device) for _ in range(settings.new_tokens)]
+            entry.times += [seconds(entry.contestant.step, model.device) for _ in range(settings.new_tokens)]
     bandwidth = BYTES_READ / statistics.median(reads)
     weights = weight_bytes(model)
     runs = [*(entry.run(settings, weights, bandwidth) for entry in here), *skipped]
@@ -173,23 +173,18 @@ class _Entry:
     times: list[float] = dataclasses.field(default_factory=list)
 
     def run(self, settings: Settings, weights: int, bandwidth: float) -> Run:
-        milliseconds = sorted(seconds * 1e3 for seconds in self.times)
-        middle = statistics.median(milliseconds)
         contestant = self.contestant
-        floor = (weights + contestant.kv_bytes) / bandwidth * 1e3
-        return Run(
-            name=contestant.name,
-            rows=contestant.rows,
-            context=settings.context,
+        return Run.of_steps(
+            contestant.name,
+            contestant.rows,
+            settings.context,
+            self.times,
             filled=self.prefill_s is None,
             prefill_s=self.prefill_s,
             ready_s=self.ready_s,
-            decode_p50_ms=middle,
-            decode_p90_ms=milliseconds[min(len(milliseconds) - 1, int(0.9 * len(milliseconds)))],
-            tokens_per_second=contestant.rows / middle * 1e3,
             kv_bytes=contestant.kv_bytes,
             peak_bytes=None if self.peak_bytes is None else self.peak_bytes + weights + contestant.kv_bytes,
-            floor_ms=floor,
+            floor_ms=(weights + contestant.kv_bytes) / bandwidth * 1e3,
         )
 
 
@@ -201,7 +196,7 @@ def _prepared(model: PreTrainedModel, name: str, make: Callable[[], Contestant],
     if settings.feeds_prompts and name not in ("ours-plain", "ours-equal-bytes"):
         ids = _prompt(model, contestant.rows, settings.context)
         contestant.prefill(ids)
-        prefill = _timed(functools.partial(contestant.prefill, ids), model.device)
+        prefill = seconds(functools.partial(contestant.prefill, ids), model.device)
     else:
         contestant.fill(_seen(name, settings))
     contestant.step()
@@ -257,11 +252,3 @@ def _prompt(model: PreTrainedModel, rows: int, tokens: int) -> Tensor:
     vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[assignment, index]
     ids = torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
     return ids.to(model.device)
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    started = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - started

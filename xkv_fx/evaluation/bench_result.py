@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+import statistics
+from collections.abc import Sequence
+from typing import Any, Self
 
 from rich.table import Table
 
-from xkv_fx.errors import XkvError
+from xkv_fx.evaluation.pictures import new_figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,21 @@ class Run:
     peak_bytes: int | None = None
     floor_ms: float | None = None
     skipped: str | None = None
+
+    @classmethod
+    def of_steps(cls, name: str, rows: int, context: int, seconds: Sequence[float], **figures: Any) -> Self:
+        """A run whose decode steps took so long, with further `figures` by the names of the attributes."""
+        times = sorted(seconds)
+        middle = statistics.median(times)
+        return cls(
+            name,
+            rows,
+            context,
+            decode_p50_ms=middle * 1e3,
+            decode_p90_ms=times[min(len(times) - 1, int(0.9 * len(times)))] * 1e3,
+            tokens_per_second=rows / middle,
+            **figures,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,14 +164,10 @@ class Bench:
         Raises:
             XkvError: matplotlib is missing.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise XkvError("pictures need matplotlib; install xkv-fx[plots]") from error
         runs = [run for run in reversed(self.runs) if run.decode_p50_ms is not None]
         labels = [f"{run.name} ({run.rows} rows)" for run in runs]
         times = [(run.decode_p50_ms or 0.0) / run.rows for run in runs]
-        figure = Figure(figsize=(8, 1.2 + 0.45 * len(runs)), layout="constrained")
+        figure = new_figure(8, 1.2 + 0.45 * len(runs))
         axes = figure.add_subplot()
         bars = axes.barh(labels, times, color="tab:blue", label="median step")
         floors = [(run.floor_ms or 0.0) / run.rows for run in runs]

@@ -6,13 +6,13 @@ decode  a decode step of the engine and of the transformed model, in turns
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ import torch
 import typer
 
 import xkv_fx
+from xkv_fx.evaluation.timing import medians_in_turns
 
 app = typer.Typer(add_completion=False, help="What an engine promises, measured.")
 Engine = Annotated[Path, typer.Argument(help="A folder that xkv-fx export wrote.")]
@@ -79,13 +80,9 @@ def decode(engine: Engine, model: Model = "smollm2", prompt: Prompt = 128, steps
     sessions: dict[str, Any] = {"engine": loaded.new_session(), "model": llm.new_session().session}
     for session in sessions.values():
         session.feed(ids)
-    taken: dict[str, list[float]] = {name: [] for name in sessions}
-    for _ in range(steps):
-        for name, session in sessions.items():
-            begin = time.perf_counter()
-            session.step(ids[:, :1])
-            taken[name].append(time.perf_counter() - begin)
-    medians = {name: 1e3 * statistics.median(times) for name, times in taken.items()}
+    medians = medians_in_turns(
+        {name: functools.partial(session.step, ids[:, :1]) for name, session in sessions.items()}, steps
+    )
     print(json.dumps({**medians, "engine_over_model": medians["engine"] / medians["model"]}))
 
 

@@ -15,9 +15,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,8 +29,9 @@ from xkv_fx.budgets import Budgets, LayerSpec, layers_of
 from xkv_fx.errors import BackendError, BudgetError
 from xkv_fx.evaluation.bench_result import Run
 from xkv_fx.evaluation.contestants import Contestant, Ours, dynamic, static
-from xkv_fx.evaluation.machine import available_bytes, describe_machine, synchronize
+from xkv_fx.evaluation.machine import available_bytes, describe_machine, seconds
 from xkv_fx.evaluation.presets import PRESETS, random_model
+from xkv_fx.evaluation.timing import medians_in_turns
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 
 NOT_MEASURED = "not measured"
@@ -99,11 +98,8 @@ def attention_runs(
         for slots in dict.fromkeys((settings.context, *(kept_slots(settings, part) for part in settings.fractions))):
             attend, size = _attention(spec, rows, slots, dtype, device)
             copy, copied = _copy(device)
-            times: dict[str, list[float]] = {"attend": [], "copy": []}
-            for _ in range(settings.rounds):
-                times["attend"].append(_seconds(attend, device))
-                times["copy"].append(_seconds(copy, device))
-            speed, copy_speed = size / statistics.median(times["attend"]), copied / statistics.median(times["copy"])
+            medians = medians_in_turns({"attend": attend, "copy": copy}, settings.rounds, device)
+            speed, copy_speed = size / medians["attend"] * 1e3, copied / medians["copy"] * 1e3
             runs.append(
                 {
                     "name": "decode-attention", "rows": rows, "slots": slots, "bytes": size,
@@ -220,16 +216,13 @@ def _decode(name: str, contestant: Contestant, settings: Settings, device: torch
     with torch._inductor.config.patch({"triton.cudagraphs": device.type == "cuda"}):  # for the static cache
         for _ in range(WARM_STEPS):
             contestant.step()
-    times = [_seconds(contestant.step, device) for _ in range(settings.steps)]
-    median = statistics.median(times)
-    run = Run(
+    times = [seconds(contestant.step, device) for _ in range(settings.steps)]
+    run = Run.of_steps(
         name,
         contestant.rows,
         settings.context,
+        times,
         filled=True,
-        decode_p50_ms=median * 1e3,
-        decode_p90_ms=sorted(times)[int(0.9 * (len(times) - 1))] * 1e3,
-        tokens_per_second=contestant.rows / median,
         kv_bytes=contestant.kv_bytes,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
@@ -244,14 +237,6 @@ def _out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
-
-
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    synchronize(device)
-    started = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - started
 
 
 def _release(device: torch.device) -> None:

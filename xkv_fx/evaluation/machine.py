@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,16 @@ class MemoryReader:
 
     def seconds(self) -> float:
         """How long one reading took."""
-        synchronize(self._device)
-        started = time.perf_counter()
-        self._buffer.sum()
-        synchronize(self._device)
-        return time.perf_counter() - started
+        return seconds(self._buffer.sum, self._device)
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """How long something took, all that it started on the device included."""
+    synchronize(device)
+    started = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - started
 
 
 def synchronize(device: torch.device) -> None:

@@ -54,17 +54,12 @@ def run_peer(name: str, settings: Settings, dtype: str) -> Run:
 
 def _read(name: str, settings: Settings, printed: str) -> Run:
     figures: dict[str, Any] = json.loads(printed.strip().splitlines()[-1])
-    times = sorted(float(seconds) * 1e3 for seconds in figures["steps_s"])
-    rows = int(figures["rows"])
-    middle = times[len(times) // 2]
-    return Run(
-        name=name,
-        rows=rows,
-        context=settings.context,
+    return Run.of_steps(
+        name,
+        int(figures["rows"]),
+        settings.context,
+        [float(seconds) for seconds in figures["steps_s"]],
         prefill_s=float(figures["prefill_s"]),
-        decode_p50_ms=middle,
-        decode_p90_ms=times[min(len(times) - 1, int(0.9 * len(times)))],
-        tokens_per_second=rows / middle * 1e3,
         kv_bytes=None if figures.get("kv_bytes") is None else int(figures["kv_bytes"]),
     )
 

@@ -18,7 +18,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import xkv_fx
 from xkv_fx.evaluation.allocated import peak_bytes
+from xkv_fx.evaluation.timing import medians_in_turns
 from xkv_fx.planning.solve import fill_by_gain
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.kernels import decode_cpu
@@ -113,7 +114,7 @@ def first_token(prompt: Prompt = 3500, capacity: Capacity = 1344, rounds: int = 
         session.reset()
         llm(ids, past_key_values=session, logits_to_keep=1)
 
-    medians = _medians_in_turns({"transformers_prefill": transformers_prefill, "budgeted": budgeted}, rounds)
+    medians = medians_in_turns({"transformers_prefill": transformers_prefill, "budgeted": budgeted}, rounds)
     _report(
         prompt=prompt,
         capacity=capacity,
@@ -176,7 +177,7 @@ def solving(layers: int = 80, context: Capacity = 131_072, rounds: int = 5) -> N
             for name, profile in profiles.items()
         },
     }
-    _report(layers=layers, context=context, median_ms=_medians_in_turns(runs, rounds))
+    _report(layers=layers, context=context, median_ms=medians_in_turns(runs, rounds))
 
 
 def _profile(gains: NDArray[np.float32]) -> xkv_fx.Profile:
@@ -184,17 +185,6 @@ def _profile(gains: NDArray[np.float32]) -> xkv_fx.Profile:
     curves: NDArray[np.float32] = np.minimum(sums / sums[:, -1:], 1.0).astype(np.float32)
     layer = xkv_fx.LayerSpec(query_heads=8, kv_heads=8, key_dim=128, value_dim=128, itemsize=2)
     return xkv_fx.Profile((curves,), xkv_fx.Policy(), (layer,) * len(gains), "random curves")
-
-
-def _medians_in_turns(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, run one after another in every round; a first round is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in track(range(rounds + 1), "rounds"):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(taken[1:]) * 1e3 for name, taken in times.items()}
 
 
 @app.command()
@@ -222,7 +212,7 @@ def decode_attention(
             for buffer in buffers:
                 buffer.view(-1).view(torch.int64).sum()
 
-    medians = _medians_in_turns({"kernel": kernel, "torch_ops": torch_ops, "read": read}, rounds)
+    medians = medians_in_turns({"kernel": kernel, "torch_ops": torch_ops, "read": read}, rounds)
     _report(
         rows=rows,
         capacity=capacity,

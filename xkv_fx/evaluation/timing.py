@@ -1,12 +1,18 @@
-"""Timing a generation from outside, through the streamer that every `generate` takes."""
+"""Timing from outside: a generation, through the streamer that every `generate` takes, and calls in turns."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Mapping
 
+import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
+
+from xkv_fx.evaluation.machine import seconds
 
 
 class Stopwatch(BaseStreamer):
@@ -31,3 +37,19 @@ class Stopwatch(BaseStreamer):
         """Median time between two tokens after the first."""
         steps = [after - before for before, after in zip(self.times[1:], self.times[2:], strict=False)]
         return statistics.median(steps)
+
+
+def medians_in_turns(
+    runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device | None = None
+) -> dict[str, float]:
+    """Median milliseconds of each, run one after another in every round; a first round is not counted.
+
+    Args:
+        device: that they run on; the CPU when None.
+    """
+    where = device or torch.device("cpu")
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in track(range(rounds + 1), "rounds", console=Console(stderr=True)):
+        for name, run in runs.items():
+            times[name].append(seconds(run, where))
+    return {name: statistics.median(taken[1:]) * 1e3 for name, taken in times.items()}
