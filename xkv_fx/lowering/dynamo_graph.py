@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from xkv_fx.errors import BackendError, SessionError, UnsupportedModelError
-from xkv_fx.passes.graph import output_node
+from xkv_fx.passes.graph import output_node, placeholders
 from xkv_fx.runtime import compile_ops  # noqa: F401  (registers the ops)
 
 xkv_ops = torch.ops.xkv
@@ -49,7 +49,7 @@ class DynamoGraph:
         graph = Graph()
         copies: dict[Node, Node] = {}
         graph.output(graph.graph_copy(module.graph, copies))
-        inputs = [copies[node] for node in module.graph.nodes if node.op == "placeholder"]
+        inputs = [copies[node] for node in placeholders(module.graph).values()]
         _check_captured(graph)
         handle = _remove_marks(graph, xkv_ops.keys_of_session)
         valid = _remove_marks(graph, xkv_ops.keys_with_padding)
@@ -130,7 +130,7 @@ def leave_lengths_open(module: GraphModule, example_inputs: Sequence[Any]) -> No
     if restart is None:  # another torch: then Dynamo finds out by itself
         return
     marked = False
-    for node, value in zip(_placeholders(module.graph), example_inputs, strict=True):
+    for node, value in zip(placeholders(module.graph).values(), example_inputs, strict=True):
         if not isinstance(value, Tensor) or value.dim() != 2 or _is_weight(node, value):
             continue
         static = isinstance(node.meta["example_value"].shape[1], int)
@@ -282,10 +282,6 @@ def _set_weight(root: nn.Module, name: str, value: Tensor) -> None:
 def _calls(graph: Graph, packet: Any) -> list[Node]:
     targets = (packet, packet.default)
     return [node for node in graph.nodes if node.op == "call_function" and node.target in targets]
-
-
-def _placeholders(graph: Graph) -> list[Node]:
-    return [node for node in graph.nodes if node.op == "placeholder"]
 
 
 def _shape(node: Node) -> Any:
