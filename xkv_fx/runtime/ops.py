@@ -120,8 +120,7 @@ def _(
     return _like_output(q, v)
 
 
-@torch.library.custom_op("xkv::keep", mutates_args=("k_cache", "v_cache", "positions"))
-def keep(
+def _keep(
     k: Tensor,
     v: Tensor,
     scores: Tensor,
@@ -151,10 +150,11 @@ def keep(
     Returns:
         the survivors' scores, float32 `[rows, kv_heads, slots]`.
     """
-    return _keep(
-        k, v, scores, length, seen, base, k_cache, v_cache, positions, capacity, recent, sinks, eviction,
-        sliding_window, fresh,
-    )  # fmt: skip
+    plan = SlotPlan(capacity, k_cache.shape[2], recent, sinks, EVICTIONS[eviction], sliding_window)  # type: ignore[arg-type]
+    return write_survivors(k, v, scores, length, seen, base, k_cache, v_cache, positions, plan, fresh)
+
+
+keep = torch.library.custom_op("xkv::keep", _keep, mutates_args=("k_cache", "v_cache", "positions"))
 
 
 @keep.register_fake
@@ -178,29 +178,7 @@ def _(
     return scores.new_empty(positions.shape)
 
 
-def _keep(
-    k: Tensor,
-    v: Tensor,
-    scores: Tensor,
-    length: Tensor,
-    seen: Tensor,
-    base: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    capacity: int,
-    recent: int,
-    sinks: int,
-    eviction: int,
-    sliding_window: int | None,
-    fresh: bool,
-) -> Tensor:
-    plan = SlotPlan(capacity, k_cache.shape[2], recent, sinks, EVICTIONS[eviction], sliding_window)  # type: ignore[arg-type]
-    return write_survivors(k, v, scores, length, seen, base, k_cache, v_cache, positions, plan, fresh)
-
-
-@torch.library.custom_op("xkv::decode_attention", mutates_args=("k_cache", "v_cache"))
-def decode_attention(
+def _decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -223,7 +201,24 @@ def decode_attention(
     Returns:
         `[rows, query_heads, 1, value_dim]`.
     """
-    return _decode(q, k, v, k_cache, v_cache, slot, mask, scale, softcap, sinks)
+    rows, kv_heads = k.shape[:2]
+    row = torch.arange(rows, device=k.device)[:, None]
+    head = torch.arange(kv_heads, device=k.device)
+    k_cache.index_put_((row, head, slot[:, None]), k[:, :, 0])
+    v_cache.index_put_((row, head, slot[:, None]), v[:, :, 0])
+    grouped = q.reshape(rows, kv_heads, -1, q.shape[-1])  # the query group takes the place of the query length
+    if mask.shape[1] not in (1, kv_heads):
+        mask = mask.reshape(rows, kv_heads, -1, mask.shape[-1])
+    if softcap is None and sinks is None and mask.dtype == q.dtype:
+        out = torch.nn.functional.scaled_dot_product_attention(grouped, k_cache, v_cache, attn_mask=mask, scale=scale)
+        return out.reshape(rows, -1, 1, v.shape[-1])
+    logits = group_logits(q, k_cache, scale, softcap)[:, :, :, 0] + mask
+    lse = torch.logsumexp(logits, -1, keepdim=True)
+    out = torch.matmul(torch.exp(logits - lse).to(v.dtype), v_cache).reshape(rows, -1, 1, v.shape[-1])
+    return _apply_sinks(out, lse.reshape(rows, -1, 1), sinks)
+
+
+decode_attention = torch.library.custom_op("xkv::decode_attention", _decode, mutates_args=("k_cache", "v_cache"))
 
 
 @decode_attention.register_fake
@@ -242,37 +237,7 @@ def _(
     return _like_output(q, v)
 
 
-def _decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot: Tensor,
-    mask: Tensor,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    rows, kv_heads = k.shape[:2]
-    row = torch.arange(rows, device=k.device)[:, None]
-    head = torch.arange(kv_heads, device=k.device)
-    k_cache.index_put_((row, head, slot[:, None]), k[:, :, 0])
-    v_cache.index_put_((row, head, slot[:, None]), v[:, :, 0])
-    grouped = q.reshape(rows, kv_heads, -1, q.shape[-1])  # the query group takes the place of the query length
-    if mask.shape[1] not in (1, kv_heads):
-        mask = mask.reshape(rows, kv_heads, -1, mask.shape[-1])
-    if softcap is None and sinks is None and mask.dtype == q.dtype:
-        out = torch.nn.functional.scaled_dot_product_attention(grouped, k_cache, v_cache, attn_mask=mask, scale=scale)
-        return out.reshape(rows, -1, 1, v.shape[-1])
-    logits = group_logits(q, k_cache, scale, softcap)[:, :, :, 0] + mask
-    lse = torch.logsumexp(logits, -1, keepdim=True)
-    out = torch.matmul(torch.exp(logits - lse).to(v.dtype), v_cache).reshape(rows, -1, 1, v.shape[-1])
-    return _apply_sinks(out, lse.reshape(rows, -1, 1), sinks)
-
-
-@torch.library.custom_op("xkv::decode_scored", mutates_args=("k_cache", "v_cache", "positions", "scores"))
-def decode_scored(
+def _decode_scored(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -297,50 +262,6 @@ def decode_scored(
         seen: int64 `[rows]`, tokens seen before this one.
         recent, sink_tokens: newest and first tokens that are not evicted.
     """
-    return _decode_scored(
-        q, k, v, k_cache, v_cache, positions, scores, seen, scale, recent, sink_tokens, sliding_window, softcap, sinks,
-        slopes,
-    )  # fmt: skip
-
-
-@decode_scored.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    scores: Tensor,
-    seen: Tensor,
-    scale: float,
-    recent: int,
-    sink_tokens: int,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    slopes: Tensor | None = None,
-) -> Tensor:
-    return _like_output(q, v)
-
-
-def _decode_scored(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    scores: Tensor,
-    seen: Tensor,
-    scale: float,
-    recent: int,
-    sink_tokens: int,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    slopes: Tensor | None = None,
-) -> Tensor:
     rows, kv_heads, slots = positions.shape
     plan = SlotPlan(slots, slots, recent, sink_tokens, "scored", sliding_window)
     slot = plan.evicted_slot(positions, scores, seen)
@@ -362,6 +283,32 @@ def _decode_scored(
     lse = lse.reshape(rows, -1, 1)
     scores.add_(_apply_sinks(weights.flatten(1, 2)[:, :, None], lse, sinks).view(weights.shape).mean(2))
     return _apply_sinks(out, lse, sinks)
+
+
+decode_scored = torch.library.custom_op(
+    "xkv::decode_scored", _decode_scored, mutates_args=("k_cache", "v_cache", "positions", "scores")
+)
+
+
+@decode_scored.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    scores: Tensor,
+    seen: Tensor,
+    scale: float,
+    recent: int,
+    sink_tokens: int,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    return _like_output(q, v)
 
 
 def _like_output(q: Tensor, v: Tensor) -> Tensor:
