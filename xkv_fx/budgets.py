@@ -63,6 +63,23 @@ class LayerSpec:
         return capacity if self.sliding_window is None else min(capacity, self.sliding_window)
 
 
+def layer_specs(layers: list[Any]) -> tuple[LayerSpec, ...]:
+    """LayerSpecs from JSON objects, every number a whole one of at least 1.
+
+    Raises:
+        FileFormatError: they are not; the message does not name the file.
+    """
+    names = {field.name for field in dataclasses.fields(LayerSpec)}
+    for layer, fields in enumerate(layers):
+        if not isinstance(fields, dict) or set(fields) != names:
+            raise FileFormatError(f"the fields of layer {layer} are not {', '.join(sorted(names))}")
+        for name, value in fields.items():
+            absent = name == "sliding_window" and value is None
+            if not absent and (not is_int(value) or value < 1):
+                raise FileFormatError(f"{name} of layer {layer} is not a whole number of at least 1: {value!r:.100}")
+    return tuple(LayerSpec(**fields) for fields in layers)
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """Which tokens a layer keeps. A plan is valid only for the policy that it was made with.
@@ -122,7 +139,7 @@ class Policy:
         return min(self.sinks, capacity - self.recent_for(capacity))
 
     def to_dict(self) -> dict[str, Any]:
-        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, data: Any) -> Policy:

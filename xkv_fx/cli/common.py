@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import xkv_fx
+from xkv_fx.errors import BudgetError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Per-layer KV cache budgets: measure, solve, generate, inspect."
@@ -47,6 +49,26 @@ def load(name: str) -> tuple[Any, Any]:
 
 def read(path: Path | None) -> str:
     return "" if path is None else path.read_text(encoding="utf-8", errors="replace")
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers between commas.
+
+    Raises:
+        BudgetError: something that is none.
+    """
+    try:
+        found = tuple(float(part) for part in names(text))
+    except ValueError as error:
+        raise BudgetError(f"fractions must be numbers between commas; got {text!r}") from error
+    if not all(math.isfinite(value) for value in found):
+        raise BudgetError(f"fractions must be finite; got {text!r}")
+    return found
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names between commas."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from xkv_fx.cli.common import Json, Model, app, console, errors, interruptible, load, progress, show
+from xkv_fx.cli.common import Json, Model, app, console, errors, interruptible, load, names, numbers, progress, show
 from xkv_fx.files import write_json
+from xkv_fx.planning.load_measured import load_measured
 
 
 @app.command("eval")
@@ -50,15 +51,15 @@ def eval_(
     from xkv_fx.evaluation.results import CONTINUATION
     from xkv_fx.evaluation.tasks import task_names
 
-    named = (*task_names(), CONTINUATION) if tasks is None else command.names(tasks)
+    named = (*task_names(), CONTINUATION) if tasks is None else names(tasks)
     request = command.Request(
         plans=tuple(plans or ()),
-        measured=tuple(measured or ()),
-        allocators=None if allocators is None else command.names(allocators),
-        fractions=command.numbers(fractions),
-        scorers=command.names(scorers),
-        quantized=None if quantized is None else command.names(quantized),
-        settings=Settings(named, command.names(forms), length, instances, seed),
+        measured=tuple(load_measured(path) for path in measured or ()),
+        allocators=None if allocators is None else names(allocators),
+        fractions=numbers(fractions),
+        scorers=names(scorers),
+        quantized=None if quantized is None else names(quantized),
+        settings=Settings(named, names(forms), length, instances, seed),
         backend=backend,
     )
     loaded, tokenizer = load(model)
@@ -107,30 +108,27 @@ def bench(
     json_: Json = False,
 ) -> None:
     """Measure our decode beside transformers' caches and other engines, in turns."""
-    from xkv_fx.evaluation.bench_command import bench_model
+    from xkv_fx.evaluation.bench import Settings, run_bench
+    from xkv_fx.evaluation.bench_command import model_and_plan
+    from xkv_fx.hf.models import locate
 
-    names = tuple(name.strip() for name in (only or "").split(",") if name.strip())
+    loaded, plan = model_and_plan(model, dtype, device, budgets, fraction, context)
+    folder, gguf = locate(model)
     pythons = {"kvpress": kvpress_python, "openvino": openvino_python}
-
-    def say(what: str) -> None:
-        errors.print(what, markup=False, highlight=False)
-
-    result = bench_model(
-        model,
-        dtype,
-        device,
+    settings = Settings(
         context,
         batch,
-        budgets,
-        fraction,
+        plan,
         rounds,
         new_tokens,
-        names,
-        backend,
-        prefill,
-        pythons,
-        say,
+        only=names(only or ""),
+        backend=backend,
+        prefill=prefill,
+        pythons={engine: str(python) for engine, python in pythons.items() if python is not None},
+        folder=str(folder),
+        gguf=gguf,
     )
+    result = run_bench(loaded, settings, lambda what: errors.print(what, markup=False, highlight=False))
     if out is not None:
         write_json(out, result.to_dict())
     if picture is not None:

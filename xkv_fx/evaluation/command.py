@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from xkv_fx.evaluation.tasks import NEEDLES, check_task
 from xkv_fx.evaluation.texts import cut_prompts, source_code
 from xkv_fx.files import write_json
 from xkv_fx.planning.calibration_data import Calibration
-from xkv_fx.planning.load_measured import load_measured
 from xkv_fx.planning.profile_data import Profile
 
 Progress = Callable[[int, int], None]
@@ -38,7 +36,7 @@ class Request:
 
     Attributes:
         plans: budgets files.
-        measured: profile and calibration files, which plans are solved from.
+        measured: profiles and calibrations, which plans are solved from.
         allocators: their names, or None for each file's own.
         fractions: shares of the full cache.
         scorers: further ones, with uniform plans.
@@ -48,7 +46,7 @@ class Request:
     """
 
     plans: tuple[Path, ...]
-    measured: tuple[Path, ...]
+    measured: tuple[Profile | Calibration, ...]
     allocators: tuple[str, ...] | None
     fractions: tuple[float, ...]
     scorers: tuple[str, ...]
@@ -67,7 +65,6 @@ def run(
             check_task(task)
     if not request.fractions and not request.plans:
         raise BudgetError("there is nothing to compare: give fractions of the full cache, or budgets files")
-    measured = [load_measured(path) for path in request.measured]
     plans = {path.stem: Budgets.load(path) for path in request.plans}
     if len(plans) < len(request.plans):
         raise BudgetError("two budgets files have one name; rename one of them, since plans are named by their files")
@@ -79,7 +76,7 @@ def run(
     there = tuple(name for name in asked if name not in missing)
 
     layers = layers_of(model)
-    common = (measured, request.allocators, request.scorers)
+    common = (request.measured, request.allocators, request.scorers)
     candidates = list(candidates_of_fractions(layers, settings.length, request.fractions, *common))
     sizes = {f"{name} bytes": planned_bytes(name, model, layers, settings.length, 1) for name in there}
     if request.fractions:
@@ -132,9 +129,8 @@ def smallest(
     Returns:
         plain data: `needles` by form and plan, `kl` by plan, None where nothing is small enough.
     """
-    measured = [load_measured(path) for path in request.measured]
     ways: dict[str, tuple[Profile | Calibration, str]] = {}
-    for source in measured:
+    for source in request.measured:
         ways.setdefault("uniform", (source, "uniform"))
         ways["calibrated" if isinstance(source, Calibration) else "xkv"] = (
             source,
@@ -160,25 +156,4 @@ def write(evaluation: Evaluation, out: Path, extra: dict[str, Any]) -> None:
 
 def draw(evaluation: Evaluation, request: Request, folder: Path) -> None:
     """Write the pictures of an evaluation, with the retention curves of the profiles that it used."""
-    measured = [load_measured(path) for path in request.measured]
-    draw_evaluation(evaluation, folder, [source for source in measured if isinstance(source, Profile)])
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """Numbers between commas.
-
-    Raises:
-        BudgetError: something that is none.
-    """
-    try:
-        found = tuple(float(part) for part in names(text))
-    except ValueError as error:
-        raise BudgetError(f"fractions must be numbers between commas; got {text!r}") from error
-    if not all(math.isfinite(value) for value in found):
-        raise BudgetError(f"fractions must be finite; got {text!r}")
-    return found
-
-
-def names(text: str) -> tuple[str, ...]:
-    """Names between commas."""
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    draw_evaluation(evaluation, folder, [source for source in request.measured if isinstance(source, Profile)])

@@ -49,7 +49,8 @@ def medians_in_turns(
     """
     where = device or torch.device("cpu")
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in track(range(rounds + 1), "rounds", console=Console(stderr=True)):
+    errors = Console(stderr=True)
+    for _ in track(range(rounds + 1), "rounds", console=errors, disable=not errors.is_terminal):
         for name, run in runs.items():
             times[name].append(seconds(run, where))
     return {name: statistics.median(taken[1:]) * 1e3 for name, taken in times.items()}

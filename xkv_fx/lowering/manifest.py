@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from xkv_fx.budgets import Budgets, LayerSpec
+from xkv_fx.budgets import Budgets, LayerSpec, layer_specs
 from xkv_fx.errors import EngineError, FileFormatError, XkvError
 from xkv_fx.files import is_int, read_json, write_json
 from xkv_fx.runtime.session import KINDS, Kind
@@ -275,7 +275,7 @@ class Manifest:
             raise FileFormatError(f"'packages' must be {', '.join(KINDS)}")
         fields["machine"] = Machine(**_fields(fields["machine"], "machine", _texts(Machine)))
         fields["budgets"] = Budgets.from_dict(fields["budgets"])
-        fields["layers"] = tuple(_layer(spec) for spec in fields["layers"])
+        fields["layers"] = layer_specs(fields["layers"])
         fields["end_tokens"] = tuple(fields["end_tokens"])
         fields["weights"] = tuple(TensorSpec.from_dict(spec) for spec in fields["weights"])
         fields["packages"] = {kind: Package.from_dict(fields["packages"][kind]) for kind in KINDS}
@@ -373,12 +373,3 @@ def _fields(data: Any, what: str, names: Mapping[str, Any] | None = None) -> dic
 
 def _texts(kind: type[Any]) -> dict[str, Any]:
     return {field.name: str for field in dataclasses.fields(kind)}
-
-
-def _layer(data: Any) -> LayerSpec:
-    names: dict[str, Any] = {field.name: int for field in dataclasses.fields(LayerSpec)}
-    names["sliding_window"] = (int, type(None))
-    fields = _fields(data, "a layer", names)
-    if any(value is not None and value < 1 for value in fields.values()):
-        raise FileFormatError("a layer's sizes must be at least 1")
-    return LayerSpec(**fields)

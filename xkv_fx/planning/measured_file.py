@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,9 +10,8 @@ from typing import Any
 
 import safetensors
 
-from xkv_fx.budgets import LayerSpec
 from xkv_fx.errors import BudgetError, FileFormatError
-from xkv_fx.files import check_format, is_int
+from xkv_fx.files import check_format
 
 HEADER = "xkv_fx"  # the key of our JSON in the file's metadata
 
@@ -54,20 +52,3 @@ def read_header(metadata: dict[str, str] | None, kind: str, newest: int, fields:
         if not isinstance(header[name], expected):
             raise FileFormatError(f"its field {name!r} has the wrong type: {header[name]!r:.100}")
     return header
-
-
-def layer_specs(layers: list[Any]) -> tuple[LayerSpec, ...]:
-    """LayerSpecs from JSON objects, every number a whole one of at least 1.
-
-    Raises:
-        FileFormatError: they are not; the message does not name the file.
-    """
-    names = {field.name for field in dataclasses.fields(LayerSpec)}
-    for layer, fields in enumerate(layers):
-        if not isinstance(fields, dict) or set(fields) != names:
-            raise FileFormatError(f"the fields of layer {layer} are not {', '.join(sorted(names))}")
-        for name, value in fields.items():
-            absent = name == "sliding_window" and value is None
-            if not absent and (not is_int(value) or value < 1):
-                raise FileFormatError(f"{name} of layer {layer} is not a whole number of at least 1: {value!r:.100}")
-    return tuple(LayerSpec(**fields) for fields in layers)

@@ -57,21 +57,6 @@ def attention(
     return causal_attention(q, k, v, scale, sliding_window, softcap, sinks, slopes)[0].contiguous()
 
 
-@attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layer: int,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    slopes: Tensor | None = None,
-) -> Tensor:
-    return _like_output(q, v)
-
-
 @torch.library.custom_op("xkv::extend_attention", mutates_args=())
 def extend_attention(
     q: Tensor,
@@ -100,24 +85,6 @@ def extend_attention(
     over_slots = slot_attention(q, k_cache, v_cache, mask, scale, softcap, slopes, ages)
     out, lse = merge_attention(among_new, over_slots)
     return _apply_sinks(out, lse, sinks).contiguous()
-
-
-@extend_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    mask: Tensor,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    slopes: Tensor | None = None,
-    ages: Tensor | None = None,
-) -> Tensor:
-    return _like_output(q, v)
 
 
 def _keep(
@@ -221,22 +188,6 @@ def _decode(
 decode_attention = torch.library.custom_op("xkv::decode_attention", _decode, mutates_args=("k_cache", "v_cache"))
 
 
-@decode_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot: Tensor,
-    mask: Tensor,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    return _like_output(q, v)
-
-
 def _decode_scored(
     q: Tensor,
     k: Tensor,
@@ -290,29 +241,12 @@ decode_scored = torch.library.custom_op(
 )
 
 
-@decode_scored.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    scores: Tensor,
-    seen: Tensor,
-    scale: float,
-    recent: int,
-    sink_tokens: int,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    slopes: Tensor | None = None,
-) -> Tensor:
-    return _like_output(q, v)
-
-
-def _like_output(q: Tensor, v: Tensor) -> Tensor:
+def _fake_output(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
     return q.new_empty((*q.shape[:3], v.shape[-1]))
+
+
+for _op in (attention, extend_attention, decode_attention, decode_scored):
+    _op.register_fake(_fake_output)
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
