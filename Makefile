@@ -42,7 +42,7 @@ demo: .venv/.installed  ## Run the demonstration on a small real model
 
 test: lint  ## Run linter, type checker and tests
 	$(VENV_PYTHON) -m mypy
-	$(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS)
+	$(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
 test-exhaustive: .venv/.installed  ## Run those tests too that take minutes
 	XKV_FX_EXHAUSTIVE=1 $(VENV_PYTHON) -m pytest $$(grep -lr --include='test_*.py' 'from exhaustive' tests)

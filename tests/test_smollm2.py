@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.profiler import ProfilerActivity
 
 import xkv_fx
 from xkv_fx.evaluation.texts import documentation
+from xkv_fx.hf.capture import capture
 from xkv_fx.hf.models import load_model
 
 LAYERS = 30
@@ -41,6 +44,15 @@ class Generated:
 def smollm2() -> Loaded:
     model, tokenizer = load_model("smollm2")
     return Loaded(model, tokenizer, torch.tensor(tokenizer(documentation()[:40_000])["input_ids"]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def captured_once() -> Iterator[None]:
+    """Thirty layers take a while: what `transform` captured serves `profile` too."""
+    whole = functools.cache(lambda model: capture(model))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("xkv_fx.hf.capture.capture", lambda model, **_: whole(model))
+        yield
 
 
 @pytest.fixture(scope="module")
