@@ -71,13 +71,18 @@ def trace_program(module: GraphModule, scorer: Scorer, longest: int) -> tuple[Ex
             f"the graph cannot be traced for every length of prompt ({first_line(error)}); where the scorer "
             f"{type(scorer).__name__} is the reason, it may use tensor ops only and not branch or loop on sizes"
         ) from error
+    check_plain(program, f"the model or the scorer {type(scorer).__name__}")
+    return program, weights
+
+
+def check_plain(program: ExportedProgram, caller: str) -> None:
+    """Raise BackendError, naming the `caller`, where a program calls an op that is not torch's own."""
     foreign = sorted({str(target) for target in _targets(program) if target.namespace not in _PLAIN})
     if foreign:
         raise BackendError(
-            f"an engine runs without the code that defines {', '.join(foreign)}, which the model or the scorer "
-            f"{type(scorer).__name__} calls; express it in torch's own ops"
+            f"an engine runs without the code that defines {', '.join(foreign)}, which {caller} calls; express it in "
+            "torch's own ops"
         )
-    return program, weights
 
 
 def _plain_tensor(name: str, weight: Tensor) -> Tensor:

@@ -173,15 +173,29 @@ def _decode(
     head = torch.arange(kv_heads, device=k.device)
     k_cache.index_put_((row, head, slot[:, None]), k[:, :, 0])
     v_cache.index_put_((row, head, slot[:, None]), v[:, :, 0])
+    return attend_slots(q, k_cache, v_cache, mask, scale, softcap, sinks)
+
+
+def attend_slots(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The attention of `decode_attention`, to slots that hold the new token already."""
+    rows, kv_heads = k_cache.shape[:2]
     grouped = q.reshape(rows, kv_heads, -1, q.shape[-1])  # the query group takes the place of the query length
     if mask.shape[1] not in (1, kv_heads):
         mask = mask.reshape(rows, kv_heads, -1, mask.shape[-1])
     if softcap is None and sinks is None and mask.dtype == q.dtype:
         out = torch.nn.functional.scaled_dot_product_attention(grouped, k_cache, v_cache, attn_mask=mask, scale=scale)
-        return out.reshape(rows, -1, 1, v.shape[-1])
+        return out.reshape(rows, -1, 1, v_cache.shape[-1])
     logits = group_logits(q, k_cache, scale, softcap)[:, :, :, 0] + mask
     lse = torch.logsumexp(logits, -1, keepdim=True)
-    out = torch.matmul(torch.exp(logits - lse).to(v.dtype), v_cache).reshape(rows, -1, 1, v.shape[-1])
+    out = torch.matmul(torch.exp(logits - lse).to(v_cache.dtype), v_cache).reshape(rows, -1, 1, v_cache.shape[-1])
     return _apply_sinks(out, lse.reshape(rows, -1, 1), sinks)
 
 
