@@ -14,7 +14,7 @@ endif
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-exhaustive coverage lint format clean
+.PHONY: help .venv demo test test-exhaustive fuzz coverage lint format clean
 
 help:  ## Say what each target does
 	@sed -n 's/^\([a-z.]*\):.*  ## /\1\t/p' Makefile | expand -t 10
@@ -46,6 +46,14 @@ test: lint  ## Run linter, type checker and tests
 
 test-exhaustive: .venv/.installed  ## Run those tests too that take minutes
 	XKV_FX_EXHAUSTIVE=1 $(VENV_PYTHON) -m pytest $$(grep -lr --include='test_*.py' 'from exhaustive' tests)
+
+# So many times the examples that `make test` draws, from a seed that the first line says; give it again to see the same.
+FUZZ ?= 50
+SEED ?= $(shell date +%s)
+
+fuzz: .venv/.installed  ## Draw thousands of examples for every property test; takes an hour or two
+	@echo "make fuzz FUZZ=$(FUZZ) SEED=$(SEED)"
+	XKV_FX_FUZZ=$(FUZZ) $(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS) -m hypothesis --hypothesis-seed=$(SEED) tests
 
 coverage: .venv/.installed  ## Try every causal language model that transformers registers; writes docs/coverage.md
 	$(VENV_PYTHON) -m xkv_fx.evaluation.coverage --output docs/coverage.md

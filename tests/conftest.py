@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 
+import fuzzing
 import hypothesis
 import numpy as np
 import pytest
@@ -19,8 +20,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores among the
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests start
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-# Examples are the same in every run, and a slow machine is no failure.
-hypothesis.settings.register_profile("xkv_fx", deadline=None, derandomize=True, database=None)
+# Examples are the same in every run, but for those of `make fuzz`; and a slow machine is no failure.
+FUZZING = fuzzing.TIMES > 1
+hypothesis.settings.register_profile(
+    "xkv_fx",
+    deadline=None,
+    derandomize=not FUZZING,
+    database=None,
+    max_examples=100 * fuzzing.TIMES,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow] if FUZZING else [],
+)
 hypothesis.settings.load_profile("xkv_fx")
 
 

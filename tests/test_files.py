@@ -134,6 +134,13 @@ def test_numbers_that_json_lacks_are_refused(tmp_path: Path, number: str) -> Non
         read(path)
 
 
+@pytest.mark.parametrize("twice", ['"version": 1', '"value": {"a": 1, "b": 2, "a": 1}'])
+def test_fields_given_twice_are_refused(tmp_path: Path, twice: str) -> None:
+    path = write_text(tmp_path / "plan.json", f'{{"format": "{KIND}", "version": 1, {twice}}}')
+    with pytest.raises(FileFormatError, match="is given twice"):
+        read(path)
+
+
 @pytest.mark.parametrize(
     "raw",
     [

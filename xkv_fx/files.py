@@ -92,7 +92,9 @@ def read_json(path: str | os.PathLike[str], kind: str, newest: int) -> dict[str,
     if len(raw) > MAX_FILE_BYTES:
         raise FileFormatError(f"{name}: larger than {MAX_FILE_BYTES} bytes; this is not a {kind} file")
     try:
-        data = json.loads(raw, parse_constant=_refuse_constant, parse_float=_finite)
+        data = json.loads(
+            raw, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_duplicates
+        )
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{name}: not valid JSON ({error}); was it cut off? Make it again.") from error
     try:
@@ -117,6 +119,15 @@ def check_safetensors_size(path: str | os.PathLike[str], largest: int) -> None:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"the field {name!r:.100} is given twice")
+        fields[name] = value
+    return fields
 
 
 def _finite(text: str) -> float:

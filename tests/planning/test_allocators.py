@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from fuzzing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -108,7 +109,7 @@ def token_by_token(total: int, lows: Array, caps: Array) -> list[int]:
     return [int(c) for c in capacities]
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 4), st.booleans(), st.data())
 def test_uniform_is_water_filling(layers: int, context: int, floor: int, capped: bool, data: Any) -> None:
     limit = st.integers(1, context) if capped else st.just(context)
@@ -120,7 +121,7 @@ def test_uniform_is_water_filling(layers: int, context: int, floor: int, capped:
         assert plan.tolist() == token_by_token(total, lows, caps)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(st.integers(1, 6), st.integers(1, 70), st.sampled_from([2, 3, 8, 16]), st.integers(1, 20), st.data())
 def test_uniform_in_blocks(layers: int, context: int, multiple: int, floor: int, data: Any) -> None:
     caps = np.array(data.draw(st.lists(st.integers(1, context), min_size=layers, max_size=layers)))

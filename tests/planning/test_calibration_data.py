@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given, settings
+from fuzzing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import xkv_fx
@@ -88,7 +89,7 @@ def test_solve_takes_it_by_default_with_its_own_allocator() -> None:
     assert provenance.source == made().digest()
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.data())
 def test_the_plan_is_the_best_of_all(data: Any) -> None:
     """Brute force over all plans of three layers, by the very curves."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from fuzzing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -56,7 +57,7 @@ def random_scores(seed: int, heads: int, tokens: int) -> Array:
 # Retention
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(policies, st.integers(1, 4), st.integers(1, 90), st.integers(0, 2**32))
 def test_retention_equals_selecting_at_every_capacity(policy: Policy, heads: int, tokens: int, seed: int) -> None:
     scores = random_scores(seed, heads, tokens)
@@ -158,7 +159,7 @@ def test_scores_that_cannot_be_used_are_refused(scores: Any, message: str) -> No
 # Rescaling
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(st.integers(1, 60), st.integers(1, 200), st.integers(0, 2**32))
 def test_rescale_interpolates_on_the_share_kept(length: int, context: int, seed: int) -> None:
     curve = np.sort(np.random.default_rng(seed).random((2, length + 1)))
@@ -200,7 +201,7 @@ def highest_chord(curve: Array) -> Array:
     return majorant
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=30))
 def test_majorant_is_the_highest_chord(steps: list[int]) -> None:
     curve = np.cumsum([0, *steps]) / 7

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzzing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from ready_models import captured, model, remember_captures
@@ -37,7 +38,7 @@ def test_pyramid_falls_linearly_from_nearly_twice_the_mean_to_its_twentieth() ->
     assert len(set(np.diff(plan).tolist())) <= 2, "steps are equal up to rounding"
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(st.integers(1, 5), st.integers(1, 25), st.integers(0, 3), st.data())
 def test_maxmin_raises_the_layer_that_keeps_least(layers: int, context: int, seed: int, data: Any) -> None:
     curves = curves_of(layers, context, seed)
@@ -56,7 +57,7 @@ def test_maxmin_raises_the_layer_that_keeps_least(layers: int, context: int, see
     assert worst(plan) == pytest.approx(worst(by_hand))
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.integers(1, 6), st.sampled_from([1, 4, 16]), st.integers(0, 5), st.data())
 def test_proportional_keeps_weights_limits_and_total(layers: int, block: int, seed: int, data: Any) -> None:
     context = 64
@@ -76,7 +77,7 @@ def test_proportional_keeps_weights_limits_and_total(layers: int, block: int, se
     )
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=7), st.integers(1, 3))
 def test_clusters_are_the_best_split(values: list[float], count: int) -> None:
     x = np.array(values)

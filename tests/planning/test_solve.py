@@ -9,7 +9,8 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from fuzzing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -51,7 +52,7 @@ def random_curves(rng: np.random.Generator, layers: int, tokens: int, concave: b
 # The optimum
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 3), st.sampled_from([np.float32, np.float64]), st.data())
 def test_optimum_by_brute_force(layers: int, tokens: int, floor: int, dtype: Any, data: Any) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
@@ -157,7 +158,7 @@ def test_rises_that_rounding_explains_are_taken() -> None:
 # Totals and blocks
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.integers(1, 5), st.integers(1, 50), st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16]), st.integers(1, 9), st.data())
 def test_totals_are_exact_and_plans_nested(layers: int, tokens: int, multiple: int, floor: int, data: Any) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from fuzzing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -23,7 +24,7 @@ def random_curves(seed: int, layers: int, tokens: int) -> Array:
     return np.concatenate((np.zeros((layers, 1)), np.cumsum(gains, axis=1)), 1)
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(st.integers(1, 5), st.integers(1, 40), st.sampled_from([1, 2, 4, 16]), st.integers(1, 9), st.data())
 def test_bytes_are_used_up_and_never_exceeded(layers: int, tokens: int, multiple: int, floor: int, data: Any) -> None:
     seed = data.draw(st.integers(0, 2**32))

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzzing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from ready_models import captured, model, remember_captures
 from tiny_models import random_ids
@@ -75,7 +76,7 @@ def test_the_report_is_stored_in_the_plan(tmp_path: Any) -> None:
     assert even.provenance.allocator == "uniform"
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.lists(st.floats(0.01, 10), min_size=2, max_size=12), st.floats(0.1, 3))
 def test_the_interval_is_paired(values: list[float], factor: float) -> None:
     theirs = np.array(values)

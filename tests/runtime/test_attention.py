@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzzing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from runtime_inputs import HEADS, random_qkv
 from torch import Tensor
@@ -200,7 +201,7 @@ def test_slot_attention_is_blind_to_masked_slots() -> None:
     value_dim=st.sampled_from([4, 6]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=25)
+@examples(25)
 def test_merged_halves_are_one_softmax(
     heads: tuple[int, int],
     length: int,

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzzing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from runtime_inputs import HEADS, before_rotation, random_qkv
 from torch import Tensor
@@ -378,7 +379,7 @@ def test_fresh_prompt(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=25)
+@examples(25)
 def test_old_slots_and_new_tokens(
     case: str,
     heads: tuple[int, int],

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzzing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from runtime_inputs import HEADS, before_rotation, random_qkv
 from torch import Tensor
@@ -262,7 +263,7 @@ def test_snapkv_of_other_sizes(scorer: SnapKV) -> None:
     padding=st.integers(0, 3),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=40)
+@examples(40)
 def test_snapkv_of_old_slots_and_new_tokens(
     heads: tuple[int, int],
     options: dict[str, Any],

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzzing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from runtime_inputs import assert_tokens, empty_buffers, named_tokens
 from torch import Tensor
@@ -206,7 +207,7 @@ def test_scores_of_a_row_without_new_tokens_stay_at_their_slots() -> None:
 
 
 @given(data=st.data(), plan=st.sampled_from([plan for plan in PLANS.values() if plan.eviction != "scored"]))
-@settings(max_examples=40)
+@examples(40)
 def test_any_conversation(data: st.DataObject, plan: SlotPlan) -> None:
     """A prompt, then turns of ragged length, some rows silent, with decode between them."""
     rows = data.draw(st.integers(1, 3))

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzzing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -123,7 +124,7 @@ def test_append(capacity: int, sliding_window: int | None) -> None:
     recent=st.integers(1, 8),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40)
+@examples(40)
 def test_append_in_a_whole_sliding_window_takes_turns(
     sizes: tuple[int, int], bases: list[int], recent: int, seed: int
 ) -> None:
@@ -145,7 +146,7 @@ def test_full() -> None:
     sliding_window=st.none() | st.integers(13, 20),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40)
+@examples(40)
 def test_any_ring(sizes: tuple[int, int], bases: list[int], steps: int, sliding_window: int | None, seed: int) -> None:
     check_decode(ring(*sizes, sliding_window=sliding_window), bases, steps, seed=seed)
 
@@ -156,7 +157,7 @@ def test_any_ring(sizes: tuple[int, int], bases: list[int], steps: int, sliding_
     room=st.integers(1, 9),
     sliding_window=st.none() | st.integers(11, 16),
 )
-@settings(max_examples=20)
+@examples(20)
 def test_any_append(sizes: tuple[int, int], bases: list[int], room: int, sliding_window: int | None) -> None:
     check_decode(append(sizes[0], room, sizes[1], sliding_window), bases, steps=room)
 

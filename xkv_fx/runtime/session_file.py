@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from typing import Any
@@ -28,9 +29,11 @@ def save_session(session: Session, path: str | os.PathLike[str], fed: int) -> No
     Args:
         fed: tokens a row that were fed, padding included.
     """
-    header = {"format": FORMAT, "version": FORMAT_VERSION, "program": session.program.key, "fed": fed}
     names = session.program.plan.names()
     tensors = {name: tensor.contiguous() for name, tensor in zip(names, session.state.tensors, strict=True)}
+    key = session.program.key
+    digest = _digest(key, fed, session.state)
+    header = {"format": FORMAT, "version": FORMAT_VERSION, "program": key, "fed": fed, "sha256": digest}
     with written_whole(path) as temporary:
         save_file(tensors, temporary, {_HEADER: json.dumps(header)})
 
@@ -59,6 +62,8 @@ def load_session(session: Session, path: str | os.PathLike[str]) -> int:
                 raise FileFormatError("its tensors are not those of a session")
             state = State(plan, tuple(file.get_tensor(name).to(plan.device) for name in plan.names()))
         _check_state(state)
+        if _digest(header["program"], header["fed"], state) != header["sha256"]:
+            raise FileFormatError("its content does not match its checksum; it is damaged")
     except safetensors.SafetensorError as error:
         raise FileFormatError(f"{os.fspath(path)}: not a whole safetensors file ({error}); was it cut off?") from error
     except FileFormatError as error:
@@ -74,9 +79,18 @@ def _header(metadata: dict[str, str] | None) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise FileFormatError("its metadata holds no JSON of a session") from error
     header = check_format(header, FORMAT, FORMAT_VERSION)
-    if not is_int(header.get("fed")) or header["fed"] < 0 or not isinstance(header.get("program"), str):
+    texts = all(isinstance(header.get(name), str) for name in ("program", "sha256"))
+    if not is_int(header.get("fed")) or header["fed"] < 0 or not texts:
         raise FileFormatError("its metadata lacks what a session needs")
     return header
+
+
+def _digest(program: str, fed: int, state: State) -> str:
+    """SHA-256 over everything that a session's file holds, in hexadecimal; it detects damage, not malice."""
+    digest = hashlib.sha256(json.dumps([program, int(fed)]).encode())
+    for tensor in state.tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _check_state(state: State) -> None:
