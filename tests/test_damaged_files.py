@@ -52,7 +52,7 @@ seeds = st.integers(0, 2**63)
 
 
 def read(path: Path, content: bytes, load: Callable[[Path], Any]) -> Any:
-    """What is loaded from a file of this content; None where it is refused, by an error that names the file, or one beside it."""
+    """What is loaded from a file of this content; None where an error refuses it that names the file, or its folder."""
     path.write_bytes(content)
     try:
         return load(path)
