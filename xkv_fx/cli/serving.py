@@ -58,7 +58,12 @@ def export(
     plan: Plan,
     out: Annotated[Path, typer.Option(help="The engine's folder, a new one.")],
     model: Model = "smollm2",
-    target: Annotated[str, typer.Option(help="aoti: compiled for this machine; pt2: portable, with pickle.")] = "aoti",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="aoti: compiled for this machine; pt2: portable, with pickle; tensorrt: on a GPU, decode by TensorRT."
+        ),
+    ] = "aoti",
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.", min=1)] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Room for generated tokens under append.", min=0)] = 0,
     json_: Json = False,
@@ -66,6 +71,11 @@ def export(
     """Write an engine: a folder that generates without transformers, the model's code, or a compiler."""
     budgets = xkv_fx.Budgets.load(plan)
     loaded, tokenizer = load(model)
+    if target == "tensorrt":
+        import torch
+
+        if torch.cuda.is_available():  # where there is none, export says so
+            loaded.to("cuda")
     llm = xkv_fx.transform(loaded, budgets, batch_size=batch_size, backend="eager", max_new_tokens=max_new_tokens)
     xkv_fx.export(llm, out, target=target, tokenizer=tokenizer)
     show_engine(out, json_)

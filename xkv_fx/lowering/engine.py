@@ -16,7 +16,8 @@ from xkv_fx.errors import BackendError, EngineError, FileFormatError, PromptErro
 from xkv_fx.files import check_safetensors_size
 from xkv_fx.lowering.describe import describe_layers
 from xkv_fx.lowering.engine_files import check_files, check_packages
-from xkv_fx.lowering.manifest import WEIGHTS, Manifest, spec_of
+from xkv_fx.lowering.manifest import FORMATS, WEIGHTS, Manifest, spec_of
+from xkv_fx.lowering.run_tensorrt import TensorRTDecode, check_library
 from xkv_fx.runtime.decode_steps import generate_tokens
 from xkv_fx.runtime.session import KINDS, Kind, Session
 from xkv_fx.runtime.state import CachePlan
@@ -170,18 +171,19 @@ def load_engine(folder: str | os.PathLike[str], trust: bool = False) -> Engine:
     manifest = Manifest.load(path)
     try:
         manifest.machine.check()
+        if manifest.tensorrt is not None:
+            check_library(manifest.tensorrt)
     except EngineError as error:
         raise EngineError(f"{path}: {error}") from error
-    if manifest.target == "pt2" and not trust:
+    if "program" in FORMATS[manifest.target].values() and not trust:
         raise EngineError(
-            f"{path}: torch reads the target 'pt2' with pickle, which may run any code; load it with trust=True if you "
-            "know where it comes from, or export it with target='aoti'"
+            f"{path}: torch reads the target {manifest.target!r} with pickle, which may run any code; load it with "
+            "trust=True if you know where it comes from, or export it with target='aoti'"
         )
     check_files(path, manifest)
     check_packages(path, manifest)
     weights = _load_weights(path / WEIGHTS, manifest)
-    load = _load_aoti if manifest.target == "aoti" else _load_program
-    return Engine(manifest, weights, {kind: load(path / manifest.packages[kind].file) for kind in KINDS})
+    return Engine(manifest, weights, {kind: _load_package(path, manifest, kind) for kind in KINDS})
 
 
 def _load_weights(path: Path, manifest: Manifest) -> dict[str, Tensor]:
@@ -203,6 +205,13 @@ def _load_weights(path: Path, manifest: Manifest) -> dict[str, Tensor]:
     except (FileFormatError, safetensors.SafetensorError) as error:
         raise FileFormatError(f"{path}: {error}") from error
     return weights
+
+
+def _load_package(folder: Path, manifest: Manifest, kind: Kind) -> Run:
+    path, form = folder / manifest.packages[kind].file, manifest.format_of(kind)
+    if form == "tensorrt":
+        return TensorRTDecode(path, manifest)
+    return _load_aoti(path) if form == "aoti" else _load_program(path)
 
 
 def _load_aoti(path: Path) -> Run:

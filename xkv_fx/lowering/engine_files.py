@@ -12,8 +12,9 @@ from typing import Any
 
 from xkv_fx.errors import EngineError, FileFormatError, XkvError
 from xkv_fx.lowering.aoti import METADATA_KEY
-from xkv_fx.lowering.manifest import FileRecord, Manifest
+from xkv_fx.lowering.manifest import FileRecord, Format, Manifest
 from xkv_fx.lowering.portable import KEY_FILE
+from xkv_fx.lowering.tensorrt import ENGINE
 from xkv_fx.runtime.session import KINDS, Kind
 
 _MAX_SMALL_BYTES = 1 << 20
@@ -50,6 +51,7 @@ def inspect_engine(folder: Path) -> dict[str, Any]:
         "capacities": list(manifest.budgets.capacities),
         "slots": [slots.slots for slots in plan.slots],
         "policy": manifest.budgets.policy.to_dict(),
+        "tensorrt": None if manifest.tensorrt is None else dataclasses.asdict(manifest.tensorrt),
         "checks": {
             "machine": _outcome(manifest.machine.check),
             "files": _outcome(lambda: check_files(folder, manifest)),
@@ -99,22 +101,29 @@ def check_packages(folder: Path, manifest: Manifest) -> None:
 
 def _check_package(folder: Path, manifest: Manifest, kind: Kind) -> None:
     path = folder / manifest.packages[kind].file
+    form = manifest.format_of(kind)
     try:
         with zipfile.ZipFile(path) as archive:
             members = {name.partition("/")[2]: name for name in archive.namelist()}
-            foreign = [name for name in members if name not in _ABOUT and not name.startswith(_CODE)]
-            if manifest.target == "aoti" and foreign:
+            foreign = [name for name in members if not _belongs(name, form)]
+            if foreign:
                 raise FileFormatError(f"it holds {foreign[0]!r}, which is no part of compiled code")
-            keys = {_read(archive, members[name]) for name in members if _holds_key(name, manifest.target)}
+            keys = {_read(archive, members[name]) for name in members if _holds_key(name, form)}
     except (FileFormatError, zipfile.BadZipFile, ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: {error}") from error
-    found = {_key_in(text, manifest.target) for text in keys} - {None}
+    found = {_key_in(text, form) for text in keys} - {None}
     if found != {manifest.package_key(kind)}:
         raise EngineError(f"{path}: it was made for other budgets, weights or shapes than those of the manifest")
 
 
-def _holds_key(member: str, target: str) -> bool:
-    if target == "aoti":
+def _belongs(member: str, form: Format) -> bool:
+    if form == "aoti":
+        return member in _ABOUT or member.startswith(_CODE)
+    return form == "program" or member in (ENGINE, KEY_FILE)
+
+
+def _holds_key(member: str, form: Format) -> bool:
+    if form == "aoti":
         return member.startswith(_CODE) and member.endswith("_metadata.json")
     return member.rpartition("/")[2] == KEY_FILE
 
@@ -125,8 +134,8 @@ def _read(archive: zipfile.ZipFile, member: str) -> str:
     return archive.read(member).decode("utf-8", errors="replace")
 
 
-def _key_in(text: str, target: str) -> str | None:
-    if target != "aoti":
+def _key_in(text: str, form: Format) -> str | None:
+    if form != "aoti":
         return text
     data = json.loads(text)
     key = data.get(METADATA_KEY) if isinstance(data, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import shutil
@@ -20,9 +21,11 @@ from xkv_fx.lowering.aoti import compile_aoti
 from xkv_fx.lowering.budgeted import Budgeted
 from xkv_fx.lowering.manifest import (
     DEVICES,
+    FORMATS,
     TARGETS,
     WEIGHTS,
     FileRecord,
+    Format,
     Machine,
     Manifest,
     Package,
@@ -30,12 +33,15 @@ from xkv_fx.lowering.manifest import (
     spec_of,
 )
 from xkv_fx.lowering.portable import save_program
+from xkv_fx.lowering.tensorrt import caches_of, compile_tensorrt, import_torch_tensorrt
+from xkv_fx.lowering.tensorrt_graph import trace_for_tensorrt
 from xkv_fx.lowering.trace_program import SHORTEST, trace_program
 from xkv_fx.passes.export_graph import UNBOUNDED
 from xkv_fx.passes.graph import calls, placeholders
-from xkv_fx.runtime.session import KINDS, Kind
+from xkv_fx.runtime.session import Kind
 
 TOKENIZER = "tokenizer"
+_SUFFIXES: dict[Format, str] = {"aoti": ".pt2", "program": ".pt2", "tensorrt": ".trt"}
 
 
 def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, tokenizer: Any) -> None:
@@ -46,8 +52,11 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
         raise BackendError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
     graphs = llm.program.graphs
     plan = graphs.plan
-    if plan.device.type not in DEVICES:
-        raise BackendError(f"engines run on {' and '.join(DEVICES)}; this model is on {plan.device.type}")
+    if target == "tensorrt":
+        import_torch_tensorrt()
+    if plan.device.type not in DEVICES[target]:
+        devices = " and ".join(DEVICES[target])
+        raise BackendError(f"engines of the target {target!r} run on {devices}; this model is on {plan.device.type}")
     longest = graphs.captured.max_positions or UNBOUNDED
     if longest < SHORTEST:
         raise UnsupportedModelError(f"a model of {longest} positions cannot be exported")
@@ -56,10 +65,13 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
             weights = _Weights()
             programs: dict[Kind, ExportedProgram] = {}
             packages: dict[Kind, Package] = {}
-            for kind in KINDS:
-                program, taken = trace_program(graphs.get(kind).module, graphs.scorer, longest)
-                programs[kind] = program
-                packages[kind] = Package(f"{kind}.pt2", weights.add(taken), inputs_of(kind, plan))
+            for kind, form in FORMATS[target].items():
+                taken: dict[str, Tensor] = {}
+                if form == "tensorrt":  # holds its weights itself
+                    programs[kind] = trace_for_tensorrt(graphs.get(kind).module)
+                else:
+                    programs[kind], taken = trace_program(graphs.get(kind).module, graphs.scorer, longest)
+                packages[kind] = Package(f"{kind}{_SUFFIXES[form]}", weights.add(taken), inputs_of(kind, plan))
             manifest = Manifest(
                 target=target,
                 machine=Machine.here(plan.device.type),
@@ -82,12 +94,15 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
                 packages=packages,
                 files={},
             )
-            for kind in KINDS:
-                path = part / packages[kind].file
-                if target == "aoti":
-                    compile_aoti(programs.pop(kind), path, manifest.package_key(kind))
+            for kind, form in FORMATS[target].items():
+                path, key = part / packages[kind].file, manifest.package_key(kind)
+                if form == "aoti":
+                    compile_aoti(programs.pop(kind), path, key)
+                elif form == "program":
+                    save_program(programs.pop(kind), path, key)
                 else:
-                    save_program(programs.pop(kind), path, manifest.package_key(kind))
+                    build = compile_tensorrt(programs.pop(kind), path, key, len(caches_of(plan)))
+                    manifest = dataclasses.replace(manifest, tensorrt=build)
             save_file(weights.separate(), part / WEIGHTS)
             shutil.copymode(part / packages["decode"].file, part / WEIGHTS)  # safetensors lets nobody else read it
             if tokenizer is not None:

@@ -27,9 +27,19 @@ WEIGHTS = "weights.safetensors"
 LENGTH = "S"
 """Stands in a shape for the number of columns of a prompt."""
 
-Target = Literal["aoti", "pt2"]
+Target = Literal["aoti", "pt2", "tensorrt"]
 TARGETS: tuple[str, ...] = get_args(Target)
-DEVICES = ("cpu", "cuda")
+Format = Literal["aoti", "program", "tensorrt"]
+"""Of a package: AOTInductor's, torch.export's, which is read with pickle, or an engine of TensorRT's."""
+FORMATS: Mapping[str, Mapping[Kind, Format]] = {
+    "aoti": {"prefill": "aoti", "extend": "aoti", "decode": "aoti"},
+    "pt2": {"prefill": "program", "extend": "program", "decode": "program"},
+    "tensorrt": {"prefill": "aoti", "extend": "aoti", "decode": "tensorrt"},
+}
+"""What the packages of each target are."""
+DEVICES: Mapping[str, tuple[str, ...]] = {"aoti": ("cpu", "cuda"), "pt2": ("cpu", "cuda"), "tensorrt": ("cuda",)}
+"""Where the engines of each target run."""
+LIBRARIES = ("tensorrt", "tensorrt_rtx")
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -81,6 +91,36 @@ class Package:
         return cls(
             fields["file"], tuple(fields["weights"]), tuple(TensorSpec.from_dict(spec) for spec in fields["inputs"])
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRTBuild:
+    """What TensorRT made of the decode graph, counted in the network that it was built from.
+
+    Attributes:
+        library, version: `"tensorrt"` or `"tensorrt_rtx"`, which alone can load the engine, and in this version.
+        torch_tensorrt: version of what converted the graph.
+        layers: of the network.
+        caches_in_place: tensors of K/V that it updates in place, all of them.
+        native_attentions: attentions that are TensorRT's own layer; others are written out.
+        left_to_torch: ops that are no part of the engine, none.
+    """
+
+    library: str
+    version: str
+    torch_tensorrt: str
+    layers: int
+    caches_in_place: int
+    native_attentions: int
+    left_to_torch: int = 0
+
+    @classmethod
+    def from_dict(cls, data: Any) -> TensorRTBuild:
+        kinds = {field.name: int if field.type == "int" else str for field in dataclasses.fields(cls)}
+        build = cls(**_fields(data, "tensorrt", kinds))
+        if build.library not in LIBRARIES:  # it will be imported
+            raise FileFormatError(f"its library {build.library!r} is unknown; known are {', '.join(LIBRARIES)}")
+        return build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +182,7 @@ class Manifest:
     """An engine, all but its code and weights.
 
     Attributes:
-        target: `"aoti"` or `"pt2"`.
+        target: one of `TARGETS`.
         machine: what it was built for.
         xkv_fx: version of this package that wrote it.
         model: the model's fingerprint.
@@ -161,6 +201,7 @@ class Manifest:
         weights: all weights, as in the file.
         packages: the graphs, by their kind.
         files: size and hash of every file of the folder but the manifest.
+        tensorrt: what TensorRT made of decode, where that is the target.
     """
 
     target: str
@@ -183,6 +224,11 @@ class Manifest:
     weights: tuple[TensorSpec, ...]
     packages: Mapping[Kind, Package]
     files: Mapping[str, FileRecord]
+    tensorrt: TensorRTBuild | None = None
+
+    def format_of(self, kind: Kind) -> Format:
+        """What the package of that kind is."""
+        return FORMATS[self.target][kind]
 
     @property
     def plan(self) -> CachePlan:
@@ -238,6 +284,7 @@ class Manifest:
                 "packages": {kind: package.to_dict() for kind, package in self.packages.items()},
                 "weights": [spec.to_dict() for spec in self.weights],
                 "files": {name: record.to_dict() for name, record in self.files.items()},
+                "tensorrt": None if self.tensorrt is None else dataclasses.asdict(self.tensorrt),
             },
         )
 
@@ -261,7 +308,9 @@ class Manifest:
 
     @classmethod
     def _from_dict(cls, data: dict[str, Any]) -> Manifest:
-        kinds: dict[str, Any] = {"str": str, "int": int, "int | None": (int, type(None))}
+        kinds: dict[str, Any] = {
+            "str": str, "int": int, "int | None": (int, type(None)), "TensorRTBuild | None": (dict, type(None)),
+        }  # fmt: skip
         names = {field.name: kinds.get(str(field.type), (dict, list)) for field in dataclasses.fields(cls)}
         fields = _fields({name: data[name] for name in data if name not in ("format", "version")}, "it", names)
         for name in ("machine", "budgets", "packages", "files"):
@@ -280,6 +329,8 @@ class Manifest:
         fields["weights"] = tuple(TensorSpec.from_dict(spec) for spec in fields["weights"])
         fields["packages"] = {kind: Package.from_dict(fields["packages"][kind]) for kind in KINDS}
         fields["files"] = {name: FileRecord.from_dict(record) for name, record in fields["files"].items()}
+        if fields["tensorrt"] is not None:
+            fields["tensorrt"] = TensorRTBuild.from_dict(fields["tensorrt"])
         return cls(**fields)
 
     def _check(self) -> None:
@@ -291,8 +342,11 @@ class Manifest:
         """
         if self.target not in TARGETS:
             raise FileFormatError(f"its target {self.target!r} is unknown; known are {', '.join(TARGETS)}")
-        if self.machine.device not in DEVICES:
-            raise FileFormatError(f"its device {self.machine.device!r} is unknown; known are {', '.join(DEVICES)}")
+        if (self.target == "tensorrt") != (self.tensorrt is not None):
+            raise FileFormatError("'tensorrt' says what TensorRT built, and stands with that target alone")
+        if self.machine.device not in DEVICES[self.target]:
+            devices = ", ".join(DEVICES[self.target])
+            raise FileFormatError(f"its device {self.machine.device!r} is unknown; known are {devices}")
         if self.dtype not in DTYPES:
             raise FileFormatError(f"its dtype {self.dtype!r} is unknown")
         for name in ("batch_size", "vocabulary", "known_tokens", "shortest"):
