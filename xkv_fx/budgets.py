@@ -41,7 +41,8 @@ class LayerSpec:
     Attributes:
         query_heads: attention heads of the queries.
         kv_heads: heads of the cached keys and values (fewer than `query_heads` under GQA).
-        key_dim, value_dim: head sizes of keys and values.
+        key_dim, value_dim: head sizes of keys and values. With a `value_dim` of 0 the values are the keys themselves,
+            stored once (multi-head latent attention: the latent, and its rotary key).
         itemsize: bytes of one cached element in the model's own dtype.
         sliding_window: the number of newest tokens that the layer attends to, or None for all of them.
     """
@@ -64,7 +65,7 @@ class LayerSpec:
 
 
 def layer_specs(layers: list[Any]) -> tuple[LayerSpec, ...]:
-    """LayerSpecs from JSON objects, every number a whole one of at least 1.
+    """LayerSpecs from JSON objects, every number a whole one of at least 1, `value_dim` of at least 0.
 
     Raises:
         FileFormatError: they are not; the message does not name the file.
@@ -75,8 +76,11 @@ def layer_specs(layers: list[Any]) -> tuple[LayerSpec, ...]:
             raise FileFormatError(f"the fields of layer {layer} are not {', '.join(sorted(names))}")
         for name, value in fields.items():
             absent = name == "sliding_window" and value is None
-            if not absent and (not is_int(value) or value < 1):
-                raise FileFormatError(f"{name} of layer {layer} is not a whole number of at least 1: {value!r:.100}")
+            least = 0 if name == "value_dim" else 1
+            if not absent and (not is_int(value) or value < least):
+                raise FileFormatError(
+                    f"{name} of layer {layer} is not a whole number of at least {least}: {value!r:.100}"
+                )
     return tuple(LayerSpec(**fields) for fields in layers)
 
 

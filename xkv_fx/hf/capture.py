@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from xkv_fx.budgets import LayerSpec
 from xkv_fx.errors import UnsupportedModelError, XkvError
 from xkv_fx.hf.attention_entry import NAME
-from xkv_fx.hf.inspect import check_model, fingerprint, max_positions, shadow
+from xkv_fx.hf.inspect import check_model, fingerprint, has_latents, max_positions, shadow
 from xkv_fx.hf.masks import FARTHEST, OutOfSightError, check_masks, recording_masks
+from xkv_fx.passes.absorb_latents import AbsorbLatents
 from xkv_fx.passes.capture_module import PROBE_LENGTH
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.check_capture import check_capture
@@ -76,12 +77,8 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
     entry = _Entry(twin)
     with _refusing(model):
         prompt, longest = export_graph(entry, (ids, positions), longest)
-        rewritten = _rewrite(prompt, rows, longest, written=not probed)
-        token = None
-        if decode and rewritten:
-            token = one_token_graph(prompt, rows)
-        elif decode:
-            token, _ = export_graph(entry, (ids[:, :1].clone(), positions[:, :1].clone()))
+        _rewrite(prompt, rows, longest, written=not probed)
+        token = one_token_graph(prompt, rows) if decode else None
     sites = attention_sites(prompt)
     layers = cached_layers(sites)
     _check_layer_count(model, len(sites))
@@ -90,6 +87,8 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
             raise UnsupportedModelError(
                 f"{type(model).__name__}: export kept {len(layers)} attentions of the {len(found)} that ran"
             )
+    if has_latents(model):
+        layers = _absorb_latents(prompt, token)
     logits = cast(Any, output_node(prompt.graph).args[0]).meta["val"]
     if logits.dim() != 3:
         raise UnsupportedModelError(f"{type(model).__name__} gives no logits for each token; it is no language model")
@@ -121,13 +120,24 @@ def _twin(model: PreTrainedModel) -> tuple[PreTrainedModel, tuple[LayerSpec, ...
     return twin, tuple(record.layers)
 
 
-def _rewrite(prompt: GraphModule, rows: int, longest: int | None, written: bool) -> bool:
+def _rewrite(prompt: GraphModule, rows: int, longest: int | None, written: bool) -> None:
     """Find what capture did not: attention that is written out, and positions counted from the length."""
     CleanGraph()(prompt)
     if written:
         MatchAttention(rows, longest)(prompt)
     attention_sites(prompt)
-    return bool(FindPositions(rows, longest)(prompt).changed) or written
+    FindPositions(rows, longest)(prompt)
+
+
+def _absorb_latents(prompt: GraphModule, token: GraphModule | None) -> tuple[LayerSpec, ...]:
+    """What is cached once latents are, where they can be."""
+    cached = []
+    for module in (prompt,) if token is None else (prompt, token):
+        AbsorbLatents()(module)
+        cached.append(cached_layers(attention_sites(module)))
+    if cached[0] != cached[-1]:
+        raise UnsupportedModelError("a prompt and a single token do not make their keys and values alike")
+    return cached[0]
 
 
 def layers_of_model(model: Any) -> tuple[LayerSpec, ...]:
@@ -137,6 +147,8 @@ def layers_of_model(model: Any) -> tuple[LayerSpec, ...]:
         UnsupportedModelError: as `capture`.
     """
     model = check_model(model)
+    if has_latents(model):  # which the graph alone shows
+        return capture(model, check=False, decode=False).layers
     _, layers = _twin(model)
     return layers or capture(model, decode=False).layers
 
@@ -161,7 +173,8 @@ class _RecordAttention(TorchDispatchMode):
             self.windows.append(window)
             if not any(k is keys and v is values and window == other for keys, values, other in self._cached):
                 self._cached.append((k, v, window))
-                self.layers.append(LayerSpec(q.shape[1], k.shape[1], k.shape[3], v.shape[3], k.dtype.itemsize, window))
+                value_dim = 0 if v is k else v.shape[3]
+                self.layers.append(LayerSpec(q.shape[1], k.shape[1], k.shape[3], value_dim, k.dtype.itemsize, window))
         return func(*args, **(kwargs or {}))
 
 

@@ -128,6 +128,11 @@ def fingerprint(model: PreTrainedModel) -> str:
     return f"{type(model).__name__}:{digest[:16]}"
 
 
+def has_latents(model: PreTrainedModel) -> bool:
+    """Whether the model makes keys and values from latents (multi-head latent attention), which may be cached then."""
+    return isinstance(getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None), int)
+
+
 def max_positions(model: PreTrainedModel) -> int | None:
     """The longest sequence the model has positions for. Attention in chunks (Llama 4) is plain causal attention within
     the first chunk, and ends there."""

@@ -47,6 +47,8 @@ def _obstacle(node: Node) -> str | None:
         return f"device {k_cache.device.type}"
     if k_cache.dtype not in DTYPES:
         return f"dtype {k_cache.dtype}"
+    if not v_cache.shape[3]:
+        return "values that are the keys"
     if k_cache.shape[3] % STEP or v_cache.shape[3] % STEP:
         return f"head sizes {k_cache.shape[3]} and {v_cache.shape[3]} are not multiples of {STEP}"
     mask = given["mask"].meta["val"]

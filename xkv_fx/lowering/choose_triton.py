@@ -62,6 +62,8 @@ def _obstacle(kernel: ModuleType, given: dict[str, Any]) -> str | None:
         return f"dtype {k_cache.dtype}"
     if any(given[name].dtype != k_cache.dtype for name in ("q", "k", "v", "v_cache")):
         return "queries, keys and values of different dtypes"
+    if not v_cache.shape[3]:
+        return "values that are the keys"
     group = q.shape[1] // kv_heads
     if kernel.query_bytes(group, key_dim, v_cache.shape[3], k_cache.dtype) > kernel.MOST_QUERY_BYTES:
         return f"{group} queries a KV head of head sizes {key_dim} and {v_cache.shape[3]} are too many at once"

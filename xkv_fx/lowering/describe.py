@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xkv_fx.budgets import Budgets
+from xkv_fx.budgets import Budgets, LayerSpec
 from xkv_fx.runtime.scorers import Scorer
 from xkv_fx.runtime.session import Kind
 from xkv_fx.runtime.state import CachePlan
@@ -31,12 +31,20 @@ def describe_plan(fingerprint: str, plan: CachePlan, scorer: Scorer, budgets: Bu
 
 def describe_layers(plan: CachePlan) -> list[str]:
     """A line for each layer."""
-    lines = ["layer  slots  recent  eviction  sliding window  bytes"]
+    lines = ["layer  slots  recent  eviction  sliding window  keys and values     bytes"]
     for index, (spec, slots) in enumerate(zip(plan.layers, plan.slots, strict=True)):
         size = slots.slots * spec.slot_bytes(plan.dtype) * plan.rows
         window = "-" if spec.sliding_window is None else str(spec.sliding_window)
-        lines.append(f"{index:5}  {slots.slots:5}  {slots.recent:6}  {slots.eviction:8}  {window:>14}  {size:,}")
+        used = f"{index:5}  {slots.slots:5}  {slots.recent:6}  {slots.eviction:8}"
+        lines.append(f"{used}  {window:>14}  {_cached(spec):18}  {size:,}")
     return lines
+
+
+def _cached(spec: LayerSpec) -> str:
+    """What a slot holds, in elements."""
+    if spec.value_dim == 0:
+        return f"latent of {spec.key_dim}"
+    return f"{spec.kv_heads} x ({spec.key_dim} + {spec.value_dim})"
 
 
 def describe_passes(kind: Kind, graph: TransformedGraph) -> list[str]:

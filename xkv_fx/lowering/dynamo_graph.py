@@ -58,7 +58,7 @@ class DynamoGraph:
             if node.op == "call_function" and node.target in _FOR_TRAINING:
                 graph.erase_node(node)
         output_node(graph).args = (_only_output(graph),)
-        graph.eliminate_dead_code()
+        graph.eliminate_dead_code(_has_effects)
         return cls._with_roles(module, graph, inputs, example_inputs, mask, handle)
 
     @classmethod
@@ -119,6 +119,13 @@ class DynamoGraph:
             weights=weights,
             many=not isinstance(length, int),
         )
+
+
+def _has_effects(node: Node) -> bool:
+    """Whether a node is needed though nothing reads it; methods such as `copy_` change what others read."""
+    return node.is_impure() or (
+        node.op == "call_method" and re.fullmatch(r"\w*[a-z0-9]_", str(node.target)) is not None
+    )
 
 
 def leave_lengths_open(module: GraphModule, example_inputs: Sequence[Any]) -> None:

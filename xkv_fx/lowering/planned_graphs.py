@@ -19,6 +19,7 @@ from xkv_fx.lowering.dynamo_graph import DynamoGraph
 from xkv_fx.lowering.inductor import compile_lifted
 from xkv_fx.lowering.lift_weights import lift_weights
 from xkv_fx.lowering.program import Graphs, check_request
+from xkv_fx.passes.absorb_latents import AbsorbLatents
 from xkv_fx.passes.capture_module import PROBE_LENGTH
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.check_capture import LENGTH, check_capture
@@ -113,6 +114,8 @@ def _capture(source: DynamoGraph, plan: CachePlan, longest: int | None) -> tuple
     positions = torch.arange(length, device=plan.device).expand(plan.rows, -1).contiguous()
     graph, _ = export_graph(source.entry, (ids, positions), longest)
     CleanGraph()(graph)
+    if any(spec.value_dim == 0 for spec in plan.layers):
+        AbsorbLatents()(graph)
     layers = cached_layers(attention_sites(graph))
     if len(layers) < len(plan.layers):
         raise BackendError(

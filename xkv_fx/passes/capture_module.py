@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from xkv_fx.errors import UnsupportedModelError, XkvError
+from xkv_fx.passes.absorb_latents import AbsorbLatents
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.check_capture import check_capture
 from xkv_fx.passes.clean_graph import CleanGraph
@@ -87,6 +88,7 @@ def _prompt_graph(twin: nn.Module, ids: Tensor, positions: Tensor, rows: int) ->
     MatchAttention(rows, longest)(prompt)
     attention_sites(prompt)
     FindPositions(rows, longest)(prompt)
+    AbsorbLatents()(prompt)
     return prompt, longest
 
 

@@ -80,7 +80,7 @@ def _site(index: int, borrows: bool, node: Node) -> AttentionSite:
         query_heads=int(q.shape[1]),
         kv_heads=int(k.shape[1]),
         key_dim=int(k.shape[3]),
-        value_dim=int(v.shape[3]),
+        value_dim=0 if named["v"] is named["k"] else int(v.shape[3]),
         itemsize=k.dtype.itemsize,
         sliding_window=named["sliding_window"],
     )

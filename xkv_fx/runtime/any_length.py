@@ -21,6 +21,7 @@ from xkv_fx.runtime.attention import (
     merge_attention,
     slots_by_flash,
     softmax_block,
+    values_of,
     wide_dtype,
     without_slots,
 )
@@ -62,7 +63,7 @@ def extend_attention(
 ) -> Tensor:
     """`xkv::extend_attention`."""
     among_new = _causal(q, k, v, scale, sliding_window, softcap, slopes)
-    over_slots = _slots(q, k_cache, v_cache, mask, scale, softcap, slopes, ages)
+    over_slots = _slots(q, k_cache, values_of(k_cache, v_cache), mask, scale, softcap, slopes, ages)
     out, lse = merge_attention(among_new, over_slots)
     return apply_sinks(out, lse, sinks).contiguous()
 

@@ -146,6 +146,11 @@ def wide_dtype(values: Tensor) -> torch.dtype:
     return torch.float64 if values.dtype == torch.float64 else torch.float32  # promote_types cannot be traced in a loop
 
 
+def values_of(k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    """The values that slots hold; the keys themselves where both are one and stored once, the `v_cache` being empty."""
+    return v_cache if v_cache.shape[-1] else k_cache
+
+
 def _wide(values: Tensor) -> Tensor:
     return values.to(wide_dtype(values))
 

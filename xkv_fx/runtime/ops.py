@@ -5,7 +5,8 @@ may trace through it (`DECOMPOSITIONS`); `reference.py` holds an independent, sl
 
 Shapes: new tokens `q [rows, query_heads, S, key_dim]`, `k [rows, kv_heads, S, key_dim]`,
 `v [rows, kv_heads, S, value_dim]`; a layer's buffers `k_cache [rows, kv_heads, slots, key_dim]`,
-`v_cache [rows, kv_heads, slots, value_dim]`, `positions [rows, kv_heads, slots]` int32.
+`v_cache [rows, kv_heads, slots, value_dim]`, `positions [rows, kv_heads, slots]` int32. Where the values are the keys
+themselves (`v` is `k`, as with an MLA latent), they are stored once: `v_cache [rows, kv_heads, slots, 0]`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from xkv_fx.runtime.attention import (
     group_logits,
     merge_attention,
     slot_attention,
+    values_of,
 )
 from xkv_fx.runtime.selection import write_survivors
 from xkv_fx.runtime.slots import SlotPlan
@@ -82,7 +84,7 @@ def extend_attention(
         `[rows, query_heads, S, value_dim]`.
     """
     among_new = causal_attention(q, k, v, scale, sliding_window, softcap, slopes=slopes)
-    over_slots = slot_attention(q, k_cache, v_cache, mask, scale, softcap, slopes, ages)
+    over_slots = slot_attention(q, k_cache, values_of(k_cache, v_cache), mask, scale, softcap, slopes, ages)
     out, lse = merge_attention(among_new, over_slots)
     return _apply_sinks(out, lse, sinks).contiguous()
 
@@ -172,7 +174,8 @@ def _decode(
     row = torch.arange(rows, device=k.device)[:, None]
     head = torch.arange(kv_heads, device=k.device)
     k_cache.index_put_((row, head, slot[:, None]), k[:, :, 0])
-    v_cache.index_put_((row, head, slot[:, None]), v[:, :, 0])
+    if v_cache.shape[-1]:
+        v_cache.index_put_((row, head, slot[:, None]), v[:, :, 0])
     return attend_slots(q, k_cache, v_cache, mask, scale, softcap, sinks)
 
 
@@ -187,6 +190,7 @@ def attend_slots(
 ) -> Tensor:
     """The attention of `decode_attention`, to slots that hold the new token already."""
     rows, kv_heads = k_cache.shape[:2]
+    v_cache = values_of(k_cache, v_cache)
     grouped = q.reshape(rows, kv_heads, -1, q.shape[-1])  # the query group takes the place of the query length
     if mask.shape[1] not in (1, kv_heads):
         mask = mask.reshape(rows, kv_heads, -1, mask.shape[-1])
@@ -233,7 +237,8 @@ def _decode_scored(
     row = torch.arange(rows, device=k.device)[:, None]
     head = torch.arange(kv_heads, device=k.device)
     k_cache.index_put_((row, head, slot), k[:, :, 0])
-    v_cache.index_put_((row, head, slot), v[:, :, 0])
+    if v_cache.shape[-1]:
+        v_cache.index_put_((row, head, slot), v[:, :, 0])
     positions.index_put_((row, head, slot), seen[:, None].expand(-1, kv_heads).to(positions.dtype))
     scores.index_put_((row, head, slot), scores.new_zeros(rows, kv_heads))
 
@@ -244,7 +249,7 @@ def _decode_scored(
     logits = logits.masked_fill(~valid, float("-inf"))
     lse = torch.logsumexp(logits, -1, keepdim=True)
     weights = torch.exp(logits - lse)
-    out = torch.matmul(weights.to(v.dtype), v_cache).reshape(rows, -1, 1, v.shape[-1])
+    out = torch.matmul(weights.to(v.dtype), values_of(k_cache, v_cache)).reshape(rows, -1, 1, v.shape[-1])
     lse = lse.reshape(rows, -1, 1)
     scores.add_(_apply_sinks(weights.flatten(1, 2)[:, :, None], lse, sinks).view(weights.shape).mean(2))
     return _apply_sinks(out, lse, sinks)

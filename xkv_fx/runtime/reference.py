@@ -142,7 +142,8 @@ def extend_attention(
         return query + int(ages[row, kv_head, key])
 
     bias = _by_distance(slopes, distance, q.shape[1] // k.shape[1])
-    keys, values = torch.cat((k_cache, k), 2), torch.cat((v_cache, v), 2)
+    keys = torch.cat((k_cache, k), 2)
+    values = torch.cat((v_cache, v), 2) if v_cache.shape[3] else keys
     out, _ = attend(q, keys, values, reach, scale, softcap, sinks, bias)
     return out.to(q.dtype)
 
@@ -162,6 +163,7 @@ def decode_attention(
     """`xkv::decode_attention`: write one token a row into its slot, then read every slot whose mask is finite; the mask
     is added to the logits."""
     rows, kv_heads, slots = k_cache.shape[:3]
+    v_cache = v_cache if v_cache.shape[3] else k_cache
     for row, kv_head in itertools.product(range(rows), range(kv_heads)):
         k_cache[row, kv_head, int(slot[row])] = k[row, kv_head, 0]
         v_cache[row, kv_head, int(slot[row])] = v[row, kv_head, 0]
@@ -200,6 +202,7 @@ def decode_scored(
     score the attention that it was paid, averaged over the head's queries."""
     rows, kv_heads, slots = positions.shape
     group = q.shape[1] // kv_heads
+    v_cache = v_cache if v_cache.shape[3] else k_cache
     out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
     for row, head in itertools.product(range(rows), range(kv_heads)):
         token = int(seen[row])
@@ -314,6 +317,7 @@ def keep(
     which nothing will read again, any may survive where room is left; here it is those of the best score.
     """
     slots = k_cache.shape[2]
+    v_cache = v_cache if v_cache.shape[3] else k_cache
     plan = SlotPlan(capacity, slots, recent, sinks, EVICTIONS[eviction], sliding_window)  # type: ignore[arg-type]
     gained = torch.zeros(positions.shape, dtype=torch.float32)
     for row, head in itertools.product(range(k.shape[0]), range(k.shape[1])):

@@ -92,6 +92,8 @@ def write_survivors(
     untouched = None if fresh else (length == 0)[:, None, None]
 
     for cache, new in ((k_cache, k), (v_cache, v)):
+        if not cache.shape[-1]:  # the values are the keys
+            continue
         index = (source - slots).clamp_(min=0)[..., None].expand(-1, -1, -1, new.shape[-1])
         target = cache[:, :, : plan.capacity]
         if fresh:

@@ -12,6 +12,7 @@ from torch import Tensor
 from xkv_fx.budgets import Policy
 from xkv_fx.errors import BudgetError
 from xkv_fx.files import is_int
+from xkv_fx.runtime.attention import values_of
 from xkv_fx.runtime.scorers.prompt import PromptView
 from xkv_fx.runtime.slots import SlotPlan
 
@@ -200,8 +201,8 @@ def rescore_tokens(
     return _run(
         scorer,
         PromptView(
-            q, k, v, length, scale, seen, k_cache, v_cache, ordinals, sliding_window, softcap, sinks, slopes, unrotated,
-            rotation,
+            q, k, v, length, scale, seen, k_cache, values_of(k_cache, v_cache), ordinals, sliding_window, softcap,
+            sinks, slopes, unrotated, rotation,
         ),
     )  # fmt: skip
 

@@ -1,0 +1,138 @@
+"""Multi-head latent attention: the latents are cached, as transformers does, and eviction is that of whole tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from by_hand import default_recent, snapkv_scores, survivors
+from exhaustive import exhaustive
+from tiny_models import build, random_ids
+from torch import Tensor
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
+
+import xkv_fx
+from xkv_fx import Budgets, Policy
+from xkv_fx.budgets import LayerSpec, layers_of
+from xkv_fx.hf.generation import BudgetedLM
+from xkv_fx.lowering.dynamo_graph import _has_effects
+
+LENGTH, STEPS = 40, 12
+CAPACITIES = (20, 20)  # equal, since transformers makes one mask for all layers
+LATENT = LayerSpec(query_heads=4, kv_heads=1, key_dim=16 + 8, value_dim=0, itemsize=4)
+TOKENS = random_ids(1, LENGTH + STEPS, seed=3)
+
+
+def deepseek() -> Any:
+    """Two layers without experts; the full keys and values of a token have 4 x (16 + 8) elements, its latent 16 + 8."""
+    config = DeepseekV3Config(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+        first_k_dense_replace=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+        attn_implementation="eager",
+    )  # fmt: skip
+    return build(DeepseekV3ForCausalLM, config)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return deepseek()
+
+
+@pytest.fixture(scope="module")
+def llm(model: Any) -> BudgetedLM:
+    return xkv_fx.transform(model, Budgets(CAPACITIES), backend="eager")
+
+
+def gathered(latents: list[tuple[Tensor, Tensor]], kept: list[list[int]]) -> DynamicCache:
+    """transformers' own cache of some tokens' latents and rotary keys, `[1, 1, tokens, ...]` for each layer."""
+    cache = DynamicCache()
+    for layer, (both, tokens) in enumerate(zip(latents, kept, strict=True)):
+        cache.update(*(states[:, :, tokens] for states in both), layer)
+    return cache
+
+
+def test_what_is_cached(model: Any, llm: BudgetedLM) -> None:
+    assert llm.layers == layers_of(model) == (LATENT,) * 2
+    assert llm.kv_bytes == llm.new_session().kv_bytes == sum(CAPACITIES) * (16 + 8) * 4
+    assert "latent of 24" in llm.describe()
+
+
+def test_eviction_by_hand(model: Any, llm: BudgetedLM) -> None:
+    """What prefill keeps, and the logits of decode: those of transformers over the latents of the tokens kept."""
+    cache = DynamicCache()
+    with torch.no_grad():
+        found = model(TOKENS[:, :LENGTH], past_key_values=cache, output_attentions=True)
+    kept = [
+        survivors(snapkv_scores(weights[0], kv_heads=1), capacity, default_recent(capacity))[0]
+        for weights, capacity in zip(found.attentions, CAPACITIES, strict=True)
+    ]
+    session = llm.new_session()
+    logits = llm(TOKENS[:, :LENGTH], past_key_values=session, logits_to_keep=1).logits
+    torch.testing.assert_close(logits[:, -1], found.logits[:, -1], atol=1e-4, rtol=0)
+    for layer, tokens in enumerate(kept):
+        assert sorted(session.kept_positions(layer)[0, 0].tolist()) == tokens
+
+    latents = [(layer.keys, layer.values) for layer in cache.layers]
+    for token in range(LENGTH, LENGTH + STEPS):
+        for tokens, capacity in zip(kept, CAPACITIES, strict=True):
+            tokens.remove(token - default_recent(capacity))  # the oldest of the ring
+        held = gathered(latents, kept)
+        with torch.no_grad():
+            expected = model(TOKENS[:, token : token + 1], past_key_values=held, position_ids=torch.tensor([[token]]))
+        step = llm(TOKENS[:, token : token + 1], past_key_values=session, decoding=True).logits
+        torch.testing.assert_close(step, expected.logits, atol=1e-4, rtol=0)
+        for layer, tokens in enumerate(kept):
+            new = (held.layers[layer].keys[:, :, -1:], held.layers[layer].values[:, :, -1:])
+            latents[layer] = tuple(torch.cat(both, 2) for both in zip(latents[layer], new, strict=True))  # type: ignore[assignment]
+            tokens.append(token)
+
+
+@pytest.mark.parametrize("eviction", ["ring", "scored", "append"])
+def test_full_budgets_are_exact_in_every_form(model: Any, llm: BudgetedLM, eviction: Any) -> None:
+    """A prompt in chunks, so that slots are attended to and kept again, and decode."""
+    budgets = dataclasses.replace(Budgets.uniform(2, LENGTH + STEPS), policy=Policy(eviction=eviction))
+    full = llm.with_budgets(budgets, max_new_tokens=STEPS if eviction == "append" else 0)
+    prompt = TOKENS[:, :LENGTH]
+    options: Any = {"max_new_tokens": STEPS, "return_dict_in_generate": True, "output_logits": True}
+    got = full.generate(prompt, prefill_chunk_size=16, **options)
+    expected = model.generate(prompt, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(torch.cat(got.logits), torch.cat(expected.logits), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("policy", [Policy(scorer="value_norm"), Policy(scorer="h2o", eviction="scored")])
+def test_scorers_see_the_latents(llm: BudgetedLM, policy: Policy) -> None:
+    tight = llm.with_budgets(Budgets(CAPACITIES, policy=policy))
+    ids = tight.generate(TOKENS[:, :LENGTH], max_new_tokens=STEPS, prefill_chunk_size=24)
+    assert ids.shape == (1, LENGTH + STEPS)
+
+
+def test_dynamos_graph_keeps_methods_that_change_a_tensor() -> None:
+    """As those that fill the keys; nothing reads what they return."""
+
+    def fill(x: Tensor) -> Tensor:
+        filled = x.new_empty(4)
+        filled[:2].copy_(x)
+        filled[2:].copy_(x.sum())
+        x.add(1)
+        return filled
+
+    graph = torch.fx.symbolic_trace(fill).graph
+    graph.eliminate_dead_code(_has_effects)
+    targets = [node.target for node in graph.nodes]
+    assert targets.count("copy_") == 2
+    assert "add" not in targets
+
+
+@exhaustive
+def test_a_model_that_torch_compile_makes(llm: BudgetedLM) -> None:
+    compiled, budgets = deepseek(), Budgets(CAPACITIES)
+    compiled.set_attn_implementation("xkv")
+    compiled.compile(backend="xkv", options={"budgets": budgets, "lower": "eager"})
+    prompt = TOKENS[:, :LENGTH]
+    got = compiled.generate(prompt, max_new_tokens=4, past_key_values=xkv_fx.Cache(compiled, budgets))
+    assert torch.equal(got, llm.generate(prompt, max_new_tokens=4))
+    torch._dynamo.reset()
