@@ -12,13 +12,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import OptimizeResult, isotonic_regression
 
 from xkv_fx.budgets import Policy
 from xkv_fx.errors import BudgetError
 from xkv_fx.files import is_int
-
-# Of a long curve, every so many points are looked at first.
-_STRIDE = 64
 
 
 def retention_curve(scores: NDArray[np.floating[Any]], policy: Policy) -> NDArray[np.float64]:
@@ -150,7 +148,7 @@ def concave_majorant(curve: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         BudgetError: another shape, NaN or an infinity, or a curve that falls.
     """
     values: NDArray[np.float64] = checked_curves(curve[None])[0]
-    corners = _corners(values)
+    corners = _pooled(values).blocks
     if len(corners) == len(values):
         return values
     straight = np.interp(np.arange(len(values)), corners, values[corners])
@@ -160,8 +158,16 @@ def concave_majorant(curve: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
 
 def concave_gains(curve: NDArray[np.float64]) -> NDArray[np.float64]:
     """What each further token adds on the concave majorant: float64 `[length]`, exactly non-increasing."""
-    corners = _corners(curve)
-    return np.repeat(np.diff(curve[corners]) / np.diff(corners), np.diff(corners))
+    gains: NDArray[np.float64] = _pooled(curve).x
+    return gains
+
+
+def _pooled(curve: NDArray[np.float64]) -> OptimizeResult:
+    """The curve's steps, those between two corners of its concave majorant replaced by their mean.
+
+    Pooling adjacent steps until none is larger than the one before gives the slopes of the majorant.
+    """
+    return isotonic_regression(np.diff(curve), increasing=False)
 
 
 def shape_of(curves: NDArray[np.floating[Any]]) -> tuple[int, int]:
@@ -197,60 +203,3 @@ def checked_curves(curves: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
             raise BudgetError(f"the curve of layer {layer} falls from {where} to {where + 1} slots; it may only rise")
         np.maximum.accumulate(curve, out=curve)
     return risen
-
-
-def _corners(values: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The points where the concave majorant touches the curve and may turn: int64, ascending, both ends included.
-
-    A long curve is first compared with the majorant of every 64th of its points: what lies on or below that is no
-    corner, which leaves few points to look at.
-    """
-    steps = np.diff(values)
-    if (steps[1:] <= steps[:-1]).all():
-        return np.arange(len(values))
-    if len(values) < 32 * _STRIDE:
-        rises = np.flatnonzero(steps[:-1] > 0) + 1  # of points at one height only the first, and the last, count
-        return _bent(values, np.concatenate(([0], rises, [len(values) - 1])))
-    coarse = np.append(np.arange(0, len(values) - 1, _STRIDE), len(values) - 1)
-    coarse = coarse[_bent(values[coarse], np.arange(len(coarse)))]
-    blocks = len(values) // _STRIDE
-    starts = np.interp(np.arange(blocks + 1) * _STRIDE, coarse, values[coarse])
-    line = starts[:-1, None] + np.diff(starts)[:, None] * (np.arange(_STRIDE) / _STRIDE)
-    above = values[: blocks * _STRIDE].reshape(blocks, _STRIDE) > line
-    rest = np.arange(blocks * _STRIDE, len(values))
-    # Within a block the line is a chord of the majorant of the coarse points, so it hides no corner.
-    candidates = np.concatenate((coarse, np.flatnonzero(above), rest))
-    return _bent(values, np.unique(candidates))
-
-
-def _bent(values: NDArray[np.float64], corners: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Those of some points, ascending, that are corners of the concave majorant of these points; collinear ones stay.
-
-    A point below the line between its neighbours is no corner, so all such points go at once. When only few go, a bend
-    is eating its way along the curve point by point; then only its surroundings are looked at.
-    """
-    while True:
-        slopes = np.diff(values[corners]) / np.diff(corners)
-        below = np.flatnonzero(slopes[1:] > slopes[:-1]) + 1
-        if below.size == 0:
-            return corners
-        if below.size < len(corners) // 256:
-            below = _unbend(corners.tolist(), values[corners].tolist(), below.tolist())
-        corners = np.delete(corners, below)
-
-
-def _unbend(x: list[int], y: list[float], waiting: list[int]) -> NDArray[np.int64]:
-    """Places in a list of points that are no corners, found from `waiting` outwards, one neighbour after the other."""
-    before: dict[int, int] = {}  # neighbours of the places next to a removed one; elsewhere they are place -/+ 1
-    after: dict[int, int] = {}
-    gone: set[int] = set()
-    while waiting:
-        place = waiting.pop()
-        if place in gone or not 0 < place < len(x) - 1:
-            continue
-        left, right = before.get(place, place - 1), after.get(place, place + 1)
-        if (y[right] - y[place]) / (x[right] - x[place]) > (y[place] - y[left]) / (x[place] - x[left]):
-            gone.add(place)
-            after[left], before[right] = right, left
-            waiting += (left, right)
-    return np.array(sorted(gone), dtype=np.int64)
