@@ -249,10 +249,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: build(BiasedLlama, LlamaConfig(**LLAMA)),
         "LlamaAttention gives its attention slopes, which this version cannot carry over",
     ),
-    "positions that depend on the length": (
-        lambda: llama(2, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}),
-        "LlamaForCausalLM cannot be captured",
-    ),
     "a branch on the tokens": (
         lambda: build(BranchingLlama, LlamaConfig(**LLAMA)),
         "BranchingLlama cannot be captured",

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build, gemma3, llama, random_ids
-from transformers import Phi3Config, Phi3ForCausalLM
+from tiny_models import Snapshot, build, gemma3, llama, random_ids
+from transformers import Llama4ForCausalLM, Llama4TextConfig, Phi3Config, Phi3ForCausalLM
 
 import xkv_fx
 from xkv_fx import Budgets, UnsupportedModelError
+from xkv_fx.errors import PromptError
 from xkv_fx.hf.capture import capture, layers_of_model
 
 ROPE: dict[str, dict[str, Any]] = {
@@ -60,7 +61,14 @@ def phi3() -> Any:
 def gemma3_of_two_kinds() -> Any:
     """One rotary embedding for two kinds of layers, of which one changes with the length."""
     default = {"rope_type": "default", "rope_theta": 10000.0}
-    return gemma3(rope_parameters={"sliding_attention": default, "full_attention": rope("dynamic")})
+    angles = {"sliding_attention": default, "full_attention": rope("dynamic")}
+    return gemma3(rope_parameters=angles, max_position_embeddings=40)
+
+
+def changing_anywhere() -> Any:
+    model = llama(2, rope_parameters=rope("dynamic"))
+    del model.model.rotary_emb.original_max_seq_len
+    return model
 
 
 def with_hooks(model: Any) -> Any:
@@ -81,16 +89,10 @@ def half_loaded(model: Any, part: str) -> Any:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "dynamic": (
-        lambda: rotating("dynamic"),
+    "angles that change nobody knows where": (
+        changing_anywhere,
         "LlamaForCausalLM cannot be captured: model.rotary_emb is a rotary embedding of type 'dynamic', whose angles",
     ),
-    "longrope": (
-        lambda: rotating("longrope"),
-        "rotary embedding of type 'longrope', whose angles change with the length",
-    ),
-    "phi3 longrope": (phi3, "Phi3ForCausalLM cannot be captured: .* rotary embedding of type 'longrope'"),
-    "dynamic in some layers": (gemma3_of_two_kinds, "Gemma3ForCausalLM .* rotary embedding of type 'dynamic'"),
     "hooks": (
         lambda: with_hooks(llama(2)),
         "LlamaForCausalLM cannot be captured: accelerate moves the inputs or weights of model.layers.1 while it runs",
@@ -128,3 +130,45 @@ def test_scaled_rotary_embeddings_generate_as_transformers_does(kind: str) -> No
     for length in (10, 30, 60):
         ids, options = random_ids(1, length, seed=length), {"max_new_tokens": 20, "do_sample": False}
         assert torch.equal(llm.generate(ids, **options), model.generate(ids, **options))
+
+
+CHANGING: dict[str, Callable[[], Any]] = {
+    "longrope": phi3,
+    "dynamic in some layers": gemma3_of_two_kinds,
+}
+
+
+@pytest.mark.parametrize("case", CHANGING)
+def test_angles_that_change_with_the_length_are_taken_as_long_as_they_do_not(case: str) -> None:
+    """Up to 40 positions, also when the model has just run on more and its angles are others now."""
+    model = CHANGING[case]()
+    with torch.no_grad():
+        model(random_ids(1, 60))
+    before = Snapshot.of(model)
+    llm = xkv_fx.transform(model, Budgets.full(2, 40), backend="eager")
+    before.assert_unchanged()
+    ids, options = random_ids(1, 24), {"max_new_tokens": 16, "do_sample": False}
+    assert torch.equal(llm.generate(ids, **options), model.generate(ids, **options))
+    with pytest.raises(PromptError, match="41 tokens are more than the model's 40 positions"):
+        llm.generate(random_ids(1, 41), max_new_tokens=1)
+    with pytest.raises(UnsupportedModelError, match="angles change with the length"):
+        xkv_fx.Cache(model, Budgets.full(2, 40))
+    if case == "longrope":  # the model has 80 positions
+        with pytest.raises(UnsupportedModelError, match=r"for 40 positions, behind which the angles .* for 60 tokens"):
+            llm.with_budgets(Budgets.full(2, 60))
+
+
+def test_a_plan_for_more_than_a_chunk_of_attention_is_refused() -> None:
+    """Llama 4 is taken as long as its local attention is plain causal attention."""
+    config = Llama4TextConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=80, moe_layers=[],
+        attention_chunk_size=32, layer_types=["chunked_attention", "full_attention"], pad_token_id=0,
+    )  # fmt: skip
+    model = build(Llama4ForCausalLM, config)
+    llm = xkv_fx.transform(model, Budgets.uniform(2, 16), backend="eager")
+    with pytest.raises(UnsupportedModelError, match="for 32 positions, behind which some layers attend in chunks"):
+        llm.with_budgets(Budgets.full(2, 33))
+    assert "up to 32 positions, behind which some layers attend in chunks" in llm.describe()
+    with pytest.raises(PromptError, match="33 tokens are more than the model's 32 positions"):
+        llm.generate(random_ids(1, 33), max_new_tokens=1)

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from xkv_fx.budgets import LayerSpec
 from xkv_fx.errors import UnsupportedModelError, XkvError
 from xkv_fx.hf.attention_entry import NAME
-from xkv_fx.hf.inspect import check_model, fingerprint, has_latents, max_positions, shadow
+from xkv_fx.hf.inspect import check_model, ends_early, fingerprint, has_latents, max_positions, shadow
 from xkv_fx.hf.masks import FARTHEST, OutOfSightError, check_masks, recording_masks
+from xkv_fx.hf.rotary import changing_rotary
 from xkv_fx.passes.absorb_latents import AbsorbLatents
 from xkv_fx.passes.capture_module import PROBE_LENGTH
 from xkv_fx.passes.captured import CapturedModel
@@ -104,6 +105,7 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
         device=device,
         max_positions=longest,
         vocabulary=int(logits.shape[2]),
+        ends_early=ends_early(model),
     )
 
 
@@ -231,8 +233,8 @@ def _random_ids(model: PreTrainedModel, rows: int, length: int) -> Tensor:
 def _reference(model: PreTrainedModel) -> PreTrainedModel:
     """What the graphs are compared with: the model as it is evaluated, under an attention that is not ours."""
     if model.config.get_text_config(decoder=True)._attn_implementation == NAME:
-        return shadow(model, "eager")
-    return shadow(model, None) if model.training else model
+        return shadow(model, "eager", settled=False)
+    return shadow(model, None, settled=False) if model.training or changing_rotary(model) else model
 
 
 def _check(model: PreTrainedModel, prompt: GraphModule, token: GraphModule | None, rows: int) -> None:

@@ -25,6 +25,7 @@ from xkv_fx.files import is_int
 from xkv_fx.hf.cache import SessionCache
 from xkv_fx.hf.capture import layers_of_model
 from xkv_fx.hf.inspect import check_model, fingerprint, max_positions
+from xkv_fx.hf.rotary import refuse_changing_rotary
 from xkv_fx.lowering.describe import describe_layers, describe_plan
 from xkv_fx.lowering.planned_graphs import BoundGraphs, PlannedGraphs
 from xkv_fx.lowering.program import program_key
@@ -65,6 +66,7 @@ class Cache(SessionCache):
         if not is_int(batch_size) or batch_size < 1:
             raise BudgetError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
         source = check_model(model)
+        refuse_changing_rotary(source)
         layers, identity = layers_of_model(source), fingerprint(source)
         budgets.check_layers(layers, identity)
         slots = slot_plans(budgets, layers, max_new_tokens)

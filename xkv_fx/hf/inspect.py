@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from xkv_fx.errors import UnsupportedModelError
+from xkv_fx.hf.rotary import changing_rotary, check_rotary, fixed_up_to
 
 # What does not change which plan is right for a model.
 _VOLATILE = {
@@ -36,7 +37,7 @@ def check_model(model: Any) -> PreTrainedModel:
 
     Raises:
         UnsupportedModelError: it is something else, is spread over devices, or rotates by angles that change with the
-            length; the message says what.
+            length in ways that are not known; the message says what.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a model, got {type(model).__name__}; load it first")
@@ -49,7 +50,7 @@ def check_model(model: Any) -> PreTrainedModel:
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder model; only decoders are supported")
     _check_state(model)
     _check_placement(model)
-    _check_rotary_embedding(model)
+    check_rotary(model)
     return model
 
 
@@ -107,19 +108,6 @@ def _check_placement(model: PreTrainedModel) -> None:
         )
 
 
-def _check_rotary_embedding(model: PreTrainedModel) -> None:
-    """Keys are kept as they were rotated, and a kept one cannot be rotated again when the angles change."""
-    for path, module in model.named_modules():
-        kinds = getattr(module, "rope_type", None)
-        for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
-            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} cannot be captured: {path} is a rotary embedding of type {kind!r}, whose "
-                    "angles change with the length; keys that are kept would need other angles later. Types such as "
-                    "'yarn', 'linear' and 'llama3' are supported"
-                )
-
-
 def fingerprint(model: PreTrainedModel) -> str:
     """Identifies a model by class and configuration; the same for every dtype and quantization of it."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
@@ -134,12 +122,33 @@ def has_latents(model: PreTrainedModel) -> bool:
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """The longest sequence the model has positions for. Attention in chunks (Llama 4) is plain causal attention within
-    the first chunk, and ends there."""
+    """The longest sequence that the model is taken for: what it has positions for, or less (`ends_early`)."""
+    return min(
+        (limit for limit, _ in (*_early_ends(model), (_positions(model), "")) if limit is not None), default=None
+    )
+
+
+def ends_early(model: PreTrainedModel) -> str:
+    """Why a model is taken for fewer positions than it has, as what is different behind them; empty where it is not."""
+    limit = max_positions(model)
+    return "; ".join(why for end, why in _early_ends(model) if end == limit != _positions(model))
+
+
+def _early_ends(model: PreTrainedModel) -> list[tuple[int, str]]:
+    ends = []
     config = model.config.get_text_config(decoder=True)
     chunk = getattr(config, "attention_chunk_size", None)
     if isinstance(chunk, int) and "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        return chunk
+        # within the first chunk, attention in chunks is plain causal attention
+        ends.append((chunk, "some layers attend in chunks of that size (Llama 4), a new one of which begins there"))
+    fixed = fixed_up_to(model)
+    if fixed is not None:
+        ends.append((fixed, "the angles of its rotary embedding change, those of kept keys too"))
+    return ends
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    config = model.config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
@@ -147,17 +156,21 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return None
 
 
-def shadow(model: PreTrainedModel, attention: str | None) -> PreTrainedModel:
+def shadow(model: PreTrainedModel, attention: str | None, settled: bool = True) -> PreTrainedModel:
     """A copy of the modules of `model`, in evaluation mode, on the very same weights, with its own configuration.
 
     Args:
         attention: the implementation of attention to use; the model's own when None.
+        settled: fix angles that would change with the length.
 
     The user's model is not touched.
     """
-    weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    own = {id(buffer) for rotary in changing_rotary(model) for buffer in rotary.buffers}
+    weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in own}
     twin = copy.deepcopy(model, weights)
     twin.eval()
+    for rotary in changing_rotary(twin) if settled else ():
+        rotary.settle()
     if attention is None:
         return twin
     try:

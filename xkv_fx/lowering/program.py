@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 from torch import Tensor
 from torch.fx import GraphModule
 
 from xkv_fx.budgets import Budgets
-from xkv_fx.errors import BackendError, BudgetError
+from xkv_fx.errors import BackendError, BudgetError, UnsupportedModelError
 from xkv_fx.lowering.describe import LOWERED, describe_layers, describe_passes, describe_plan
 from xkv_fx.lowering.eager import lower_eager
 from xkv_fx.lowering.inductor import lower_inductor
@@ -27,7 +27,7 @@ from xkv_fx.passes.pipeline import (
 )
 from xkv_fx.runtime.scorers import Scorer, scorer_of
 from xkv_fx.runtime.session import Kind
-from xkv_fx.runtime.slots import slot_plans
+from xkv_fx.runtime.slots import SlotPlan, slot_plans
 from xkv_fx.runtime.state import CachePlan
 
 Backend = Literal["inductor", "eager"]
@@ -93,13 +93,26 @@ def compile_program(
 
     Raises:
         BudgetError, ModelMismatchError: the plan does not fit the model.
+        UnsupportedModelError: the plan is for more tokens than the model is captured for.
         BackendError: an unknown backend, or one that lacks its compiler.
     """
     scorer = check_request(budgets, backend)
     budgets.check_layers(captured.layers, captured.fingerprint)
     slots = slot_plans(budgets, captured.layers, max_new_tokens)
+    _check_reach(captured, budgets, slots)
     plan = CachePlan(captured.layers, slots, captured.rows, captured.dtype, captured.device)
     return CompiledProgram(Graphs(captured, plan, scorer), backend)
+
+
+def _check_reach(captured: CapturedModel, budgets: Budgets, slots: Sequence[SlotPlan]) -> None:
+    """Refuse a plan that says that it is for more tokens than a model is taken for which has positions for them."""
+    full = (plan.slots for plan in slots if plan.eviction == "none")
+    tokens, longest = max((budgets.provenance.context or 0, *full)), captured.max_positions
+    if captured.ends_early and longest is not None and tokens > longest:
+        raise UnsupportedModelError(
+            f"{captured.fingerprint.partition(':')[0]} can be captured for {longest} positions, behind which "
+            f"{captured.ends_early}; this plan is for {tokens} tokens"
+        )
 
 
 class CompiledProgram:
@@ -135,11 +148,15 @@ class CompiledProgram:
     def _lower_prompt(self, kind: Kind, all_logits: bool) -> Compiled:
         return lower_eager(self.graphs.get(kind, all_logits).module)
 
+    def _ends(self) -> str:
+        why = self.graphs.captured.ends_early
+        return f", behind which {why}" if why else ""
+
     def describe(self, budgets: Budgets) -> str:
         """What was planned and what was done about it, as text."""
         lines = [
             *describe_plan(self.graphs.captured.fingerprint, self.plan, self.graphs.scorer, budgets),
-            f"prefill       graph of torch kernels, length dynamic, up to {self.max_positions} positions",
+            f"prefill       graph of torch kernels, length dynamic, up to {self.max_positions} positions{self._ends()}",
             f"decode        {LOWERED[self.backend]}; attention: {self._attention}",
             "",
             *describe_layers(self.plan),

@@ -26,6 +26,7 @@ class CapturedModel:
         dtype, device: of keys and values.
         max_positions: the longest sequence that the model has positions for; None if unbounded.
         vocabulary: size of the logits' last dimension.
+        ends_early: what is different behind `max_positions`, where that is less than the model has positions for.
     """
 
     prompt: GraphModule
@@ -37,6 +38,7 @@ class CapturedModel:
     device: torch.device
     max_positions: int | None
     vocabulary: int
+    ends_early: str = ""
 
     def graph(self, kind: Literal["prompt", "token"]) -> GraphModule:
         """A copy of a graph for passes to change; its weights are the very same tensors."""
