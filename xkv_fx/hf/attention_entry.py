@@ -60,7 +60,9 @@ def attention(
         name for name, given in kwargs.items() if given is not None and given is not False and name not in _HARMLESS
     )
     layer = getattr(module, "layer_idx", None)
-    causal = getattr(module, "is_causal", True) and kwargs.get("is_causal") in (None, True)
+    # Decoders that leave is_causal at its default have causal masks; which masks a model makes is checked besides.
+    of_decoder = getattr(module, "is_causal", True) or getattr(module, "is_decoder", False) is True
+    causal = of_decoder and kwargs.get("is_causal") in (None, True)
     reason = _reason(query, key, attention_mask, causal, bool(unknown), layer is None)
     if reason is not None and torch.compiler.is_dynamo_compiling():
         query, attention_mask = torch.ops.xkv.refused(query, reason), None
