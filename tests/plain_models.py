@@ -146,6 +146,23 @@ class Attention(nn.Module):
         return self.out(self.attend(q, k, v).transpose(1, 2).reshape(rows, length, -1))  # type: ignore[no-any-return]
 
 
+class AttendsTwice(nn.Module):
+    """The difference of two attentions, over the same keys and values or with these exchanged."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.shared = shared
+        self.parts = nn.ModuleList(nn.Linear(WIDTH, HEADS * HEAD_DIM) for _ in range(4))
+        self.out = nn.Linear(HEADS * HEAD_DIM, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, length, _ = x.shape
+        q, k, v, r = (part(x).view(rows, length, -1, HEAD_DIM).transpose(1, 2) for part in self.parts)
+        difference = sdpa(q, k, v) - 0.5 * (sdpa(r, k, v) if self.shared else sdpa(r, v, k))
+        out: Tensor = self.out(difference.transpose(1, 2).reshape(rows, length, -1))
+        return out
+
+
 class TorchAttention(nn.Module):
     """`nn.MultiheadAttention` with a mask; it works out its weights or not."""
 

@@ -219,6 +219,18 @@ def test_generate() -> None:
     torch.testing.assert_close(llm(ids), model(ids, torch.arange(9).expand(2, -1)), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_layer_that_attends_twice(shared: bool) -> None:
+    """Over the same keys and values with other queries, which share a cache; or over others, which have their own."""
+    model = Decoder(lambda: plain.AttendsTwice(shared)).eval()
+    caches = 2 if shared else 4
+    llm = transform(model, Budgets.full(caches, 40))
+    ids = random_ids(1, 20)
+    expected, _ = plain.greedy_by_recomputing(model, ids, 8)
+    assert torch.equal(llm.generate(ids, 8), expected)
+    assert llm.kv_bytes == caches * 40 * 2 * HEADS * HEAD_DIM * 4
+
+
 def test_what_generate_refuses() -> None:
     llm = transform(decoder(plain.sdpa), Budgets.full(2, 12))
     other = transform(decoder(plain.sdpa), Budgets.full(2, 12))
