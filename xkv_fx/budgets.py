@@ -379,7 +379,7 @@ class Budgets:
         try:
             return cls.from_dict(data)
         except (FileFormatError, BudgetError) as error:
-            raise FileFormatError(f"{os.fspath(path)}: {error}") from error
+            raise FileFormatError(f"{os.fspath(path)}: {error!s:.1000}") from error
 
     @classmethod
     def from_dict(cls, data: Any) -> Budgets:

@@ -46,6 +46,8 @@ def measurements(draw: st.DrawFn) -> Measured:
         kl = -np.sort(-rng.exponential(size=(2, count, 3)), axis=2).astype(np.float32)
         return Measured(Calibration(kl, (0.1, 0.3, 0.6), (context, 3), 4, policy, layers, "a model"), context)
     gains = -np.sort(-(rng.random((count, context)) ** rng.integers(1, 6, (count, 1)) + 1e-6), axis=1)
+    for layer, spec in enumerate(layers):
+        gains[layer, spec.effective_capacity(context) :] = 0.0  # all that it attends to is held
     curves = np.concatenate((np.zeros((count, 1)), np.cumsum(gains, 1)), 1)
     curves = (curves / curves[:, -1:]).astype(np.float32)
     means = {name: rng.random(count).tolist() for name in ("preference", "similarity")}

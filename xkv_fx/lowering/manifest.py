@@ -303,7 +303,7 @@ class Manifest:
             manifest = cls._from_dict(data)
             manifest._check()
         except XkvError as error:
-            raise FileFormatError(f"{path}: {error}") from error
+            raise FileFormatError(f"{path}: {error!s:.1000}") from error
         return manifest
 
     @classmethod
@@ -401,8 +401,8 @@ def check_name(name: str) -> None:
         FileFormatError: it does not.
     """
     parts = name.split("/")
-    if "\\" in name or "\0" in name or ":" in name or any(part in ("", ".", "..") for part in parts):
-        raise FileFormatError(f"the file {name!r} would lie outside of the folder, or is written in a strange way")
+    if len(name) > 255 or "\\" in name or "\0" in name or ":" in name or any(part in ("", ".", "..") for part in parts):
+        raise FileFormatError(f"the file {name!r:.300} would lie outside of the folder, or is written in a strange way")
 
 
 def _fields(data: Any, what: str, names: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def reading(path: str | os.PathLike[str], again: str) -> Iterator[None]:
     except safetensors.SafetensorError as error:
         raise FileFormatError(f"{name}: not a whole safetensors file ({error}); was it cut off? {again}") from error
     except (FileFormatError, BudgetError) as error:
-        raise FileFormatError(f"{name}: {error}") from error
+        raise FileFormatError(f"{name}: {error!s:.1000}") from error
 
 
 def read_header(metadata: dict[str, str] | None, kind: str, newest: int, fields: Mapping[str, type]) -> dict[str, Any]:

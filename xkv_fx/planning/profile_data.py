@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import operator
 import os
 from collections.abc import Mapping, Sequence
@@ -226,11 +227,19 @@ def _frozen(curves: Any, prompt: int, layers: int) -> NDArray[np.float32]:
 def _checked_means(name: object, values: Any, layers: int) -> tuple[float, ...]:
     """One number of each layer, or the reason why these cannot be used."""
     numbers = tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else ()
-    if len(numbers) != layers or not all(
-        isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value) for value in numbers
-    ):
+    if len(numbers) != layers or not all(map(_is_finite_number, numbers)):
         raise BudgetError(f"{name!r} must be {layers} finite numbers, one a layer; got {values!r:.200}")
     return tuple(float(value) for value in numbers)
+
+
+def _is_finite_number(value: object) -> bool:
+    """Of Python's numbers or numpy's; not for a whole number too large for a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _tensor_name(prompt: int) -> str:

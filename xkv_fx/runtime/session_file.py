@@ -67,7 +67,7 @@ def load_session(session: Session, path: str | os.PathLike[str]) -> int:
     except safetensors.SafetensorError as error:
         raise FileFormatError(f"{os.fspath(path)}: not a whole safetensors file ({error}); was it cut off?") from error
     except FileFormatError as error:
-        raise FileFormatError(f"{os.fspath(path)}: {error}") from error
+        raise FileFormatError(f"{os.fspath(path)}: {error!s:.1000}") from error
     session.restore(state)
     fed: int = header["fed"]
     return fed
