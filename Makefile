@@ -72,6 +72,21 @@ fuzz: .venv/.installed  ## Draw thousands of examples for every property test; t
 test-tensorrt: .venv-tensorrt/.installed  ## Build engines of TensorRT-RTX, in an environment of its own; no GPU is needed
 	.venv-tensorrt/bin/python -m pytest tests/tensorrt -rP
 
+# An environment of its own, beside .venv, of the oldest versions that pyproject.toml promises.
+LOWEST ?= .venv-lowest
+
+test-lowest: .venv/.installed  ## Run the tests with the oldest torch and transformers that are promised
+	"$(PYTHON)" -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -c constraints-lowest.txt torch
+	$(LOWEST)/bin/python -m pip install -c constraints-lowest.txt -e '.[test,demo]'
+	$(LOWEST)/bin/python -m pytest -n $(PYTEST_WORKERS) -p no:cacheprovider
+
+docs: .venv/.installed  ## Write the API reference from the docstrings to out/docs
+	$(VENV_PYTHON) -m pip install -q -c constraints.txt -e '.[docs]'
+	$(VENV_PYTHON) docs/draw_graphs.py
+	$(VENV_PYTHON) -m pdoc --docformat google --output-directory out/docs xkv_fx '!xkv_fx.evaluation.peer_scripts' \
+	    '!xkv_fx.runtime.kernels.decode_triton'
+
 coverage: .venv/.installed  ## Try every causal language model that transformers registers; writes docs/coverage.md
 	$(VENV_PYTHON) -m xkv_fx.evaluation.coverage --output docs/coverage.md
 
