@@ -16,8 +16,12 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 import xkv_fx
 from xkv_fx import Budgets, Policy
 from xkv_fx.budgets import LayerSpec, layers_of
+from xkv_fx.hf.capture import capture
 from xkv_fx.hf.generation import BudgetedLM
 from xkv_fx.lowering.dynamo_graph import _has_effects
+from xkv_fx.passes.pipeline import profile_pipeline, run_pipeline
+from xkv_fx.runtime.scorers.expected_attention import ExpectedAttention
+from xkv_fx.runtime.scorers.prompt import PromptView
 
 LENGTH, STEPS = 40, 12
 CAPACITIES = (20, 20)  # equal, since transformers makes one mask for all layers
@@ -25,12 +29,12 @@ LATENT = LayerSpec(query_heads=4, kv_heads=1, key_dim=16 + 8, value_dim=0, items
 TOKENS = random_ids(1, LENGTH + STEPS, seed=3)
 
 
-def deepseek() -> Any:
-    """Two layers without experts; the full keys and values of a token have 4 x (16 + 8) elements, its latent 16 + 8."""
+def deepseek(layers: int = 2) -> Any:
+    """Layers without experts; the full keys and values of a token have 4 x (16 + 8) elements, its latent 16 + 8."""
     config = DeepseekV3Config(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-        first_k_dense_replace=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+        first_k_dense_replace=layers, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=None,
         attn_implementation="eager",
     )  # fmt: skip
     return build(DeepseekV3ForCausalLM, config)
@@ -108,6 +112,27 @@ def test_scorers_see_the_latents(llm: BudgetedLM, policy: Policy) -> None:
     tight = llm.with_budgets(Budgets(CAPACITIES, policy=policy))
     ids = tight.generate(TOKENS[:, :LENGTH], max_new_tokens=STEPS, prefill_chunk_size=24)
     assert ids.shape == (1, LENGTH + STEPS)
+
+
+class Paid(ExpectedAttention):
+    """Without the values, whose norms are of other things."""
+
+    def __call__(self, prompt: PromptView) -> Tensor:
+        return super().__call__(dataclasses.replace(prompt, v=prompt.k.new_ones((*prompt.k.shape[:3], 1))))
+
+
+def test_attention_expected_of_latents_is_that_of_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queries that are to come are told before they become queries of the latent; the mean over all heads."""
+    source, scores = deepseek(1), []
+    for latents in (True, False):
+        monkeypatch.setattr("xkv_fx.hf.capture.has_latents", lambda model, latents=latents: latents)
+        module = capture(source, check=False, decode=False).graph("prompt")
+        run_pipeline(module, profile_pipeline(Paid(future_positions=20, sinks=0)))
+        positions = torch.arange(LENGTH)[None]
+        with torch.no_grad():
+            scores.append(module(TOKENS[:, :LENGTH], positions, torch.ones(1, LENGTH, dtype=torch.bool))[0])
+    assert scores[0].shape[1] == 1
+    torch.testing.assert_close(scores[0], scores[1].mean(1, keepdim=True))
 
 
 def test_dynamos_graph_keeps_methods_that_change_a_tensor() -> None:

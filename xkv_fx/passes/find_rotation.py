@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from xkv_fx.passes.absorbed_queries import AbsorbedQueries
 from xkv_fx.passes.dependence import READ_SIZES, dependents, value_inputs
 from xkv_fx.passes.find_attention import AttentionSite
 from xkv_fx.passes.graph import inline, named, placeholders
@@ -81,7 +82,8 @@ class QueryRotation:
         source: the node whose value the queries are before that.
         arrange: brings that value to `[rows, query_heads, S, dim]`.
         mean: `mean(newest)`, int64 `[rows]` -> float `[rows, dim, key_dim]`: what queries are multiplied by from the
-            right, the mean over the positions behind each row's newest one. None where positions do not turn them.
+            right, the mean over the positions behind each row's newest one. `[rows, query_heads, dim, key_dim]` where
+            queries of latents are made of them behind that. None where positions do not turn them.
     """
 
     source: Node
@@ -157,6 +159,12 @@ class _Finder:
         self._means: dict[int, GraphModule] = {}
 
     def rotation(self, site: AttentionSite, count: int) -> QueryRotation:
+        absorbed = AbsorbedQueries.of(site)
+        if absorbed is not None:
+            before = self.rotation(dataclasses.replace(site, q=absorbed.q), count)
+            if before.mean is None:
+                return QueryRotation(site.q, as_it_is, None)
+            return dataclasses.replace(before, mean=absorbed.turned(self.graph.module, before.mean))
         q = site.q
         if self._factors_of(q) == 0:
             self._check_unturned(site, q)

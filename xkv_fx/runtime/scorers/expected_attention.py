@@ -90,7 +90,9 @@ class ExpectedAttention:
             queries = prompt.unrotated_queries[:, head * group : (head + 1) * group]
             mean, covariance = _statistics(queries, asked)
             if prompt.rotation is not None:
-                rotation = prompt.rotation.to(mean.dtype)[:, None]
+                rotation = prompt.rotation.to(mean.dtype)
+                of_each = rotation.dim() == 4  # every query head has its own
+                rotation = rotation[:, head * group : (head + 1) * group] if of_each else rotation[:, None]
                 mean = torch.matmul(mean, rotation)
                 covariance = torch.matmul(torch.matmul(rotation.transpose(2, 3), covariance), rotation)
             keys = prompt.keys[:, head].masked_fill(~prompt.there[:, head, :, None], 0.0).float()

@@ -29,8 +29,9 @@ class PromptView:
         sliding_window, softcap, sinks, slopes: as in the layer's attention.
         unrotated: `[rows, query_heads, S, dim]`, the queries before their positions turned them; None for a scorer
             that does not need them.
-        rotation: `[rows, dim, key_dim]`, what queries are multiplied by from the right to turn them: the mean over
-            each row's next positions. None where positions do not turn the queries.
+        rotation: `[rows, dim, key_dim]`, or `[rows, query_heads, dim, key_dim]` where heads differ (queries of an MLA
+            latent), what queries are multiplied by from the right to turn them: the mean over each row's next
+            positions. None where positions do not turn the queries.
     """
 
     q: Tensor
