@@ -150,7 +150,7 @@ def _slots(
     """As `slot_attention`."""
     if softcap is None and slopes is None and mask.shape[1] == 1 and flash_applies(q, k, v):
         return without_slots(slots_by_flash(q, k, v, mask, scale), q, k, mask)
-    every_query = mask.shape[2] == 1
+    every_query = bool(mask.shape[2] == 1)  # a symbolic bool would be an input of the loop, which Dynamo cannot guard
 
     def over_slots(part: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         bias = None
