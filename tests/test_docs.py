@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import typer.main
-from exhaustive import EXHAUSTIVE
+from exhaustive import EXHAUSTIVE, exhaustive
 from ready_models import remember_programs
 from tiny_models import llama, random_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -105,7 +105,14 @@ def _spare_time(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_as_in_a_new_program")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.name, marks=[exhaustive] if page.name == "README.md" else [])  # takes half a minute
+        for page in PAGES
+        if blocks(page)
+    ],
+)
 def test_code_blocks_run(page: Path, model: Any, model_folder: Path) -> None:
     """What a page takes for granted is given to it here: a model, its tokenizer, texts and prompts of its user's."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder / "path/to/model")

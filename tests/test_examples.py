@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from exhaustive import exhaustive
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,3 +35,34 @@ def test_torch_compile_backend() -> None:
     assert "and on, after another turn, [" in output
     assert "insert_decode_cache    matched     2" in output
     assert output.splitlines()[-1] == "graphs compiled by Dynamo: 2"
+
+
+def run_here(name: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines that an example prints, run without a process of its own."""
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    return capsys.readouterr().out.splitlines()
+
+
+def test_chat_session(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run_here("chat_session.py", capsys)
+    assert lines[:3] == [
+        f"turn {turn:2}: {35 * turn} tokens so far, 10240 bytes of K/V; layer 1 keeps 32 of them, the oldest {oldest}"
+        for turn, oldest in zip((4, 8, 12), (line.rpartition("oldest ")[2] for line in lines), strict=False)
+    ]
+    assert all("the oldest [0, 1, 2, 3, " in line for line in lines[:3])
+    assert lines[3] == f"bytes of a full cache by now: {2 * 12 * 35 * 2 * (8 + 8) * 4}"
+
+
+def test_plan_for_tensorrt_llm(capsys: pytest.CaptureFixture[str]) -> None:
+    settings, note = run_here("plan_for_tensorrt_llm.py", capsys)
+    assert settings.startswith('{"max_attention_window": [')
+    assert settings.endswith('"sink_token_length": 4}')
+    assert note.startswith("TensorRT-LLM keeps the newest tokens")
+
+
+@exhaustive
+def test_summarise_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    planned, held_out, *summaries = run_here("summarise_batch.py", capsys)
+    assert planned.endswith(" of 120000 bytes")
+    assert held_out.startswith("held out: mean KL")
+    assert len(summaries) == 4

@@ -1,0 +1,77 @@
+"""One long job on a tiny model, for `test_faults` to interrupt: `python interrupted_program.py JOB FOLDER`.
+
+It prints `step N` whenever something has been finished, and `done` at the end.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import llama, random_ids
+from word_tokenizer import WordTokenizer
+
+import xkv_fx
+from xkv_fx import Budgets, Policy
+
+PROMPTS = [random_ids(1, 60 + seed, seed) for seed in range(4)]
+VOCABULARY = 500
+
+
+def step(done: int, total: int) -> None:
+    print("step", done, flush=True)
+    time.sleep(0.3)  # for the signal to come before the next one is done
+
+
+def profile(folder: Path) -> None:
+    xkv_fx.profile(llama(), PROMPTS, progress=step).save(folder / "profile.safetensors")
+
+
+def calibrate(folder: Path) -> None:
+    policy = Policy(eviction="append")
+    measured = xkv_fx.calibrate(llama(), PROMPTS, policy=policy, progress=step, resume=folder / "parts")
+    measured.save(folder / "calibration.safetensors")
+
+
+def export(folder: Path) -> None:
+    llm = xkv_fx.transform(llama(), Budgets((12, 16)), backend="eager")
+    step(1, 1)
+    xkv_fx.export(llm, folder / "engine", target="pt2")
+
+
+def evaluate(folder: Path) -> None:
+    from xkv_fx.evaluation.candidates import candidates_of_fractions
+    from xkv_fx.evaluation.evaluate import Settings, evaluate
+    from xkv_fx.files import write_json
+
+    llm: Any = xkv_fx.transform(llama(vocab_size=VOCABULARY), Budgets.full(2, 300), backend="eager", check=False)
+    plans = candidates_of_fractions(llm.layers, 160, (0.25, 0.5))
+    settings = Settings(("needle_single", "needle_multikey"), length=160, count=1)
+    found = evaluate(None, WordTokenizer(VOCABULARY), plans, settings, resume=folder / "parts", progress=step, llm=llm)
+    write_json(folder / "result.json", found.to_dict())
+
+
+def memory(folder: Path) -> None:
+    """A plan of more bytes than the process may have."""
+    import resource
+
+    llm = xkv_fx.transform(llama(), Budgets((2_000_000_000, 16)), backend="eager", check=False)
+    resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
+    try:
+        llm.new_session()
+    except xkv_fx.BudgetError as error:
+        print(error)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    job = {"profile": profile, "calibrate": calibrate, "export": export, "evaluate": evaluate, "memory": memory}
+    job[sys.argv[1]](Path(sys.argv[2]))
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
