@@ -126,8 +126,9 @@ def test_attention_expected_of_latents_is_that_of_the_heads(monkeypatch: pytest.
     source, scores = deepseek(1), []
     for latents in (True, False):
         monkeypatch.setattr("xkv_fx.hf.capture.has_latents", lambda model, latents=latents: latents)
-        module = capture(source, check=False, decode=False).graph("prompt")
-        run_pipeline(module, profile_pipeline(Paid(future_positions=20, sinks=0)))
+        captured = capture(source, check=False, decode=False)
+        module = captured.graph("prompt")
+        run_pipeline(module, profile_pipeline(Paid(future_positions=20, sinks=0), layers=captured.layers))
         positions = torch.arange(LENGTH)[None]
         with torch.no_grad():
             scores.append(module(TOKENS[:, :LENGTH], positions, torch.ones(1, LENGTH, dtype=torch.bool))[0])

@@ -9,6 +9,7 @@ from latent_models import ABSORBED, HEADS, LEFT, NOPE, RANK, ROPE, VALUE, VOCABU
 from xkv_fx.budgets import LayerSpec
 from xkv_fx.passes.capture_module import capture_module
 from xkv_fx.passes.captured import CapturedModel
+from xkv_fx.passes.expand_latents import ExpandLatents
 from xkv_fx.passes.graph import attribute, calls
 
 IDS = torch.arange(24)[None] % VOCABULARY
@@ -51,3 +52,14 @@ def test_weights_are_shared(decoder: LatentDecoder, captured: CapturedModel) -> 
             while source.op != "get_attr":
                 source = source.args[0]
             assert attribute(graph, source.target).data_ptr() in weights
+
+
+def test_prompts_attend_over_their_heads_again(decoder: LatentDecoder, captured: CapturedModel) -> None:
+    """All but those whose rotary part is missing, which stay over latents."""
+    module = captured.graph("prompt")
+    record = ExpandLatents()(module)
+    assert (record.matched, record.changed) == (len(ABSORBED), len(ABSORBED) - 1)
+    ids = torch.randint(VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(30).expand(2, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(module(ids, positions), decoder(ids, positions))

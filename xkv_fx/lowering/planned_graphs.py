@@ -25,7 +25,7 @@ from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.check_capture import LENGTH, check_capture
 from xkv_fx.passes.clean_graph import CleanGraph
 from xkv_fx.passes.export_graph import export_graph
-from xkv_fx.passes.find_attention import attention_sites, cached_layers
+from xkv_fx.passes.find_attention import any_latent, attention_sites, cached_layers
 from xkv_fx.passes.graph import output_node
 from xkv_fx.passes.open_last_logits import OpenLastLogits
 from xkv_fx.runtime.session import Kind
@@ -114,7 +114,7 @@ def _capture(source: DynamoGraph, plan: CachePlan, longest: int | None) -> tuple
     positions = torch.arange(length, device=plan.device).expand(plan.rows, -1).contiguous()
     graph, _ = export_graph(source.entry, (ids, positions), longest)
     CleanGraph()(graph)
-    if any(spec.value_dim == 0 for spec in plan.layers):
+    if any_latent(plan.layers):
         AbsorbLatents()(graph)
     layers = cached_layers(attention_sites(graph))
     if len(layers) < len(plan.layers):

@@ -64,6 +64,11 @@ def cached_layers(sites: Sequence[AttentionSite]) -> tuple[LayerSpec, ...]:
     return tuple(site.spec for site in sites if not site.borrows)
 
 
+def any_latent(layers: Sequence[LayerSpec]) -> bool:
+    """Whether a layer caches latents, its values being its keys."""
+    return any(spec.value_dim == 0 for spec in layers)
+
+
 def check_borrowed(site: AttentionSite, eviction: str) -> None:
     """Raise BudgetError where an attention borrows K/V whose cache evicts by score: every reader would have its own."""
     if site.borrows and eviction == "scored":

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 
 from torch.fx import GraphModule
 
+from xkv_fx.budgets import LayerSpec
 from xkv_fx.passes.add_statistics import AddStatistics
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.check_cache import CheckCache
 from xkv_fx.passes.clean_graph import CleanGraph
 from xkv_fx.passes.compact_padding import CompactPadding
+from xkv_fx.passes.expand_latents import ExpandLatents
+from xkv_fx.passes.find_attention import any_latent
 from xkv_fx.passes.insert_cache import InsertDecodeCache, InsertExtendCache, InsertPrefillCache
 from xkv_fx.passes.score_outputs import ScoreOutputs
 from xkv_fx.passes.select_last_logits import SelectLastLogits
@@ -34,6 +37,7 @@ def prefill_pipeline(plan: CachePlan, scorer: Scorer, all_logits: bool = False) 
         CompactPadding(restore_order=all_logits),
         *(() if all_logits else (SelectLastLogits(),)),
         InsertPrefillCache(plan, scorer),
+        *((ExpandLatents(),) if any_latent(plan.layers) else ()),
         CheckCache(plan, "prefill"),
     )
 
@@ -54,14 +58,21 @@ def decode_pipeline(plan: CachePlan) -> tuple[GraphPass, ...]:
     return (CleanGraph(), InsertDecodeCache(plan), CheckCache(plan, "decode"))
 
 
-def profile_pipeline(scorer: Scorer, statistics: tuple[str, ...] = ()) -> tuple[GraphPass, ...]:
+def profile_pipeline(
+    scorer: Scorer, statistics: tuple[str, ...] = (), layers: Sequence[LayerSpec] = ()
+) -> tuple[GraphPass, ...]:
     """`(input_ids, position_ids)` -> `(input_ids, position_ids, valid)` to the scores of every layer, then to each
-    statistic of every layer."""
+    statistic of every layer.
+
+    Args:
+        layers: what the layers cache; without them, attention over latents stays so.
+    """
     return (
         CleanGraph(),
         CompactPadding(restore_order=False),
         *((AddStatistics(statistics),) if statistics else ()),
         ScoreOutputs(scorer),
+        *((ExpandLatents(),) if any_latent(layers) else ()),
     )
 
 

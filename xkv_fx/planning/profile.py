@@ -71,7 +71,7 @@ def measure_profile(
     """
     scorer = profiling_scorer(policy)
     rows = [_check_prompt(index, prompt, captured) for index, prompt in enumerate(prompts)]
-    graph = run_pipeline(captured.graph("prompt"), profile_pipeline(scorer, tuple(statistics))).module
+    graph = run_pipeline(captured.graph("prompt"), profile_pipeline(scorer, tuple(statistics), captured.layers)).module
     layers = len(captured.layers)
     curves = []
     more = np.zeros((len(rows), len(statistics), layers))
