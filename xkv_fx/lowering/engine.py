@@ -174,7 +174,7 @@ def load_engine(folder: str | os.PathLike[str], trust: bool = False) -> Engine:
         if manifest.tensorrt is not None:
             check_library(manifest.tensorrt)
     except EngineError as error:
-        raise EngineError(f"{path}: {error}") from error
+        raise EngineError(f"{path}: {error!s:.1000}") from error
     if "program" in FORMATS[manifest.target].values() and not trust:
         raise EngineError(
             f"{path}: torch reads the target {manifest.target!r} with pickle, which may run any code; load it with "
