@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import subprocess
 import sys
@@ -66,3 +67,16 @@ def test_summarise_batch(capsys: pytest.CaptureFixture[str]) -> None:
     assert planned.endswith(" of 120000 bytes")
     assert held_out.startswith("held out: mean KL")
     assert len(summaries) == 4
+
+
+@exhaustive
+def test_the_notebook_is_what_its_cells_give() -> None:
+    """Its pictures and texts come from a run; so much of them as no version of a library changes is compared."""
+    make = runpy.run_path(str(ROOT / "examples" / "make_notebook.py"))
+    stored = json.loads((ROOT / "examples" / "tour.ipynb").read_text())
+    made = make["run"](make["CELLS"])
+    assert [cell["source"] for cell in stored["cells"]] == [cell["source"] for cell in made["cells"]]
+    for before, now in zip(stored["cells"], made["cells"], strict=True):
+        kinds = [output["output_type"] for output in now.get("outputs", [])]
+        assert kinds == [output["output_type"] for output in before.get("outputs", [])]
+    assert sum("display_data" in json.dumps(cell) for cell in stored["cells"]) == 3
