@@ -84,8 +84,7 @@ test-lowest: .venv/.installed  ## Run the tests with the oldest torch and transf
 docs: .venv/.installed  ## Write the API reference from the docstrings to out/docs
 	$(VENV_PYTHON) -m pip install -q -c constraints.txt -e '.[docs]'
 	$(VENV_PYTHON) docs/draw_graphs.py
-	$(VENV_PYTHON) -m pdoc --docformat google --output-directory out/docs xkv_fx '!xkv_fx.evaluation.peer_scripts' \
-	    '!xkv_fx.runtime.kernels.decode_triton'
+	$(VENV_PYTHON) -m pdoc --docformat google --output-directory out/docs xkv_fx
 
 coverage: .venv/.installed  ## Try every causal language model that transformers registers; writes docs/coverage.md
 	$(VENV_PYTHON) -m xkv_fx.evaluation.coverage --output docs/coverage.md
