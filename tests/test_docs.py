@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 WORDS = 300
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 trace_once = functools.cache(export_engine.trace_program)
+SLOW = ("README.md", "api.md", "engines.md")
+"""Pages whose blocks take half a minute; `make test-exhaustive` runs them."""
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -108,7 +110,7 @@ def _spare_time(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, id=page.name, marks=[exhaustive] if page.name == "README.md" else [])  # takes half a minute
+        pytest.param(page, id=page.name, marks=[exhaustive] if page.name in SLOW else [])
         for page in PAGES
         if blocks(page)
     ],
