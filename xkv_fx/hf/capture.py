@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
@@ -78,8 +79,15 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
     entry = _Entry(twin)
     with _refusing(model):
         prompt, longest = export_graph(entry, (ids, positions), longest)
-        _rewrite(prompt, rows, longest, written=not probed)
-        token = one_token_graph(prompt, rows) if decode else None
+        rewritten = _rewrite(prompt, rows, longest, written=not probed)
+        token = None
+        if decode:
+            try:
+                token = one_token_graph(prompt, rows)
+            except GuardOnDataDependentSymNode:  # sizes are read off the tokens (JetMoe)
+                if rewritten:
+                    raise
+                token, _ = export_graph(entry, (ids[:, :1].clone(), positions[:, :1].clone()))
     sites = attention_sites(prompt)
     layers = cached_layers(sites)
     _check_layer_count(model, len(sites))
@@ -122,13 +130,17 @@ def _twin(model: PreTrainedModel) -> tuple[PreTrainedModel, tuple[LayerSpec, ...
     return twin, tuple(record.layers)
 
 
-def _rewrite(prompt: GraphModule, rows: int, longest: int | None, written: bool) -> None:
-    """Find what capture did not: attention that is written out, and positions counted from the length."""
+def _rewrite(prompt: GraphModule, rows: int, longest: int | None, written: bool) -> bool:
+    """Find what capture did not: attention that is written out, and positions counted from the length.
+
+    Returns:
+        whether the graph is another one than export gives.
+    """
     CleanGraph()(prompt)
     if written:
         MatchAttention(rows, longest)(prompt)
     attention_sites(prompt)
-    FindPositions(rows, longest)(prompt)
+    return bool(FindPositions(rows, longest)(prompt).changed) or written
 
 
 def _absorb_latents(prompt: GraphModule, token: GraphModule | None) -> tuple[LayerSpec, ...]:

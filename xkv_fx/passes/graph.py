@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import reduce
 from typing import Any
 
@@ -170,7 +170,10 @@ def constant(module: GraphModule, name: str, value: torch.Tensor) -> Node:
 def run_fake(graph: Graph, target: Any, args: Any, kwargs: Any) -> Any:
     """What a call returns on the fake values of its arguments."""
     values = map_arg(args, _value_of), map_arg(kwargs, _value_of)
-    with fake_mode(graph), torch.no_grad():
+    mode = fake_mode(graph)
+    # Numbers read off tensors become new symbols; a later trace would take those for its own and miss them.
+    fresh = nullcontext() if mode.shape_env is None else mode.shape_env.ignore_fresh_unbacked_symbols()
+    with mode, torch.no_grad(), fresh:
         return getattr(target, "fake", target)(*values[0], **values[1])
 
 
