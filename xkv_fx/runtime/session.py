@@ -235,6 +235,7 @@ class Session:
 
 
 def refuse_rows_of_padding(mask: Tensor | None) -> None:
-    """Raise PromptError if a row of a prompt's mask `[rows, S]`, 0 for padding, has no token."""
-    if mask is not None and not bool((mask != 0).any(-1).all()):
+    """Raise PromptError if a row of a prompt's mask `[rows, S]`, 0 for padding, has no token; an empty prompt, of no
+    columns at all, is refused where it is fed."""
+    if mask is not None and mask.shape[-1] > 0 and not bool((mask != 0).any(-1).all()):
         raise PromptError("a row of the prompt is nothing but padding; give every row at least one token")
