@@ -239,6 +239,31 @@ def test_bare_calls_run_on_a_session_of_the_backend(llm: BudgetedLM) -> None:
         call(random_ids(1, 6), position_ids=torch.arange(6)[None] + 1, use_cache=False)
 
 
+def test_models_of_one_class_keep_apart_what_they_have_seen(llm: BudgetedLM) -> None:
+    """Dynamo runs the graphs of the first for the second too, whose weights and caches are its own."""
+    torch._dynamo.reset()
+    others = llama(seed=1)
+    pair = [
+        (compiled(llama(), BUDGETS), llm),
+        (compiled(others, BUDGETS), xkv_fx.transform(llama(seed=1), BUDGETS, backend="eager", check=False)),
+    ]
+    ids, positions = random_ids(1, 20), torch.arange(20)[None]
+    before = compilations()
+    sessions = [reference.new_session() for _, reference in pair]
+    for (plain, _), session in zip(pair, sessions, strict=True):
+        got = plain(ids, position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(got, session.feed(ids, None, None, all_logits=True), atol=1e-5, rtol=0)
+    for (plain, _), session in zip(pair, sessions, strict=True):
+        got = plain(ids[:, :1], position_ids=torch.tensor([[20]]), use_cache=False).logits
+        torch.testing.assert_close(got, session.step(ids[:, :1], None), atol=1e-5, rtol=0)
+    for plain, reference in pair:
+        expected = reference.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
+        assert torch.equal(plain.generate(ids, past_key_values=xkv_fx.Cache(plain, BUDGETS), **GREEDY), expected)
+    assert compilations() - before == 4  # two without a cache and two with one, each for both models
+    with pytest.raises(SessionError, match="made for another model"):
+        pair[0][0].generate(ids, past_key_values=xkv_fx.Cache(others, BUDGETS), **GREEDY)
+
+
 @exhaustive
 @pytest.mark.parametrize("eviction", ["none", "scored"])
 def test_sliding_windows(eviction: str) -> None:

@@ -25,6 +25,7 @@ from torch.fx import GraphModule
 from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BackendError, PromptError, SessionError, XkvError
 from xkv_fx.lowering.dynamo_graph import DynamoGraph, leave_lengths_open, model_of_call
+from xkv_fx.lowering.models_of_calls import ModelsOfCalls
 from xkv_fx.lowering.planned_graphs import PlannedGraphs
 from xkv_fx.lowering.program import check_request
 from xkv_fx.runtime.state import CachePlan
@@ -57,7 +58,7 @@ def xkv(
     try:
         given = _Options.of(options, mode)
         leave_lengths_open(module, example_inputs)
-        return _CompiledCall(DynamoGraph.of(module, example_inputs), given, model_of_call()).run
+        return _CompiledCall(DynamoGraph.of(module, example_inputs), given, model_of_call(), example_inputs).run
     except XkvError as error:
         return functools.partial(_raise_again, error)
 
@@ -92,10 +93,14 @@ class _Options:
 class _CompiledCall:
     """One graph of Dynamo's, and what was made of it for each cache plan."""
 
-    def __init__(self, graph: DynamoGraph, options: _Options, model: nn.Module | None) -> None:
+    def __init__(
+        self, graph: DynamoGraph, options: _Options, model: nn.Module | None, example_inputs: Sequence[Any]
+    ) -> None:
         self.graph = graph
         self.options = options
-        self.model = None if model is None else weakref.ref(_source_of(model))
+        self.models = (
+            None if model is None else ModelsOfCalls(_source_of(model), graph.weights.values(), example_inputs)
+        )
         self.planned: dict[CachePlan, PlannedGraphs] = {}
         self.lock = threading.Lock()
 
@@ -122,8 +127,8 @@ class _CompiledCall:
     def _cache(self, inputs: Sequence[Any], ids: Tensor) -> Cache:
         from xkv_fx.hf.compile_cache import cache_of
 
-        model = None if self.model is None else self.model()
         if self.graph.handle is None:
+            model = None if self.models is None else self.models.calling(inputs)
             cache = _own_cache(model, self.options, ids.shape[0])
             if self.graph.many:
                 cache.reset()
@@ -133,7 +138,7 @@ class _CompiledCall:
             raise SessionError(
                 "this xkv_fx.Cache was made for other budgets than those that the model is compiled with; use the same"
             )
-        if model is not None and cache.model() is not model:
+        if self.models is not None and not self.models.holds(cache.model(), inputs):
             raise SessionError("this xkv_fx.Cache was made for another model; make one for this model")
         return cache
 
