@@ -3,8 +3,8 @@
     python -m xkv_fx.evaluation.allocations --out out/allocations
 
 Calibrates and profiles on stretches of one kind of text, solves each fraction with each allocator, and measures KL to
-the full cache on held-out stretches of that kind and of another. Writes `allocations.json` and `allocations.md`, and each
-eviction's profile and calibration; what was calibrated is kept, so that an interrupted run goes on where it was.
+the full cache on held-out stretches of that kind and of another. Writes `allocations.json` and `allocations.md`, and
+each eviction's profile and calibration; what was calibrated is kept, so that an interrupted run goes on where it was.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ of them a call is of, its weights say.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import weakref
 from collections.abc import Iterable, Sequence
@@ -61,14 +62,12 @@ def _models_on_the_stack() -> list[nn.Module]:
     """The models whose forward is running, innermost first."""
     from xkv_fx.hf.inspect import check_model
 
-    found = []
+    found: list[nn.Module] = []
     frame = inspect.currentframe()
     while frame is not None:
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module) and hasattr(module, "config"):
-            try:
+            with contextlib.suppress(UnsupportedModelError):  # a part of a model
                 found.append(check_model(module))
-            except UnsupportedModelError:  # a part of a model
-                pass
         frame = frame.f_back
     return found
