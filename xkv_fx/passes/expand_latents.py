@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from xkv_fx.passes.absorbed_queries import AbsorbedQueries
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.find_attention import AttentionSite, attention_sites
-from xkv_fx.passes.graph import arguments, inline, run_fake
+from xkv_fx.passes.graph import arguments, calls, inline, run_fake
 
 aten = torch.ops.aten
 
@@ -29,6 +29,8 @@ class ExpandLatents(GraphPass):
     name: ClassVar[str] = "expand_latents"
 
     def run(self, module: GraphModule) -> PassRecord:
+        if not calls(module, torch.ops.xkv.attention.default):  # the scores of a single layer need none
+            return PassRecord(self.name, 0, 0)
         sites = [site for site in attention_sites(module) if site.k is site.v]
         changed = sum(_expand(module, site) for site in sites)
         return PassRecord(self.name, len(sites), changed)
