@@ -30,6 +30,7 @@ def test_own_scorer() -> None:
     assert generated.count(",") == 7
 
 
+@exhaustive
 def test_torch_compile_backend() -> None:
     output = run_example("torch_compile_backend.py")
     assert "60 tokens of prompt, 4608 bytes kept, then [" in output
