@@ -62,8 +62,9 @@ def write_json(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
         file.write("\n")
 
 
-def check_format(header: Any, kind: str, newest: int) -> dict[str, Any]:
-    """The header of a file, if it is a JSON object whose `format` is `kind` and whose `version` is at most `newest`.
+def check_format(header: Any, kind: str, newest: int, oldest: int = 1) -> dict[str, Any]:
+    """The header of a file, if it is a JSON object whose `format` is `kind` and whose `version` is from `oldest`
+    to `newest`.
 
     Raises:
         FileFormatError: it is not; the message does not name the file.
@@ -77,14 +78,18 @@ def check_format(header: Any, kind: str, newest: int) -> dict[str, Any]:
         raise FileFormatError(
             f"format version {version} is newer than {newest}, the newest that is read here; upgrade xkv_fx"
         )
+    if version < oldest:
+        raise FileFormatError(
+            f"format version {version} is older than {oldest}, the oldest that is read here; make the file again"
+        )
     return header
 
 
-def read_json(path: str | os.PathLike[str], kind: str, newest: int) -> dict[str, Any]:
-    """Read a JSON object whose `format` is `kind` and whose `version` is at most `newest`.
+def read_json(path: str | os.PathLike[str], kind: str, newest: int, oldest: int = 1) -> dict[str, Any]:
+    """Read a JSON object whose `format` is `kind` and whose `version` is from `oldest` to `newest`.
 
     Raises:
-        FileFormatError: too large, not JSON, another format, or a newer version.
+        FileFormatError: too large, not JSON, another format, or a version that is not read.
     """
     name = os.fspath(path)
     with open(path, "rb") as file:
@@ -98,7 +103,7 @@ def read_json(path: str | os.PathLike[str], kind: str, newest: int) -> dict[str,
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{name}: not valid JSON ({error}); was it cut off? Make it again.") from error
     try:
-        return check_format(data, kind, newest)
+        return check_format(data, kind, newest, oldest)
     except FileFormatError as error:
         raise FileFormatError(f"{name}: {error}") from error
 

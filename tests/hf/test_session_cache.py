@@ -94,16 +94,17 @@ def test_a_damaged_session_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "session.safetensors"
     session.save(path)
     whole = path.read_bytes()
-    header = {"xkv_fx": json.dumps({**_header(path), "version": 2})}
+    written_as = {version: {"xkv_fx": json.dumps({**_header(path), "version": version})} for version in (1, 3)}
     for cut in (0, 7, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
         with pytest.raises(FileFormatError, match=r"session\.safetensors"):
             session.load(path)
     path.write_bytes(whole)
     tensors = load_file(path)
-    save_file(tensors, path, header)
-    with pytest.raises(FileFormatError, match="newer"):
-        session.load(path)
+    for version, what in ((1, "older than 2"), (3, "newer than 2")):
+        save_file(tensors, path, written_as[version])
+        with pytest.raises(FileFormatError, match=what):
+            session.load(path)
     path.write_bytes(whole)
     good = {"xkv_fx": json.dumps(_header(path))}
     for name, value in (("seen", -1), ("positions_0", 10_000), ("k_1", float("nan"))):

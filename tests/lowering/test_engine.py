@@ -241,7 +241,8 @@ def renamed(name: str) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_at("version", to=2), "newer"),
+        (set_at("version", to=3), "newer"),
+        (set_at("version", to=1), "format version 1 is older than 2"),
         (set_at("version", to="1"), "version"),
         (set_at("format", to="xkv_fx.budgets"), "not a xkv_fx.engine"),
         (set_at("machine", "torch", to="2.11.0"), "built for torch 2.11.0"),

@@ -21,7 +21,7 @@ from xkv_fx.runtime.slots import slot_plans
 from xkv_fx.runtime.state import CachePlan
 
 FORMAT = "xkv_fx.engine"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knew nothing of TensorRT
 NAME = "manifest.json"
 WEIGHTS = "weights.safetensors"
 LENGTH = "S"
@@ -298,7 +298,7 @@ class Manifest:
         path = folder / NAME
         if not path.is_file():
             raise FileFormatError(f"{path}: there is no such file; {folder} is not an engine's folder")
-        data = read_json(path, FORMAT, FORMAT_VERSION)
+        data = read_json(path, FORMAT, FORMAT_VERSION, oldest=2)
         try:
             manifest = cls._from_dict(data)
             manifest._check()

@@ -18,7 +18,7 @@ from xkv_fx.runtime.session import Session
 from xkv_fx.runtime.state import COUNTERS, State
 
 FORMAT = "xkv_fx.session"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no checksum
 _HEADER = "xkv_fx"
 _HEADER_ROOM = 1 << 20
 
@@ -78,7 +78,7 @@ def _header(metadata: dict[str, str] | None) -> dict[str, Any]:
         header = json.loads((metadata or {}).get(_HEADER, ""))
     except (ValueError, RecursionError) as error:
         raise FileFormatError("its metadata holds no JSON of a session") from error
-    header = check_format(header, FORMAT, FORMAT_VERSION)
+    header = check_format(header, FORMAT, FORMAT_VERSION, oldest=2)
     texts = all(isinstance(header.get(name), str) for name in ("program", "sha256"))
     if not is_int(header.get("fed")) or header["fed"] < 0 or not texts:
         raise FileFormatError("its metadata lacks what a session needs")
