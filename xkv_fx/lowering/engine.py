@@ -209,8 +209,8 @@ def _load_weights(path: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 def _load_package(folder: Path, manifest: Manifest, kind: Kind) -> Run:
     path, form = folder / manifest.packages[kind].file, manifest.format_of(kind)
-    if form == "tensorrt":
-        return TensorRTDecode(path, manifest)
+    if form == "tensorrt" and manifest.tensorrt is not None:  # a manifest of that target has both
+        return TensorRTDecode(path, manifest, manifest.tensorrt)
     return _load_aoti(path) if form == "aoti" else _load_program(path)
 
 

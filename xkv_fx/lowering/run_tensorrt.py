@@ -40,9 +40,8 @@ class TensorRTDecode:
     """Called as every package is: `(ids, position_ids, *state)`; the state is changed in place, by TensorRT and, what
     counts the tokens, here."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        assert manifest.tensorrt is not None  # the manifest has been checked
-        tensorrt = check_library(manifest.tensorrt)
+    def __init__(self, path: Path, manifest: Manifest, build: TensorRTBuild) -> None:
+        tensorrt = check_library(build)
         self._names = [spec.name for spec in manifest.packages["decode"].inputs]
         logger = tensorrt.Logger(tensorrt.Logger.WARNING)
         self._runtime = tensorrt.Runtime(logger)

@@ -80,22 +80,13 @@ def trace_for_tensorrt(decode: GraphModule) -> ExportedProgram:
 
 
 def _write_and_attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot: Tensor,
-    mask: Tensor,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, *arguments: Any, **options: Any
 ) -> Tensor:
     """`xkv::decode_attention` for one row."""
     k_cache.index_copy_(2, slot, k)
     if v_cache.shape[-1]:
         v_cache.index_copy_(2, slot, v)
-    return attend_slots(q, k_cache, v_cache, mask, scale, softcap, sinks)
+    return attend_slots(q, k_cache, v_cache, *arguments, **options)
 
 
 def _attend(
