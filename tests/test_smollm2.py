@@ -1,4 +1,4 @@
-"""The whole chain on a real pretrained model, SmolLM2-135M-Instruct; on its first layers unless everything is run."""
+"""The whole chain on a real pretrained model, SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xkv_fx.evaluation.texts import documentation
 from xkv_fx.hf.capture import capture
 from xkv_fx.hf.models import load_model
 
-LAYERS = 30 if EXHAUSTIVE else 8
+LAYERS = 30
 LENGTHS = (50, 120, 400, 1000, 2000) if EXHAUSTIVE else (50, 400)
 NEW = 64 if EXHAUSTIVE else 16
 LONGEST = 2064  # caches much larger than anything else in a decode step
@@ -43,14 +43,12 @@ class Generated:
 @pytest.fixture(scope="module")
 def smollm2() -> Loaded:
     model, tokenizer = load_model("smollm2")
-    model.model.layers = model.model.layers[:LAYERS]
-    model.config.num_hidden_layers = LAYERS
     return Loaded(model, tokenizer, torch.tensor(tokenizer(documentation()[:40_000])["input_ids"]))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def captured_once() -> Iterator[None]:
-    """Capturing takes a while: what `transform` captured serves `profile` too."""
+    """Thirty layers take a while: what `transform` captured serves `profile` too."""
     whole = functools.cache(lambda model: capture(model))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("xkv_fx.hf.capture.capture", lambda model, **_: whole(model))

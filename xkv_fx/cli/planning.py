@@ -23,7 +23,9 @@ from xkv_fx.cli.common import (
     show_plan,
 )
 from xkv_fx.errors import BudgetError
+from xkv_fx.planning.calibration_data import Calibration
 from xkv_fx.planning.load_measured import load_measured
+from xkv_fx.planning.profile_data import Profile
 
 Texts = Annotated[list[Path], typer.Option(help="Text files, each of them a prompt; may be given repeatedly.")]
 Length = Annotated[int | None, typer.Option(help="Cut each text into prompts of so many tokens.", min=2)]
@@ -58,16 +60,7 @@ def profile(
             loaded, rows, sampling=sampling, policy=policy, progress=advance, statistics=tuple(statistics or ())
         )
     measured.save(out)
-    show(
-        {
-            "profile": str(out),
-            "model": measured.model,
-            "layers": len(measured.layers),
-            "prompts": len(measured.lengths),
-            "longest": measured.context_default,
-        },
-        json_,
-    )
+    show({"profile": str(out), **_summary(measured)}, json_)
 
 
 @app.command()
@@ -99,17 +92,16 @@ def calibrate(
         )
     measured.save(out)
     remove_parts(parts)
-    show(
-        {
-            "calibration": str(out),
-            "model": measured.model,
-            "layers": len(measured.layers),
-            "prompts": len(measured.lengths),
-            "longest": measured.context_default,
-            "grid": list(measured.grid),
-        },
-        json_,
-    )
+    show({"calibration": str(out), **_summary(measured), "grid": list(measured.grid)}, json_)
+
+
+def _summary(measured: Profile | Calibration) -> dict[str, Any]:
+    return {
+        "model": measured.model,
+        "layers": len(measured.layers),
+        "prompts": len(measured.lengths),
+        "longest": measured.context_default,
+    }
 
 
 @app.command()
