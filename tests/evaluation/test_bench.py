@@ -81,7 +81,7 @@ def test_ratios_come_from_the_run_itself(measured: Bench) -> None:
         run, base = runs[name], runs["dynamic"]
         assert ratios["tokens_per_second_to_dynamic"][name] == run.tokens_per_second / base.tokens_per_second  # type: ignore[operator]
         assert ratios["step_to_floor"][name] == run.decode_p50_ms / run.floor_ms  # type: ignore[operator]
-    assert ratios["budgets_to_plain"]["ours"] == runs["ours"].decode_p50_ms / runs["ours-plain"].decode_p50_ms  # type: ignore[operator]
+    assert ratios["budgets_to_plain"] == {"ours-plain": runs["ours"].decode_p50_ms / runs["ours-plain"].decode_p50_ms}  # type: ignore[operator]
     floor = (weight_bytes(llama(2)) + runs["ours"].kv_bytes) / found["machine"]["read_bytes_per_second"]  # type: ignore[operator]
     assert runs["ours"].floor_ms == pytest.approx(floor * 1e3)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -101,6 +101,19 @@ def test_a_picture_and_a_table(measured: Bench, tmp_path: Path) -> None:
     measured.draw(tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 1000
     assert measured.table().row_count == len(SETTINGS.only)
+
+
+def test_a_static_cache_of_our_capacity_is_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    uneven = dataclasses.replace(SETTINGS, only=("ours", "static-plain"), budgets=Budgets((24, 32)))
+    found = run_bench(llama(2), uneven)
+    ours, plain = found.runs[1], found.runs[0]
+    slot = 2 * 2 * 8 * 4 * 2  # K and V, heads, dimensions, bytes, rows
+    assert (plain.name, plain.kv_bytes, ours.kv_bytes) == ("static-plain", slot * 64, slot * 56)
+    assert plain.filled
+    ratio = found.ratios["budgets_to_plain"]["static-plain"]
+    assert ratio == ours.decode_p50_ms / plain.decode_p50_ms  # type: ignore[operator]
+    assert any("static-plain" in note for note in found.notes())
 
 
 def test_nothing_is_compared_with_what_was_not_measured() -> None:

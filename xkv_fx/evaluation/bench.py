@@ -25,7 +25,9 @@ from xkv_fx.evaluation.quantized import QUANTIZED
 from xkv_fx.hf.generation import BudgetedLM
 
 OURS = ("ours-full", "ours", "ours-plain", "ours-equal-bytes")
-HERE = ("dynamic", "static", "sliding", *QUANTIZED, *OURS)
+PLAIN = ("ours-plain", "static-plain")
+"""Caches without budgets, filled to their last slot: ours of our plan's capacities, transformers' of the largest."""
+HERE = ("dynamic", "static", "static-plain", "sliding", *QUANTIZED, *OURS)
 NAMES = (*HERE, *PEERS)
 WARM_STEPS = 3
 TOKENS_WORTH_A_PREFILL = 8192
@@ -96,10 +98,12 @@ class Settings:
                 f"the bench decodes past the budgets, which eviction={self.budgets.policy.eviction!r} refuses"
             )
         smallest = min(self.budgets.capacities)
-        if "ours-plain" in self.names and smallest <= self.steps:
+        plain = [name for name in PLAIN if name in self.names]
+        if plain and smallest <= self.steps:
             raise BudgetError(
                 f"{self.steps} decoded tokens do not fit into the {smallest} slots of the smallest layer, which "
-                "ours-plain fills without evicting; lower --rounds or --new-tokens, or leave it out by --only"
+                f"{' and '.join(plain)} fill without evicting; lower --rounds or --new-tokens, or leave them out by "
+                "--only"
             )
         needed, free = self._bytes(model), available_bytes(model.device)
         if free is not None and needed > free:
@@ -112,6 +116,8 @@ class Settings:
         full = _full(self, model).kv_bytes(model, batch_size=self.rows)
         kept = self.budgets.kv_bytes(model, batch_size=self.rows)
         each = {"dynamic": 2 * full, "static": full, "sliding": 2 * kept, "ours-full": full, "ours": kept}
+        most = Budgets.full(len(self.budgets.capacities), max(self.budgets.capacities))
+        each |= {"static-plain": most.kv_bytes(model, batch_size=self.rows)}
         each |= {"ours-plain": kept, "ours-equal-bytes": full, **dict.fromkeys(QUANTIZED, 2 * full)}
         return sum(each.get(name, 0) for name in self.names)
 
@@ -193,7 +199,7 @@ def _prepared(model: PreTrainedModel, name: str, make: Callable[[], Contestant],
     contestant = make()
     prefill = None
     # what is compared at a length of its own (a plain cache that is just full, more rows) is always filled
-    if settings.feeds_prompts and name not in ("ours-plain", "ours-equal-bytes"):
+    if settings.feeds_prompts and name not in (*PLAIN, "ours-equal-bytes"):
         ids = _prompt(model, contestant.rows, settings.context)
         contestant.prefill(ids)
         prefill = seconds(functools.partial(contestant.prefill, ids), model.device)
@@ -229,6 +235,7 @@ def _makers(model: PreTrainedModel, settings: Settings) -> dict[str, Callable[[]
     return {
         "dynamic": lambda: dynamic(model, rows),
         "static": lambda: static(model, rows, settings.context + settings.steps),
+        "static-plain": lambda: static(model, rows, longest, "static-plain"),
         "sliding": lambda: sliding(model, rows, longest),
         **{name: functools.partial(quantized, name, model, rows) for name in QUANTIZED},
         "ours-full": lambda: ours("ours-full", full),
@@ -243,7 +250,7 @@ def _full(settings: Settings, model: PreTrainedModel) -> Budgets:
 
 
 def _seen(name: str, settings: Settings) -> int:
-    if name == "ours-plain":
+    if name in PLAIN:
         return min(settings.budgets.capacities) - settings.steps
     return settings.context
 

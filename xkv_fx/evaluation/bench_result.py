@@ -77,10 +77,12 @@ class Bench:
         """What compares the runs; of one run of the bench only.
 
         `tokens_per_second` over that of transformers' dynamic cache; `step_to_floor`; `budgets_to_plain`, the step of
-        our budgets over ours of a plain cache of equal capacities.
+        our budgets over one of a plain cache of equal capacity, ours (`ours-plain`) and transformers' static cache,
+        compiled (`static-plain`).
         """
         measured = [run for run in self.runs if run.skipped is None]
-        base, ours, plain = self.run("dynamic"), self.run("ours"), self.run("ours-plain")
+        base, ours = self.run("dynamic"), self.run("ours")
+        plain = [run for run in measured if run.name.endswith("-plain")]
         ratios = {
             "tokens_per_second_to_dynamic": {
                 run.name: run.tokens_per_second / base.tokens_per_second
@@ -91,8 +93,10 @@ class Bench:
                 run.name: run.decode_p50_ms / run.floor_ms for run in measured if run.decode_p50_ms and run.floor_ms
             },
         }
-        if ours is not None and plain is not None and ours.decode_p50_ms and plain.decode_p50_ms:
-            ratios["budgets_to_plain"] = {"ours": ours.decode_p50_ms / plain.decode_p50_ms}
+        if ours is not None and ours.decode_p50_ms and plain:
+            ratios["budgets_to_plain"] = {
+                run.name: ours.decode_p50_ms / run.decode_p50_ms for run in plain if run.decode_p50_ms
+            }
         return ratios
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,10 +152,9 @@ class Bench:
         ]
         if any(run.filled for run in self.runs):
             notes.append("filled: keys and values are random numbers, not of a prompt; decoding takes the same time")
-        plain = self.ratios.get("budgets_to_plain")
-        if plain is not None:
+        for name, ratio in self.ratios.get("budgets_to_plain", {}).items():
             notes.append(
-                f"a step of our budgets takes {plain['ours']:.2f} times one of a plain cache of their capacities"
+                f"a step of our budgets takes {ratio:.2f} times one of {name}, a plain cache of their capacity"
             )
         return notes
 

@@ -129,10 +129,10 @@ def dynamic(model: PreTrainedModel, rows: int) -> Transformers:
     return Transformers("dynamic", model, rows, lambda: DynamicCache(config=model.config), _held)
 
 
-def static(model: PreTrainedModel, rows: int, slots: int) -> Transformers:
+def static(model: PreTrainedModel, rows: int, slots: int, name: str = "static") -> Transformers:
     """transformers' static cache of so many slots, and `torch.compile`."""
     return Transformers(
-        "static", model, rows, lambda: StaticCache(config=model.config, max_cache_len=slots), _held, compiled=True
+        name, model, rows, lambda: StaticCache(config=model.config, max_cache_len=slots), _held, compiled=True
     )
 
 
