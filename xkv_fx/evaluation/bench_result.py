@@ -154,7 +154,7 @@ class Bench:
             notes.append("filled: keys and values are random numbers, not of a prompt; decoding takes the same time")
         for name, ratio in self.ratios.get("budgets_to_plain", {}).items():
             notes.append(
-                f"a step of our budgets takes {ratio:.2f} times one of {name}, a plain cache of their capacity"
+                f"a step of our budgets takes {ratio:.2f} times one of {name}, which holds as many"
             )
         return notes
 
