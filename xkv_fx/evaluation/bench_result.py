@@ -153,9 +153,7 @@ class Bench:
         if any(run.filled for run in self.runs):
             notes.append("filled: keys and values are random numbers, not of a prompt; decoding takes the same time")
         for name, ratio in self.ratios.get("budgets_to_plain", {}).items():
-            notes.append(
-                f"a step of our budgets takes {ratio:.2f} times one of {name}, which holds as many"
-            )
+            notes.append(f"a step of our budgets takes {ratio:.2f} times one of {name}, which holds as many")
         return notes
 
     def draw(self, path: str | os.PathLike[str]) -> None:
