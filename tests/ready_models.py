@@ -50,6 +50,12 @@ def remember_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xkv_fx.hf.capture.capture", once)
 
 
+def capture_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all public calls capture a model whole, checked and only once, until the patch is undone."""
+    whole = functools.cache(lambda model, rows: capture(model, rows))
+    monkeypatch.setattr("xkv_fx.hf.capture.capture", lambda model, rows=1, **_: whole(model, rows))
+
+
 def remember_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `transform` and `with_budgets` lower a captured model under one plan only once; sessions are ever new."""
     for place in ("program", "budgeted"):

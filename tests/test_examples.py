@@ -21,11 +21,16 @@ def run_example(name: str) -> str:
     return done.stdout
 
 
-def test_own_scorer() -> None:
-    output = run_example("own_scorer.py")
-    assert "Peak(queries=8)" in output
-    assert "kept (24, 12) of 60 prompt tokens, a layer and KV head: 4608 bytes" in output
-    generated = output.splitlines()[-1]
+def run_here(name: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines that an example prints, run without a process of its own."""
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    return capsys.readouterr().out.splitlines()
+
+
+def test_own_scorer(capsys: pytest.CaptureFixture[str]) -> None:
+    *_, described, generated = lines = run_here("own_scorer.py", capsys)
+    assert "Peak(queries=8)" in "".join(lines)
+    assert "kept (24, 12) of 60 prompt tokens, a layer and KV head: 4608 bytes" in described
     assert generated.startswith("generated [")
     assert generated.count(",") == 7
 
@@ -37,12 +42,6 @@ def test_torch_compile_backend() -> None:
     assert "and on, after another turn, [" in output
     assert "insert_decode_cache    matched     2" in output
     assert output.splitlines()[-1] == "graphs compiled by Dynamo: 2"
-
-
-def run_here(name: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The lines that an example prints, run without a process of its own."""
-    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
-    return capsys.readouterr().out.splitlines()
 
 
 def test_chat_session(capsys: pytest.CaptureFixture[str]) -> None:

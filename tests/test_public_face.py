@@ -67,9 +67,10 @@ def test_every_error_is_public() -> None:
 
 
 def test_star_import_gives_the_public_names() -> None:
-    assert run_python("from xkv_fx import *; print(Budgets.__name__, callable(transform), __version__)") == (
-        f"Budgets True {xkv_fx.__version__}"
-    )
+    names: dict[str, object] = {}
+    exec("from xkv_fx import *", names)
+    assert {name: names[name] for name in xkv_fx.__all__} == {name: getattr(xkv_fx, name) for name in xkv_fx.__all__}
+    assert names["__version__"] == xkv_fx.__version__
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

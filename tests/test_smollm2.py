@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ready_models
 import torch
 from exhaustive import EXHAUSTIVE
 from torch.profiler import ProfilerActivity
 
 import xkv_fx
 from xkv_fx.evaluation.texts import documentation
-from xkv_fx.hf.capture import capture
 from xkv_fx.hf.models import load_model
 
 LAYERS = 30
@@ -49,9 +48,8 @@ def smollm2() -> Loaded:
 @pytest.fixture(scope="module", autouse=True)
 def captured_once() -> Iterator[None]:
     """Thirty layers take a while: what `transform` captured serves `profile` too."""
-    whole = functools.cache(lambda model: capture(model))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("xkv_fx.hf.capture.capture", lambda model, **_: whole(model))
+        ready_models.capture_once(patch)
         yield
 
 

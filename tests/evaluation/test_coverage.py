@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ready_models
 import torch
 import typer
 from tiny_models import FAMILIES
@@ -57,7 +58,8 @@ def test_the_sample_has_25_classes() -> None:
 
 
 @pytest.mark.parametrize("model_type", SAMPLE)
-def test_exact(model_type: str) -> None:
+def test_exact(monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
+    ready_models.capture_once(monkeypatch)  # counting the layers of some means to capture them
     verdict = classify(ENTRIES[model_type])
     assert verdict.outcome == "exact", verdict.reason
 
@@ -82,8 +84,9 @@ def test_a_tiny_configuration_has_a_layer_of_each_kind() -> None:
     assert tiny_config("gemma3").text_config.hidden_size == 32
 
 
-def test_other_logits_than_transformers_are_a_failure() -> None:
+def test_other_logits_than_transformers_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """`compare` must see a difference in one logit, and one token."""
+    ready_models.capture_once(monkeypatch)
     model, prompt = tiny_model(ENTRIES["llama"]), random_prompt()
     tokens, logits = greedy(model, prompt, 6)
     assert compare(model, prompt, (tokens, logits))[0] == "exact"
