@@ -12,8 +12,8 @@ import torch
 import typer.main
 from exhaustive import EXHAUSTIVE, exhaustive
 from ready_models import remember_programs
-from tiny_models import llama, random_ids
-from tokenizers import Tokenizer, models, pre_tokenizers
+from saved_models import save_model
+from tiny_models import random_ids
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import xkv_fx
@@ -25,7 +25,6 @@ from xkv_fx.planning import allocators
 from xkv_fx.runtime.scorers import base
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = 300
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 trace_once = functools.cache(export_engine.trace_program)
 SLOW = ("README.md", "api.md", "engines.md")
@@ -47,12 +46,7 @@ def words(count: int, seed: int) -> str:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which `path/to/model` is a whole model with a tokenizer, small and random."""
     folder = tmp_path_factory.mktemp("docs")
-    numbered = {word: token for token, word in enumerate(["[UNK]", "[BOS]", *(f"w{n}" for n in range(2, WORDS))])}
-    words_of = Tokenizer(models.WordLevel(numbered, unk_token="[UNK]"))
-    words_of.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words_of, unk_token="[UNK]", pad_token="[UNK]")
-    tokenizer.save_pretrained(folder / "path/to/model")
-    llama(2, vocab_size=WORDS).save_pretrained(folder / "path/to/model")
+    save_model(folder / "path/to/model")
     return folder
 
 

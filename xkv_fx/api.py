@@ -13,10 +13,12 @@ from xkv_fx.planning.plan import solve
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
     from xkv_fx.hf.generation import BudgetedLM
     from xkv_fx.lowering.engine import Engine
     from xkv_fx.lowering.plain import BudgetedModule
+    from xkv_fx.passes.captured import CapturedModel
     from xkv_fx.planning.calibration_data import Calibration
     from xkv_fx.planning.profile_data import Profile
     from xkv_fx.planning.verify import Verification
@@ -32,6 +34,7 @@ def profile(
     tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
     statistics: Sequence[str] = (),
+    group: ProcessGroup | None = None,
 ) -> Profile:
     """Measure how much attention mass each layer keeps at every capacity (XKV, arXiv 2412.05896).
 
@@ -46,22 +49,32 @@ def profile(
         progress: called as `progress(done, total)` after each prompt.
         statistics: what else to measure: `"preference"` for the allocator `"entropy"` (CAKE, arXiv 2503.12491),
             `"similarity"` for `"squeeze"` (SqueezeAttention, arXiv 2404.04793).
+        group: processes to share the prompts with, such as `torch.distributed.group.WORLD` under `torchrun` or
+            `accelerate launch`; this process measures all of them when None. Every process of the group makes the same
+            call and gets the same profile, bit for bit that of a process alone which computes in as many threads. An
+            error in one is raised in all; `progress` is called in the first.
 
     Raises:
         PromptError: no prompts, an empty one, one too short to rank or too long for the model's positions, or one with
             tokens that the model does not have.
         UnsupportedModelError: the model cannot be captured exactly.
-        BudgetError: `sampling` out of range, an unknown statistic, or a policy whose scorer is unknown or does not
-            measure attention.
+        BudgetError: `sampling` out of range, an unknown statistic, a policy whose scorer is unknown or does not measure
+            attention, or processes of the group that were given something else.
     """
     from xkv_fx.hf.capture import capture
     from xkv_fx.hf.prompts import tokenize
     from xkv_fx.planning.profile import measure_profile, profiling_scorer, sample_prompts
+    from xkv_fx.planning.team import team_of
 
     policy = Policy() if policy is None else policy
-    profiling_scorer(policy)
-    sampled = sample_prompts(tokenize(prompts, tokenizer), sampling)
-    return measure_profile(capture(model, decode=False), sampled, policy, progress, statistics)
+
+    def prepare() -> tuple[tuple[Tensor, ...], CapturedModel]:
+        profiling_scorer(policy)
+        return sample_prompts(tokenize(prompts, tokenizer), sampling), capture(model, decode=False)
+
+    team = team_of(group, model)
+    sampled, captured = team.together(prepare)
+    return measure_profile(captured, sampled, policy, progress, statistics, team)
 
 
 def calibrate(
@@ -73,6 +86,7 @@ def calibrate(
     tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
     resume: str | os.PathLike[str] | None = None,
+    group: ProcessGroup | None = None,
 ) -> Calibration:
     """Measure how far the output strays from the full cache when one layer alone holds less.
 
@@ -97,21 +111,29 @@ def calibrate(
         progress: called as `progress(done, total)` after each prompt.
         resume: a folder for what was measured so far, one file a prompt. After an interruption the same call goes on
             from there; results of other weights, policies, grids or prompts are not taken.
+        group: processes to share the prompts with; see `profile`. With `resume` each writes the files of its prompts.
 
     Raises:
         PromptError: no prompts, one that is too short for its continuation or too long for the model's positions, or
             one with tokens that the model does not have.
         UnsupportedModelError: the model cannot be captured exactly, or its tokens meet outside attention.
-        BudgetError: a grid or continuation out of range, an unknown scorer, or a policy that never evicts.
+        BudgetError: a grid or continuation out of range, an unknown scorer, a policy that never evicts, or processes of
+            the group that were given something else.
     """
     from xkv_fx.hf.capture import capture
     from xkv_fx.hf.prompts import tokenize
     from xkv_fx.planning.calibrate import check_measurable, measure_calibration
+    from xkv_fx.planning.team import team_of
 
     policy = Policy() if policy is None else policy
-    check_measurable(policy, continuation, grid)
-    rows = tokenize(prompts, tokenizer)
-    return measure_calibration(capture(model, decode=False), rows, policy, grid, continuation, progress, resume)
+
+    def prepare() -> tuple[tuple[Tensor, ...], CapturedModel]:
+        check_measurable(policy, continuation, grid)
+        return tokenize(prompts, tokenizer), capture(model, decode=False)
+
+    team = team_of(group, model)
+    rows, captured = team.together(prepare)
+    return measure_calibration(captured, rows, policy, grid, continuation, progress, resume, team)
 
 
 @overload

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +17,9 @@ from rich.table import Table
 
 import xkv_fx
 from xkv_fx.errors import BudgetError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Per-layer KV cache budgets: measure, solve, generate, inspect."
@@ -26,6 +30,44 @@ errors = Console(stderr=True)
 Model = Annotated[str, typer.Option(help="A model folder, a .gguf file, or the alias smollm2.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Plan = Annotated[Path, typer.Argument(help="A budgets file.")]
+
+
+SPREAD = ("profile", "calibrate")
+"""Commands that share their prompts among processes."""
+
+
+@app.callback()
+def one_or_spread(context: typer.Context) -> None:
+    if started_processes() > 1 and context.invoked_subcommand not in SPREAD:
+        raise BudgetError(
+            f"xkv-fx {context.invoked_subcommand} runs in one process; start it without torchrun or accelerate launch, "
+            f"which are for {' and '.join(SPREAD)}"
+        )
+
+
+def started_processes() -> int:
+    """How many processes `torchrun` or `accelerate launch` started, this one among them."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+@contextmanager
+def processes() -> Iterator[ProcessGroup | None]:
+    """The processes that this one was started among, as a group; None if it is alone."""
+    if started_processes() < 2:
+        yield None
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def is_first(group: ProcessGroup | None) -> bool:
+    """Whether it is this process that writes and prints."""
+    return group is None or group.rank() == 0
 
 
 @contextmanager
@@ -72,8 +114,8 @@ def names(text: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Any]:
-    with Progress(console=errors) as bar:
+def progress(what: str, shown: bool = True) -> Iterator[Any]:
+    with Progress(console=errors, disable=not shown) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

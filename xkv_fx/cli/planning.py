@@ -16,7 +16,9 @@ from xkv_fx.cli.common import (
     console,
     errors,
     interruptible,
+    is_first,
     load,
+    processes,
     progress,
     read,
     show,
@@ -51,16 +53,27 @@ def profile(
     sinks: Sinks = 0,
     json_: Json = False,
 ) -> None:
-    """Measure how much attention mass each layer keeps at every capacity."""
+    """Measure how much attention mass each layer keeps at every capacity.
+
+    Under torchrun, processes share the prompts.
+    """
     policy = xkv_fx.Policy(scorer=scorer, eviction=eviction, recent=recent, sinks=sinks)  # type: ignore[arg-type]
-    loaded, tokenizer = load(model)
-    rows = token_rows(prompts, tokenizer, length)
-    with progress("profile") as advance:
-        measured = xkv_fx.profile(
-            loaded, rows, sampling=sampling, policy=policy, progress=advance, statistics=tuple(statistics or ())
-        )
-    measured.save(out)
-    show({"profile": str(out), **_summary(measured)}, json_)
+    with processes() as group:
+        loaded, tokenizer = load(model)
+        rows = token_rows(prompts, tokenizer, length)
+        with progress("profile", shown=is_first(group)) as advance:
+            measured = xkv_fx.profile(
+                loaded,
+                rows,
+                sampling=sampling,
+                policy=policy,
+                progress=advance,
+                statistics=tuple(statistics or ()),
+                group=group,
+            )
+        if is_first(group):
+            measured.save(out)
+            show({"profile": str(out), **_summary(measured)}, json_)
 
 
 @app.command()
@@ -79,20 +92,32 @@ def calibrate(
     sinks: Sinks = 0,
     json_: Json = False,
 ) -> None:
-    """Measure the KL to the full cache when one layer alone holds less. Goes on where it was interrupted."""
+    """Measure the KL to the full cache when one layer alone holds less.
+
+    Goes on where it was interrupted. Under torchrun, processes share the prompts.
+    """
     from xkv_fx.planning.calibrate import remove_parts
 
     policy = xkv_fx.Policy(scorer=scorer, eviction=eviction, recent=recent, sinks=sinks)  # type: ignore[arg-type]
-    loaded, tokenizer = load(model)
-    rows = token_rows(prompts, tokenizer, None if length is None else length + continuation)
     parts = out.with_name(f"{out.name}.parts")
-    with interruptible(parts), progress("calibrate") as advance:
-        measured = xkv_fx.calibrate(
-            loaded, rows, grid=grid, policy=policy, continuation=continuation, progress=advance, resume=parts
-        )
-    measured.save(out)
-    remove_parts(parts)
-    show({"calibration": str(out), **_summary(measured), "grid": list(measured.grid)}, json_)
+    with processes() as group:
+        loaded, tokenizer = load(model)
+        rows = token_rows(prompts, tokenizer, None if length is None else length + continuation)
+        with interruptible(parts), progress("calibrate", shown=is_first(group)) as advance:
+            measured = xkv_fx.calibrate(
+                loaded,
+                rows,
+                grid=grid,
+                policy=policy,
+                continuation=continuation,
+                progress=advance,
+                resume=parts,
+                group=group,
+            )
+        if is_first(group):
+            measured.save(out)
+            remove_parts(parts)
+            show({"calibration": str(out), **_summary(measured), "grid": list(measured.grid)}, json_)
 
 
 def _summary(measured: Profile | Calibration) -> dict[str, Any]:

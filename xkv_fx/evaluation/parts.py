@@ -18,7 +18,7 @@ from xkv_fx.evaluation.results import CONTINUATION, FULL, Row
 from xkv_fx.evaluation.tasks import Instance
 from xkv_fx.files import read_json, write_json
 from xkv_fx.passes.captured import CapturedModel
-from xkv_fx.planning.calibrate import digest_of_weights
+from xkv_fx.planning.weights import digest_of_weights
 
 PART_FORMAT, RUN_FORMAT = "xkv_fx.evaluation_part", "xkv_fx.evaluation_run"
 VERSION = 1

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,10 @@ from xkv_fx.passes.cut_at_attention import CutModel
 from xkv_fx.planning.calibration_data import Calibration, check_grid
 from xkv_fx.planning.continuation import FullRun, LayerPlans, cut_model, kl_divergence, run_full
 from xkv_fx.planning.prompts import check_tokens
+from xkv_fx.planning.team import ALONE, Arrays, Progress, Team
+from xkv_fx.planning.weights import digest_of_weights
 from xkv_fx.runtime.scorers import Scorer, scorer_of
 from xkv_fx.runtime.slots import SlotPlan, slot_plans
-
-Progress = Callable[[int, int], None]
 
 GRID = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 CONTINUATION = 16
@@ -44,6 +45,7 @@ def measure_calibration(
     continuation: int = CONTINUATION,
     progress: Progress | None = None,
     resume: str | os.PathLike[str] | None = None,
+    team: Team = ALONE,
 ) -> Calibration:
     """Measure each layer alone at each capacity of the grid, all others full, on every prompt.
 
@@ -56,6 +58,7 @@ def measure_calibration(
         progress: called as `progress(done, total)` after each prompt.
         resume: a folder for what was measured so far, a file a prompt; results of the same model, policy, grid and
             prompt are read from there instead of measured.
+        team: who measures.
 
     Raises:
         PromptError, BudgetError, UnsupportedModelError: see `xkv_fx.calibrate`.
@@ -63,21 +66,28 @@ def measure_calibration(
     check_measurable(policy, continuation, grid)
     shares = check_grid(GRID if grid is None else grid)
     scorer = scorer_of(policy)
-    rows = [check_prompt(index, prompt, captured, continuation) for index, prompt in enumerate(prompts)]
-    done = _Partial(resume, captured, policy, shares, continuation)
+
+    def prepare() -> tuple[list[Tensor], _Partial]:
+        rows = [check_prompt(index, prompt, captured, continuation) for index, prompt in enumerate(prompts)]
+        return rows, _Partial(resume, captured, policy, shares, continuation)
+
+    rows, done = team.together(prepare)
+    team.check_same(lambda: (done.base, *rows))
     model: CutModel | None = None
-    measured = []
-    for count, ids in enumerate(rows, start=1):
+
+    def measure(prompt: int) -> Arrays:
+        nonlocal model
+        ids = rows[prompt]
         kl = done.read(ids)
         if kl is None:
             model = cut_checked(captured, scorer, ids, continuation) if model is None else model
             kl = _measure(model, scorer, captured.layers, policy, shares, ids, continuation)
             done.write(ids, kl)
-        measured.append(kl)
-        if progress is not None:
-            progress(count, len(rows))
+        return {"kl": kl}
+
+    kl = np.stack([result["kl"] for result in team.measure(len(rows), measure, progress)])
     lengths = tuple(ids.shape[1] - continuation for ids in rows)
-    return Calibration(np.stack(measured), shares, lengths, continuation, policy, captured.layers, captured.fingerprint)
+    return Calibration(kl, shares, lengths, continuation, policy, captured.layers, captured.fingerprint)
 
 
 def check_measurable(policy: Policy, continuation: int, grid: Sequence[float] | None = None) -> None:
@@ -184,10 +194,16 @@ class _Partial:
     ) -> None:
         self.folder = None if folder is None else Path(folder)
         self.shape = (len(captured.layers), len(shares))
+        self.captured = captured
+        self.settings = policy.to_dict(), list(shares), int(continuation)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            described = [captured.fingerprint, str(captured.dtype), policy.to_dict(), list(shares), int(continuation)]
-            self.base = json.dumps(described, sort_keys=True) + digest_of_weights(captured)
+
+    @functools.cached_property
+    def base(self) -> str:
+        """All that a result depends on but its prompt."""
+        described = [self.captured.fingerprint, str(self.captured.dtype), *self.settings]
+        return json.dumps(described, sort_keys=True) + digest_of_weights(self.captured)
 
     def _path(self, ids: Tensor) -> Path | None:
         if self.folder is None:
@@ -223,14 +239,3 @@ def remove_parts(folder: str | os.PathLike[str]) -> None:
             path.unlink()
     with contextlib.suppress(OSError):
         Path(folder).rmdir()
-
-
-def digest_of_weights(captured: CapturedModel) -> str:
-    """Tells two models of one configuration apart by a few hundred numbers of each weight."""
-    digest = hashlib.sha256()
-    for name, weight in (*captured.prompt.named_parameters(), *captured.prompt.named_buffers()):
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float64)
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()

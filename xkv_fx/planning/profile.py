@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from xkv_fx.budgets import Policy
 from xkv_fx.errors import BudgetError, PromptError
@@ -16,9 +18,9 @@ from xkv_fx.passes.pipeline import profile_pipeline, run_pipeline
 from xkv_fx.planning.curves import retention_curve
 from xkv_fx.planning.profile_data import Profile
 from xkv_fx.planning.prompts import check_tokens
+from xkv_fx.planning.team import ALONE, Arrays, Progress, Team
+from xkv_fx.planning.weights import digest_of_weights
 from xkv_fx.runtime.scorers import Scorer, check_measures_attention, scorer_of
-
-Progress = Callable[[int, int], None]
 
 
 def sample_prompts(prompts: Sequence[Tensor], sampling: float) -> tuple[Tensor, ...]:
@@ -54,6 +56,7 @@ def measure_profile(
     policy: Policy,
     progress: Progress | None = None,
     statistics: Sequence[str] = (),
+    team: Team = ALONE,
 ) -> Profile:
     """Run the score graph on each prompt and turn the scores into retention curves.
 
@@ -63,32 +66,39 @@ def measure_profile(
         policy: scorer, recent and sinks that the plan will be served with.
         progress: called as `progress(done, total)` after each prompt.
         statistics: what else to measure of each layer; see `AddStatistics`.
+        team: who measures.
 
     Raises:
-        BudgetError: see `profiling_scorer`; or an unknown statistic.
+        BudgetError: see `profiling_scorer`; or an unknown statistic; or processes that were not given the same.
         PromptError: a prompt too short to rank, longer than the model has positions for, or with a token that the
             model does not have.
     """
-    scorer = profiling_scorer(policy)
-    rows = [_check_prompt(index, prompt, captured) for index, prompt in enumerate(prompts)]
-    graph = run_pipeline(captured.graph("prompt"), profile_pipeline(scorer, tuple(statistics), captured.layers)).module
+
+    def prepare() -> tuple[list[Tensor], GraphModule]:
+        scorer = profiling_scorer(policy)
+        rows = [_check_prompt(index, prompt, captured) for index, prompt in enumerate(prompts)]
+        passes = profile_pipeline(scorer, tuple(statistics), captured.layers)
+        return rows, run_pipeline(captured.graph("prompt"), passes).module
+
+    rows, graph = team.together(prepare)
+    described = [captured.fingerprint, str(captured.dtype), policy.to_dict(), list(statistics)]
+    team.check_same(lambda: (json.dumps(described), digest_of_weights(captured), *rows))
     layers = len(captured.layers)
-    curves = []
-    more = np.zeros((len(rows), len(statistics), layers))
-    for done, ids in enumerate(rows, start=1):
+
+    def measure(prompt: int) -> Arrays:
+        ids = rows[prompt]
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         with torch.no_grad():
             measured = graph(ids, positions, torch.ones_like(ids, dtype=torch.bool))
-        scores = measured[:layers]
-        curves.append(
-            np.stack([retention_curve(layer[0].cpu().numpy(), policy) for layer in scores]).astype(np.float32)
-        )
-        if statistics:
-            more[done - 1] = torch.cat(measured[layers:]).view(len(statistics), layers).cpu().numpy()
-        if progress is not None:
-            progress(done, len(rows))
+        curves = [retention_curve(layer[0].cpu().numpy(), policy) for layer in measured[:layers]]
+        more = torch.cat(measured[layers:]).view(len(statistics), layers) if statistics else torch.empty(0, layers)
+        return {"curves": np.stack(curves).astype(np.float32), "more": more.cpu().numpy()}
+
+    found = team.measure(len(rows), measure, progress)
+    more = np.stack([result["more"] for result in found]).astype(np.float64)
     means = {name: tuple(more[:, index].mean(0).tolist()) for index, name in enumerate(statistics)}
-    return Profile(tuple(curves), policy, captured.layers, captured.fingerprint, means)
+    curves = tuple(result["curves"] for result in found)
+    return Profile(curves, policy, captured.layers, captured.fingerprint, means)
 
 
 def _check_prompt(index: int, ids: Tensor, captured: CapturedModel) -> Tensor:
