@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from xkv_fx import Budgets, Calibration, LayerSpec, Policy, Profile, solve
 from xkv_fx.errors import BudgetError
-from xkv_fx.planning.allocators import allocator_names
+from xkv_fx.planning.allocators import allocator, allocator_names
 
 OF_CALIBRATIONS = ("calibrated", "uniform", "pyramid")
 OF_PROFILES = tuple(name for name in allocator_names() if name != "calibrated")
@@ -106,6 +106,34 @@ def test_no_plan_of_as_many_tokens_keeps_more_than_the_solvers(measured: Measure
     else:
         with pytest.raises(BudgetError, match="above"):
             solve(measured.data, total_tokens=total + 1, multiple=1)
+
+
+@given(
+    measured=measurements().filter(lambda measured: isinstance(measured.data, Calibration)),
+    multiple=st.sampled_from([1, 3, 4, 16]),
+    floor=st.integers(1, 4),
+)
+@examples(15)
+def test_a_larger_total_takes_nothing_from_any_layer(measured: Measured, multiple: int, floor: int) -> None:
+    """Also of the allocator that shares a part of the total alike; so the planned KL never rises."""
+    caps, curves = measured.caps, measured.data.mean_curve(measured.context)
+    before = np.zeros(len(caps), dtype=np.int64)
+    for total in range(sum(min(floor, cap) for cap in caps), sum(caps) + 1):
+        plan = allocator("calibrated")(curves, total, floor=floor, caps=caps, multiple=multiple)
+        assert (plan >= before).all()
+        before = plan
+    assert before.tolist() == caps
+
+
+@given(seed=st.integers(0, 2**32), fraction=st.floats(0.05, 1.0), multiple=st.sampled_from([1, 4, 16]))
+@examples(30)
+def test_permuted_layers_get_a_permuted_plan_and_a_quarter_is_shared(seed: int, fraction: float, multiple: int) -> None:
+    rng = np.random.default_rng(seed)
+    curves = np.concatenate((np.zeros((5, 1)), np.cumsum(-np.sort(-rng.exponential(size=(5, 64)), axis=1), 1)), 1)
+    total, order = max(5, int(fraction * 5 * 64)), rng.permutation(5)
+    plan = allocator("calibrated")(curves, total, multiple=multiple)
+    assert (allocator("calibrated")(curves[order], total, multiple=multiple) == plan[order]).all()
+    assert plan.min() >= total // 4 // 5 // multiple * multiple
 
 
 @given(measured=measurements())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -11,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from xkv_fx.errors import BudgetError
-from xkv_fx.planning.curves import shape_of
+from xkv_fx.planning.curves import checked_curves, shape_of
 from xkv_fx.planning.limits import Limits, make_limits
-from xkv_fx.planning.solve import capacities_for_total
+from xkv_fx.planning.solve import Blocks, blocks_of_curves, capacities_for_total, fill, spread
 
 
 class Allocator(Protocol):
@@ -173,14 +172,16 @@ def calibrated(
     caps: ArrayLike | None = None,
     multiple: int = 1,
 ) -> NDArray[np.int64]:
-    """The plan with the smallest sum of measured divergences, no layer below a quarter of the mean.
+    """The plan with the smallest sum of measured divergences, a quarter of it shared alike by all layers.
 
     Divergences add up only while they are small, and a layer that seems not to matter alone may matter once others hold
-    less too: the floor keeps a plan away from what was never measured.
+    less too: what all share keeps a plan away from what was never measured. It grows block by block, so that plans are
+    nested and a larger total never costs more.
     """
+    curves = checked_curves(curves)
     limits = make_limits(*shape_of(curves), floor, caps, multiple).for_total(total)
-    floor = calibrated_floor(total // limits.layers, limits)
-    return capacities_for_total(curves, total, floor=floor, caps=limits.caps, multiple=multiple)
+    blocks = blocks_of_curves(curves, limits)
+    return fill(dataclasses.replace(blocks, lows=spread(blocks, total // 4)), total)
 
 
 def calibrated_floor(mean: int, limits: Limits) -> int:
@@ -199,15 +200,5 @@ def uniform(
 ) -> NDArray[np.int64]:
     """Capacities as equal as total, caps and blocks allow; of what is left, the first layers get a block each."""
     limits = make_limits(*shape_of(curves), floor, caps, multiple).for_total(total)
-    lows, block = limits.lows, limits.multiple
-
-    def filled(blocks: int) -> NDArray[np.int64]:
-        capacities: NDArray[np.int64] = np.clip(blocks * block, lows, limits.caps)
-        return capacities
-
-    # The level that fits in the total while the next does not, or the one that is every layer's cap.
-    level = bisect_left(range(-(-limits.context // block)), True, key=lambda blocks: filled(blocks + 1).sum() > total)
-    capacities = filled(level)
-    room = filled(level + 1) - capacities
-    capacities += np.clip(total - capacities.sum() - (np.cumsum(room) - room), 0, room)
-    return capacities
+    no_gains = np.zeros((limits.layers, -(-limits.context // limits.multiple)))
+    return spread(Blocks(no_gains, limits.multiple, limits.lows, limits.caps), total)

@@ -5,6 +5,7 @@ A curve R of a prompt of n tokens has n + 1 points: R[c] belongs to c slots per 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import OptimizeResult, isotonic_regression
+from scipy.optimize import isotonic_regression
 
 from xkv_fx.budgets import Policy
 from xkv_fx.errors import BudgetError
@@ -124,50 +125,43 @@ def rescale(curve: NDArray[np.floating[Any]], context: int) -> NDArray[np.float6
         raise BudgetError(f"context must be a whole number of at least 1; got {context!r}")
     if context == length:
         return curve.astype(np.float64)
-    scaled = np.arange(context + 1) * length
-    left = np.minimum(scaled // context, length - 1)
-    weight = (scaled - left * context) / context
+    left, weight = _neighbours(length, context)
     low, high = curve[..., left].astype(np.float64), curve[..., left + 1].astype(np.float64)
     rescaled: NDArray[np.float64] = low * (1.0 - weight) + high * weight
     return rescaled
 
 
-def concave_majorant(curve: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """The least concave curve that is nowhere below `curve`.
+@functools.lru_cache(maxsize=2)  # all layers ask for the same
+def _neighbours(length: int, context: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """For 0 .. `context`, the point of 0 .. `length` before it on the share of tokens kept, and how far behind."""
+    scaled = np.arange(context + 1) * length
+    left = np.minimum(scaled // context, length - 1)
+    return left, (scaled - left * context) / context
+
+
+def concave_gains(curve: NDArray[np.float64], points: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+    """What each further token adds on the least concave curve that is nowhere below `curve`.
 
     A measured curve is concave but for the tokens that are kept whatever their score, so its best plan is found on
-    its majorant.
+    that majorant. Pooling adjacent steps until none is larger than the one before gives its slopes.
 
     Args:
         curve: `[length + 1]`, finite and non-decreasing.
+        points: the capacities that are allowed, int64 `[points]`, ascending: the curve is looked at there only. All of
+            them by default.
 
     Returns:
-        float64 `[length + 1]`, equal to `curve` at the corners and straight between them.
-
-    Raises:
-        BudgetError: another shape, NaN or an infinity, or a curve that falls.
+        float64 `[points - 1]`, exactly non-increasing: the slope from each point to the next.
     """
-    values: NDArray[np.float64] = checked_curves(curve[None])[0]
-    corners = _pooled(values).blocks
-    if len(corners) == len(values):
-        return values
-    straight = np.interp(np.arange(len(values)), corners, values[corners])
-    above: NDArray[np.float64] = np.maximum(straight, values)  # rounding may leave it a hair below
-    return above
+    if points is None:
+        return _pooled(np.diff(curve))
+    widths = np.diff(points)
+    return _pooled(np.diff(curve[points]) / widths, widths)
 
 
-def concave_gains(curve: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What each further token adds on the concave majorant: float64 `[length]`, exactly non-increasing."""
-    gains: NDArray[np.float64] = _pooled(curve).x
-    return gains
-
-
-def _pooled(curve: NDArray[np.float64]) -> OptimizeResult:
-    """The curve's steps, those between two corners of its concave majorant replaced by their mean.
-
-    Pooling adjacent steps until none is larger than the one before gives the slopes of the majorant.
-    """
-    return isotonic_regression(np.diff(curve), increasing=False)
+def _pooled(steps: NDArray[np.float64], weights: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+    pooled: NDArray[np.float64] = isotonic_regression(steps, weights=weights, increasing=False).x
+    return pooled
 
 
 def shape_of(curves: NDArray[np.floating[Any]]) -> tuple[int, int]:
@@ -186,20 +180,24 @@ def shape_of(curves: NDArray[np.floating[Any]]) -> tuple[int, int]:
 def checked_curves(curves: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """`[layers, context + 1]` curves in float64 that never fall, or the reason why these cannot be used.
 
+    They are the given ones, not a copy, where these are so already.
+
     Raises:
         BudgetError: another shape, NaN or an infinity, or a curve that falls by more than rounding explains.
     """
     shape_of(curves)
     tolerance = 8 * float(np.finfo(curves.dtype).eps)
-    risen = curves.astype(np.float64)
-    for layer, curve in enumerate(risen):
+    checked = curves.astype(np.float64, copy=False)
+    for layer, curve in enumerate(checked):
+        steps = np.diff(curve)  # one layer fits in a core's own cache, all of them may be gigabytes
+        if steps.min() >= 0 and np.isfinite(curve[[0, -1]]).all():
+            continue
         if not np.isfinite(curve).all():
             raise BudgetError(f"the curve of layer {layer} holds NaN or an infinity")
-        steps = np.diff(curve)
-        if steps.min() >= 0:
-            continue
         if steps.min() < -tolerance * np.abs(curve).max():
             where = int(steps.argmin())
             raise BudgetError(f"the curve of layer {layer} falls from {where} to {where + 1} slots; it may only rise")
-        np.maximum.accumulate(curve, out=curve)
-    return risen
+        if checked is curves:
+            checked = curves.copy()
+        checked[layer] = np.maximum.accumulate(curve)
+    return checked

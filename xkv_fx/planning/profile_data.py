@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -107,14 +108,15 @@ class Profile:
         check_context(context)
         mean = np.zeros((len(self.layers), context + 1))
         for curves, length in zip(self.curves, self.lengths, strict=True):
-            for sliding_window in dict.fromkeys(spec.sliding_window for spec in self.layers):
-                alike = [i for i, spec in enumerate(self.layers) if spec.sliding_window == sliding_window]
-                held, to_hold = (self.layers[alike[0]].effective_capacity(n) for n in (length, context))
-                reached = curves[alike, : held + 1]
-                reached[:, held] = 1.0
-                mean[alike, : to_hold + 1] += rescale(reached, to_hold)
-                mean[alike, to_hold + 1 :] += 1.0
-        mean /= len(self.curves)
+            for spec, curve, total in zip(self.layers, curves, mean, strict=True):
+                held, to_hold = (spec.effective_capacity(tokens) for tokens in (length, context))
+                if held < length:
+                    curve = curve[: held + 1].copy()
+                    curve[held] = 1.0
+                total[: to_hold + 1] += rescale(curve, to_hold)
+                total[to_hold + 1 :] += 1.0
+        if len(self.curves) > 1:
+            mean /= len(self.curves)
         return mean
 
     def retention(self, capacities: Sequence[int], context: int | None = None) -> float:
@@ -139,6 +141,10 @@ class Profile:
 
     def digest(self) -> str:
         """SHA-256 over everything that the profile holds, in hexadecimal."""
+        return self._digest
+
+    @functools.cached_property  # of curves that may be gigabytes, for every plan
+    def _digest(self) -> str:
         digest = hashlib.sha256(self._description().encode())
         for curves in self.curves:
             digest.update(f"{curves.shape}".encode())

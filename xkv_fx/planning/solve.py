@@ -76,7 +76,7 @@ def capacities_for_total(
     """
     curves = checked_curves(curves)
     limits = make_limits(*shape_of(curves), floor, caps, multiple).for_total(total)
-    return fill(make_blocks(gains_of(curves), limits), total)
+    return fill(blocks_of_curves(curves, limits), total)
 
 
 def capacities_for_retention(
@@ -103,7 +103,7 @@ def capacities_for_retention(
     curves = checked_curves(curves)
     limits = make_limits(*shape_of(curves), floor, caps, multiple)
     check_retention(retention, mean_retention(curves, limits.caps))
-    return _fewest(make_blocks(gains_of(curves), limits), lambda plan: mean_retention(curves, plan) >= retention)
+    return _fewest(blocks_of_curves(curves, limits), lambda plan: mean_retention(curves, plan) >= retention)
 
 
 def check_retention(retention: float, reachable: float) -> None:
@@ -123,11 +123,6 @@ def mean_retention(curves: NDArray[np.floating[Any]], capacities: NDArray[np.int
     return float(curves[np.arange(len(curves)), np.asarray(capacities)].mean(dtype=np.float64))
 
 
-def gains_of(curves: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What each further token adds to each curve's majorant, `[layers, context]`, from checked curves."""
-    return np.stack([concave_gains(curve) for curve in curves])
-
-
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """What can be taken from each layer, in blocks of tokens.
@@ -136,7 +131,7 @@ class Blocks:
         gains: float32 or float64 `[layers, blocks]`, not negative: a block's gain per token, or per byte,
             non-increasing along blocks.
         size: tokens in a block; a block that reaches beyond the layer's cap ends there.
-        lows: the capacities to start from, int64 `[layers]`: whole blocks or the cap.
+        lows: the capacities to start from, int64 `[layers]`.
         caps: the capacities to end at, int64 `[layers]`: `Limits.tops`.
     """
 
@@ -181,6 +176,21 @@ def make_blocks(gains: Gains, limits: Limits) -> Blocks:
     return Blocks(gains, size, limits.lows, limits.tops)
 
 
+def blocks_of_curves(curves: NDArray[np.float64], limits: Limits) -> Blocks:
+    """Blocks of `limits.multiple` tokens from checked curves `[layers, context + 1]`.
+
+    What a curve does within a block is not looked at, since no capacity but the cap ends there.
+    """
+    size, (layers, context) = limits.multiple, shape_of(curves)
+    gains = np.empty((layers, -(-context // size)))
+    for layer, cap in enumerate(limits.caps.tolist()):
+        points = np.minimum(np.arange(0, cap + size, size), cap)
+        reached = len(points) - 1
+        gains[layer, :reached] = concave_gains(curves[layer], points)
+        gains[layer, reached:] = gains[layer, reached - 1]  # behind the cap, where nothing is taken
+    return Blocks(gains, size, limits.lows, limits.tops)
+
+
 def fill(blocks: Blocks, budget: int, price: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
     """Take the best blocks, and the start of the next one, as long as they cost at most `budget`.
 
@@ -203,6 +213,28 @@ def fill(blocks: Blocks, budget: int, price: NDArray[np.int64] | None = None) ->
         more = min(tied, left // int(price[layer]))
         capacities[layer] += more
         left -= more * int(price[layer])
+    return capacities
+
+
+def spread(blocks: Blocks, total: int) -> NDArray[np.int64]:
+    """Capacities as equal as lows, caps and blocks allow, int64 `[layers]`; the best blocks of a last round are taken.
+
+    Args:
+        total: the sum of the capacities, at most that of the caps; where it is below that of the lows, they are it.
+    """
+
+    def filled(count: int) -> NDArray[np.int64]:
+        capacities: NDArray[np.int64] = np.clip(count * blocks.size, blocks.lows, blocks.caps)
+        return capacities
+
+    # The round that fits in the total while the next does not, or the one before the last.
+    last = blocks.gains.shape[1] - 1
+    level = bisect_left(range(last), True, key=lambda count: int(filled(count + 1).sum()) > total)
+    capacities = filled(level)
+    left = max(0, total - int(capacities.sum()))
+    best_first = np.argsort(-blocks.gains[:, level], kind="stable")
+    room = (filled(level + 1) - capacities)[best_first]
+    capacities[best_first] += np.clip(left - (np.cumsum(room) - room), 0, room)
     return capacities
 
 

@@ -11,7 +11,7 @@ from xkv_fx.errors import BudgetError
 from xkv_fx.files import is_int
 from xkv_fx.planning.curves import checked_curves, shape_of
 from xkv_fx.planning.limits import make_limits
-from xkv_fx.planning.solve import Blocks, fill, gains_of, make_blocks
+from xkv_fx.planning.solve import Blocks, blocks_of_curves, fill
 
 
 def capacities_for_bytes(
@@ -50,7 +50,7 @@ def capacities_for_bytes(
     limits = make_limits(*shape_of(curves), floor, caps, multiple)
     check_kv_bytes(kv_bytes, int(limits.floors @ price), floor)
     limits = limits.affordable(kv_bytes, price)
-    blocks = make_blocks(gains_of(curves), limits)
+    blocks = blocks_of_curves(curves, limits)
     per_byte = blocks.gains / price[:, None]
     held = blocks.lows
     while True:
