@@ -187,7 +187,7 @@ def checked_curves(curves: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """
     shape_of(curves)
     tolerance = 8 * float(np.finfo(curves.dtype).eps)
-    checked = curves.astype(np.float64, copy=False)
+    checked: NDArray[np.float64] = curves.astype(np.float64, copy=False)
     for layer, curve in enumerate(checked):
         steps = np.diff(curve)  # one layer fits in a core's own cache, all of them may be gigabytes
         if steps.min() >= 0 and np.isfinite(curve[[0, -1]]).all():
@@ -198,6 +198,6 @@ def checked_curves(curves: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
             where = int(steps.argmin())
             raise BudgetError(f"the curve of layer {layer} falls from {where} to {where + 1} slots; it may only rise")
         if checked is curves:
-            checked = curves.copy()
+            checked = checked.copy()
         checked[layer] = np.maximum.accumulate(curve)
     return checked
