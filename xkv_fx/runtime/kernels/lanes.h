@@ -31,7 +31,9 @@ inline T read(const S* from) {
 using scalar = float;
 inline float widen(scalar x) { return x; }
 inline scalar narrow(float x) { return x; }
-inline Pair load(const scalar* from) { return {read<vec>(from), read<vec>(from + LANES)}; }
+inline vec load_first(const scalar* from) { return read<vec>(from); }
+inline vec load_second(const scalar* from) { return read<vec>(from + LANES); }
+inline void narrow(vec x, scalar* to) { std::memcpy(to, &x, sizeof x); }
 inline int place(int dim) { return dim; }
 #elif defined(DTYPE_BFLOAT16)
 using scalar = uint16_t;
@@ -43,22 +45,44 @@ inline scalar narrow(float x) {  // to nearest, ties to even
   const uint32_t bits = read<uint32_t>(&x);
   return static_cast<scalar>(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
-inline Pair load(const scalar* from) {  // the even ones, then the odd ones: one instruction each
-  const vec_int both = read<vec_int>(from);
-  const vec_int even = both << 16, odd = both & static_cast<int32_t>(0xffff0000);
-  return {read<vec>(&even), read<vec>(&odd)};
+inline vec load_first(const scalar* from) {  // the even ones: one instruction
+  const vec_int even = read<vec_int>(from) << 16;
+  return read<vec>(&even);
+}
+inline vec load_second(const scalar* from) {  // the odd ones
+  const vec_int odd = read<vec_int>(from) & static_cast<int32_t>(0xffff0000);
+  return read<vec>(&odd);
+}
+inline void narrow(vec x, scalar* to) {
+  typedef scalar narrowed __attribute__((vector_size(LANES * sizeof(scalar))));
+  typedef uint32_t unsigned_vec __attribute__((vector_size(4 * LANES)));
+  const unsigned_vec bits = read<unsigned_vec>(&x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const narrowed made = __builtin_convertvector(x != x ? unsigned_vec{} + 0x7fc0 : rounded, narrowed);
+  std::memcpy(to, &made, sizeof made);
 }
 inline int place(int dim) { return dim / STEP * STEP + dim % 2 * LANES + dim % STEP / 2; }
 #elif defined(DTYPE_FLOAT16)
 using scalar = _Float16;
 inline float widen(scalar x) { return static_cast<float>(x); }
 inline scalar narrow(float x) { return static_cast<scalar>(x); }
-inline Pair load(const scalar* from) {
-  typedef _Float16 half __attribute__((vector_size(2 * LANES)));
-  return {__builtin_convertvector(read<half>(from), vec), __builtin_convertvector(read<half>(from + LANES), vec)};
+typedef scalar narrowed __attribute__((vector_size(LANES * sizeof(scalar))));
+inline vec load_first(const scalar* from) { return __builtin_convertvector(read<narrowed>(from), vec); }
+inline vec load_second(const scalar* from) { return load_first(from + LANES); }
+inline void narrow(vec x, scalar* to) {
+  const narrowed made = __builtin_convertvector(x, narrowed);
+  std::memcpy(to, &made, sizeof made);
 }
 inline int place(int dim) { return dim; }
 #endif
+
+inline Pair load(const scalar* from) { return {load_first(from), load_second(from)}; }
+
+// Keeps compilers from loading `x` anew for each of its uses, where loads are what the loop is bound by.
+inline void in_register([[maybe_unused]] vec& x) {
+#if defined(__AVX__)
+  asm("" : "+x"(x));
+#endif
+}
 
 inline float sum_of(vec x) {
   x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);

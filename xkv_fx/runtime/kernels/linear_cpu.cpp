@@ -1,82 +1,114 @@
-// A linear layer over a few rows, on CPU: each weight is read once, as it lies, whatever the number of rows.
+// A linear layer over a few rows, on CPU: each weight is read from memory once, as it lies, whatever the number of rows.
 //
-// One token a row leaves a decode step little to do but to read the weights. Outputs are dealt out to threads in
-// stretches, so that each thread reads one stretch of memory from end to end. Sums are float32 whatever the dtype.
+// One token a row leaves a decode step little to do but to read the weights; from a few rows on, in bfloat16, it is bound
+// by arithmetic as much. So a tile of AT_ONCE rows and OUTPUTS outputs keeps all its sums in registers: each weight
+// is widened once for the rows of a tile, and each input is loaded once for its outputs. Tiles of further rows find
+// their weights in the cache, a block of outputs at a time, while the next block is asked for. Sums are float32 whatever
+// the dtype.
 //
 // Before this text stands lanes.h. The input is `[rows, depth]`, the weights `[width, depth]`, the output `[rows, width]`,
 // all contiguous; `depth` is a multiple of STEP.
 
 namespace {
 
-constexpr int64_t AHEAD = 4096;  // bytes between what is read and what is asked for
+constexpr int64_t AT_ONCE = 4, OUTPUTS = 2;
+constexpr int64_t BLOCK = 16;  // outputs
+static_assert(AT_ONCE * OUTPUTS <= LANES && BLOCK % OUTPUTS == 0);
 
-// ROWS x OUTPUTS results; `x` holds `steps` pairs a row.
-template <int ROWS, int OUTPUTS>
-void tile(const Pair* x, const scalar* weights, int64_t steps, const scalar* bias, scalar* out, int64_t width) {
-  vec sums[OUTPUTS][ROWS] = {};
-  for (int64_t d = 0; d < steps; ++d) {
-    Pair part[OUTPUTS];
-    for (int n = 0; n < OUTPUTS; ++n) {
-      const scalar* from = weights + (n * steps + d) * STEP;
-      __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD);
-      part[n] = load(from);
-    }
-    for (int m = 0; m < ROWS; ++m)
-      for (int n = 0; n < OUTPUTS; ++n) sums[n][m] += x[m * steps + d].first * part[n].first;
-    for (int m = 0; m < ROWS; ++m)
-      for (int n = 0; n < OUTPUTS; ++n) sums[n][m] += x[m * steps + d].second * part[n].second;
+// Rows dealt out evenly to as few tiles as will do.
+struct Rows {
+  int64_t all, tiles;
+  int64_t start(int64_t tile) const { return tile * all / tiles; }
+  int64_t count(int64_t tile) const { return start(tile + 1) - start(tile); }
+};
+
+// The input as vectors of floats: tile by tile, in each the steps, in each the first halves of its rows, then the second.
+std::unique_ptr<vec[]> widened(const scalar* x, const Rows& rows, int64_t steps) {
+  std::unique_ptr<vec[]> inputs(new vec[rows.all * steps * 2]);
+  vec* to = inputs.get();
+  for (int64_t tile = 0; tile < rows.tiles; ++tile) {
+    const int64_t count = rows.count(tile);
+    for (int64_t d = 0; d < steps; ++d, to += 2 * count)
+      for (int64_t m = 0; m < count; ++m) {
+        const Pair pair = load(x + ((rows.start(tile) + m) * steps + d) * STEP);
+        to[m] = pair.first;
+        to[count + m] = pair.second;
+      }
   }
-  float added[ROWS * OUTPUTS];
-  if constexpr (ROWS * OUTPUTS == LANES) {
-    const vec eight = sums_of(&sums[0][0]);
-    std::memcpy(added, &eight, sizeof eight);
-  } else {
-    for (int i = 0; i < ROWS * OUTPUTS; ++i) added[i] = sum_of(sums[i / ROWS][i % ROWS]);
+  return inputs;
+}
+
+// What a block's steps ask for while they work: the block behind it, line by line.
+struct Ahead {
+  static constexpr int64_t LINE = 64, LINES = OUTPUTS * STEP * sizeof(scalar) / LINE;
+  const char* at;
+  int64_t tiles;
+  int64_t stride = LINE / tiles;
+  inline void fetch_next() {
+    for (int64_t i = 0; i < LINES; ++i, at += stride) __builtin_prefetch(at);
   }
+};
+
+template <int ROWS, int WIDE>
+inline void add_products(const vec* x, const vec* weights, vec (*sums)[ROWS]) {
+  for (int m = 0; m < ROWS; ++m) {
+    vec input = x[m];
+    if constexpr (WIDE > 1) in_register(input);
+    for (int n = 0; n < WIDE; ++n) sums[n][m] += input * weights[n];
+  }
+}
+
+// ROWS x WIDE results.
+template <int ROWS, int WIDE>
+void tile(const vec* x, const scalar* weights, int64_t steps, const scalar* bias, scalar* out, int64_t width,
+          Ahead& ahead) {
+  vec sums[WIDE][ROWS] = {};
+  for (int64_t d = 0; d < steps; ++d, x += 2 * ROWS) {
+    ahead.fetch_next();
+    vec first[WIDE], second[WIDE];
+    for (int n = 0; n < WIDE; ++n) first[n] = load_first(weights + (n * steps + d) * STEP);
+    add_products<ROWS, WIDE>(x, first, sums);
+    for (int n = 0; n < WIDE; ++n) second[n] = load_second(weights + (n * steps + d) * STEP);
+    add_products<ROWS, WIDE>(x + ROWS, second, sums);
+  }
+  vec all[LANES] = {};
+  for (int i = 0; i < ROWS * WIDE; ++i) all[i] = sums[i / ROWS][i % ROWS];
+  vec added = sums_of(all);
   if (bias != nullptr)
-    for (int i = 0; i < ROWS * OUTPUTS; ++i) added[i] += widen(bias[i / ROWS]);
-  scalar results[ROWS * OUTPUTS];
-  for (int i = 0; i < ROWS * OUTPUTS; ++i) results[i] = narrow(added[i]);
-  for (int i = 0; i < ROWS * OUTPUTS; ++i) out[i % ROWS * width + i / ROWS] = results[i];
+    for (int i = 0; i < ROWS * WIDE; ++i) added[i] += widen(bias[i / ROWS]);
+  scalar results[LANES];
+  narrow(added, results);
+  for (int i = 0; i < ROWS * WIDE; ++i) out[i % ROWS * width + i / ROWS] = results[i];
 }
 
-template <int OUTPUTS, int ROWS = LANES / OUTPUTS>
-void last_rows(int64_t rows, const Pair* x, const scalar* weights, int64_t steps, const scalar* bias, scalar* out,
-               int64_t width) {
-  if (rows == ROWS) return tile<ROWS, OUTPUTS>(x, weights, steps, bias, out, width);
-  if constexpr (ROWS > 1) last_rows<OUTPUTS, ROWS - 1>(rows, x, weights, steps, bias, out, width);
-}
-
-// OUTPUTS neighbouring outputs of every row.
-template <int OUTPUTS>
-void all_rows(int64_t rows, const Pair* x, const scalar* weights, int64_t steps, const scalar* bias, scalar* out,
-              int64_t width) {
-  constexpr int64_t at_once = LANES / OUTPUTS;
-  for (int64_t row = 0; row < rows; row += at_once)
-    last_rows<OUTPUTS>(std::min(at_once, rows - row), x + row * steps, weights, steps, bias, out + row * width, width);
+template <int WIDE, int ROWS = AT_ONCE>
+inline void tile_of(int64_t rows, const vec* x, const scalar* weights, int64_t steps, const scalar* bias, scalar* out,
+                    int64_t width, Ahead& ahead) {
+  if (rows == ROWS) return tile<ROWS, WIDE>(x, weights, steps, bias, out, width, ahead);
+  if constexpr (ROWS > 1) tile_of<WIDE, ROWS - 1>(rows, x, weights, steps, bias, out, width, ahead);
 }
 
 }  // namespace
 
-extern "C" void xkv_linear(const scalar* x, const scalar* weights, const scalar* bias, scalar* out, int64_t rows,
+extern "C" void xkv_linear(const scalar* x, const scalar* weights, const scalar* bias, scalar* out, int64_t all_rows,
                            int64_t depth, int64_t width, int threads) {
   const int64_t steps = depth / STEP;
-  const std::unique_ptr<Pair[]> widened(new Pair[rows * steps]);
-  for (int64_t i = 0; i < rows * steps; ++i) widened[i] = load(x + i * STEP);
-  const Pair* inputs = widened.get();
-  const int64_t at_once = rows <= LANES ? 1 : 2;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t block = 0; block < width / at_once; ++block) {
-    const int64_t n = block * at_once;
-    const scalar* of = bias == nullptr ? nullptr : bias + n;
-    if (at_once == 1) {
-      all_rows<1>(rows, inputs, weights + n * depth, steps, of, out + n, width);
-    } else {
-      all_rows<2>(rows, inputs, weights + n * depth, steps, of, out + n, width);
+  const Rows rows{all_rows, (all_rows + AT_ONCE - 1) / AT_ONCE};
+#pragma omp parallel num_threads(threads)
+  {
+    const std::unique_ptr<vec[]> inputs = widened(x, rows, steps);  // each thread its own: quicker than to wait for one
+#pragma omp for schedule(static)
+    for (int64_t start = 0; start < width; start += BLOCK) {
+      const int64_t end = std::min(start + BLOCK, width);
+      Ahead ahead{reinterpret_cast<const char*>(weights + end * depth), rows.tiles};
+      for (int64_t of = 0; of < rows.tiles; ++of) {
+        const int64_t row = rows.start(of);
+        for (int64_t n = start; n < end; n += OUTPUTS) {
+          const auto made = n + OUTPUTS <= end ? tile_of<OUTPUTS> : tile_of<1>;
+          made(rows.count(of), inputs.get() + row * steps * 2, weights + n * depth, steps,
+               bias == nullptr ? nullptr : bias + n, out + row * width + n, width, ahead);
+        }
+      }
     }
-  }
-  if (width % at_once != 0) {
-    const int64_t n = width - 1;
-    all_rows<1>(rows, inputs, weights + n * depth, steps, bias == nullptr ? nullptr : bias + n, out + n, width);
   }
 }
