@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import ready_models
 import torch
+from exhaustive import exhaustive
 from tiny_models import random_ids
 from torch import Tensor
 
 import xkv_fx
-from xkv_fx import Budgets
+from xkv_fx import Budgets, Policy
 from xkv_fx.lowering import manifest as manifests
 from xkv_fx.lowering import tensorrt
 from xkv_fx.lowering.engine_files import inspect_engine
@@ -30,9 +31,10 @@ from xkv_fx.lowering.tensorrt_graph import trace_for_tensorrt
 BUILD = TensorRTBuild("tensorrt_rtx", "1.6", "2.14", layers=313, caches_in_place=4, native_attentions=2)
 
 
-@pytest.fixture(scope="module")
-def llm() -> Any:
-    return ready_models.transformed(Budgets((12, 16)))
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=exhaustive)], ids=["in place", "by the caller"])
+def llm(request: pytest.FixtureRequest) -> Any:
+    policy = Policy() if request.param == 1 else Policy(eviction="scored", sinks=1)
+    return ready_models.transformed(Budgets((12, 16), policy), rows=request.param)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_tensorrt") is not None, reason="Torch-TensorRT is installed")
@@ -54,9 +56,11 @@ def stand_in(llm: Any) -> types.ModuleType:
     program = trace_for_tensorrt(llm.decode)
     decode = program.module()
     inputs = {spec.name: spec for spec in manifests.inputs_of("decode", llm.program.plan)}
-    caches = tensorrt.caches_of(llm.program.plan)
-    aliases = {f"output{index + 1}": name for index, name in enumerate(caches)}
-    outputs = ["output0", *aliases]
+    plan = llm.program.plan
+    caches = tensorrt.caches_of(plan) if tensorrt.written_in_place(plan) else ()
+    returned = {f"output{index}": name for index, name in enumerate(("logits", *tensorrt.returned_by(plan)))}
+    aliases = {f"updated_{name}": name for name in caches}
+    outputs = [*returned, *aliases]
 
     class Context:
         def __init__(self) -> None:
@@ -69,8 +73,9 @@ def stand_in(llm: Any) -> types.ModuleType:
         def execute_async_v3(self, stream: int) -> bool:
             given = [at(self.addresses[name], spec.shape, getattr(torch, spec.dtype)) for name, spec in inputs.items()]
             assert all(self.addresses[output] == self.addresses[cache] for output, cache in aliases.items())
-            logits = decode(*given)
-            at(self.addresses["output0"], logits.shape, logits.dtype).copy_(logits)
+            found = decode(*given)
+            for output, tensor in zip(returned, found if isinstance(found, tuple) else (found,), strict=True):
+                at(self.addresses[output], tensor.shape, tensor.dtype).copy_(tensor)
             return True
 
     class Engine:
@@ -114,7 +119,7 @@ def at(address: int, shape: Any, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def without_a_gpu() -> Iterator[None]:
+def without_a_gpu(llm: Any) -> Iterator[None]:
     """The target takes the CPU, its prompts the form that needs no compiler, and TensorRT builds nothing."""
     prompts = {"prefill": "program", "extend": "program"}
     with pytest.MonkeyPatch.context() as patch:
@@ -133,14 +138,15 @@ def folder(llm: Any, without_a_gpu: None, tmp_path_factory: pytest.TempPathFacto
     return path
 
 
-def test_an_engine_decodes_in_place(
+def test_an_engine_decodes_as_the_transformed_model_does(
     llm: Any, folder: Path, stand_in: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(xkv_fx.EngineError, match=r"not installed here; install tensorrt-rtx==1\.6"):
         xkv_fx.load(folder, trust=True)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", stand_in)
     engine = xkv_fx.load(folder, trust=True)
-    ids = random_ids(1, 9)
+    rows = llm.program.plan.rows
+    ids = random_ids(rows, 9)
     expected = llm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
     assert torch.equal(engine.generate(ids, 10), expected)
     first, second = engine.new_session(), engine.new_session()
@@ -148,8 +154,8 @@ def test_an_engine_decodes_in_place(
         session.feed(ids)
         session.step(ids[:, :1])
     assert torch.equal(first.state["k_1"], second.state["k_1"])
-    assert first.seen == second.seen == (10,)
-    assert int(first.state["seen"]) == 10
+    assert first.seen == second.seen == (10,) * rows
+    assert first.state["seen"].tolist() == [10] * rows
 
 
 def test_the_manifest_says_what_was_built(folder: Path) -> None:

@@ -8,8 +8,9 @@ import torch
 from exhaustive import exhaustive
 from tiny_models import random_ids
 
-import xkv_fx
 from xkv_fx import Budgets, Policy
+from xkv_fx.lowering.run_tensorrt import write_returned
+from xkv_fx.lowering.tensorrt import returned_by, shape_of_returned
 from xkv_fx.lowering.tensorrt_graph import trace_for_tensorrt
 
 aten = torch.ops.aten
@@ -43,9 +44,34 @@ def test_it_decodes_as_the_transformed_model_does(family: str) -> None:
         assert torch.equal(one, other)
 
 
-def test_what_cannot_be_updated_in_place_is_refused() -> None:
-    with pytest.raises(xkv_fx.BackendError, match=r"one row only.* for 2"):
-        trace_for_tensorrt(ready_models.full(2).decode)
-    scored = ready_models.transformed(Budgets((12, 16), Policy(eviction="scored", sinks=1)))
-    with pytest.raises(xkv_fx.BackendError, match="a slot of its own"):
-        trace_for_tensorrt(scored.decode)
+@pytest.mark.parametrize(
+    ("rows", "family", "policy"),
+    [
+        (2, "llama", Policy()),
+        (1, "llama", Policy(eviction="scored", sinks=1)),
+        pytest.param(2, "gemma2", Policy(eviction="scored", sinks=1), marks=exhaustive),
+        pytest.param(2, "mistral", Policy(), marks=exhaustive),
+    ],
+)
+def test_where_each_row_or_head_has_a_slot_of_its_own_the_caller_writes(rows: int, family: str, policy: Policy) -> None:
+    llm = ready_models.transformed(Budgets((12, 16), policy), rows=rows, family=family)
+    program = trace_for_tensorrt(llm.decode)
+    assert not program.graph_signature.user_inputs_to_mutate
+    plan, ours, theirs = llm.program.plan, llm.new_session().session, llm.new_session().session
+    decode = program.module()
+    valid = torch.ones(rows, 9, dtype=torch.bool)
+    valid[-1, :4] = False  # of rows of unequal length each is elsewhere in its slots
+    for session in (ours, theirs):
+        session.feed(random_ids(rows, 9), valid=valid)
+    state = dict(zip(plan.names(), theirs.state.tensors, strict=True))
+    for tokens in random_ids(rows, 14, seed=1).T:
+        expected = ours.step(tokens[:, None])
+        logits, *returned = decode(tokens[:, None], state["seen"][:, None].clone(), *state.values())
+        names = returned_by(plan)
+        for name, tensor in zip(names, returned, strict=True):
+            assert (tuple(tensor.shape), tensor.dtype) == shape_of_returned(plan, name)
+        write_returned(plan, state, dict(zip(names, returned, strict=True)))
+        state["seen"] += 1
+        assert torch.allclose(logits, expected, atol=1e-5)
+    for one, other in zip(ours.state.tensors, theirs.state.tensors, strict=True):
+        assert torch.allclose(one.double(), other.double(), atol=1e-6)

@@ -10,10 +10,10 @@ import ready_models
 import torch
 
 import xkv_fx
-from xkv_fx import Budgets
+from xkv_fx import Budgets, Policy
 from xkv_fx.hf.models import load_model
 from xkv_fx.lowering.manifest import TensorRTBuild
-from xkv_fx.lowering.tensorrt import build_engine, caches_of
+from xkv_fx.lowering.tensorrt import build_engine, caches_of, written_in_place
 from xkv_fx.lowering.tensorrt_graph import trace_for_tensorrt
 
 CAPABILITIES = ("sm_80", "sm_89", "sm_120")
@@ -23,7 +23,8 @@ LAYERS = 30
 def built(llm: Any, *capabilities: str) -> tuple[int, TensorRTBuild]:
     """Bytes of an engine, and what it is made of."""
     program = trace_for_tensorrt(llm.decode)
-    engine, build = build_engine(program, len(caches_of(llm.program.plan)), capabilities)
+    plan = llm.program.plan
+    engine, build = build_engine(program, len(caches_of(plan)) if written_in_place(plan) else 0, capabilities)
     print(json.dumps({"gpus": capabilities, "bytes": engine.nbytes, **vars(build)}))
     return engine.nbytes, build
 
@@ -40,6 +41,16 @@ def test_a_tiny_llama(capability: str) -> None:
     size, build = built(ready_models.transformed(Budgets((12, 16))), capability)
     assert size > 0
     check_native(build, 2)
+
+
+@pytest.mark.parametrize(
+    ("policy", "native"), [(Policy(), 2), (Policy(eviction="scored", sinks=1), 0)], ids=["ring", "scored"]
+)
+def test_several_rows_whose_caches_the_caller_writes(policy: Policy, native: int) -> None:
+    llm = ready_models.transformed(Budgets((12, 16), policy), rows=3)
+    size, build = built(llm, CAPABILITIES[1])
+    assert size > 0
+    assert (build.caches_in_place, build.native_attentions, build.left_to_torch) == (0, native, 0)
 
 
 def test_one_engine_for_several_gpus() -> None:

@@ -33,7 +33,7 @@ from xkv_fx.lowering.manifest import (
     spec_of,
 )
 from xkv_fx.lowering.portable import save_program
-from xkv_fx.lowering.tensorrt import caches_of, compile_tensorrt, import_torch_tensorrt
+from xkv_fx.lowering.tensorrt import caches_of, compile_tensorrt, import_torch_tensorrt, written_in_place
 from xkv_fx.lowering.tensorrt_graph import trace_for_tensorrt
 from xkv_fx.lowering.trace_program import SHORTEST, trace_program
 from xkv_fx.passes.export_graph import UNBOUNDED
@@ -52,6 +52,11 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
         raise BackendError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
     graphs = llm.program.graphs
     plan = graphs.plan
+    if graphs.captured.shard.size > 1:
+        raise UnsupportedModelError(
+            f"this model is split among {graphs.captured.shard.size} processes, and an engine runs in one; export what "
+            "was made from the whole model"
+        )
     if target == "tensorrt":
         import_torch_tensorrt()
     if plan.device.type not in DEVICES[target]:
@@ -101,7 +106,8 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
                 elif form == "program":
                     save_program(programs.pop(kind), path, key)
                 else:
-                    build = compile_tensorrt(programs.pop(kind), path, key, len(caches_of(plan)))
+                    caches = caches_of(plan) if written_in_place(plan) else ()
+                    build = compile_tensorrt(programs.pop(kind), path, key, len(caches))
                     manifest = dataclasses.replace(manifest, tensorrt=build)
             save_file(weights.separate(), part / WEIGHTS)
             shutil.copymode(part / packages["decode"].file, part / WEIGHTS)  # safetensors lets nobody else read it

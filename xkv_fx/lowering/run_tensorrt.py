@@ -5,8 +5,10 @@ Not run yet: it needs a GPU that TensorRT or TensorRT-RTX supports.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from torch import Tensor
 
 from xkv_fx.errors import EngineError
 from xkv_fx.lowering.manifest import Manifest, TensorRTBuild
-from xkv_fx.lowering.tensorrt import ENGINE, caches_of
+from xkv_fx.lowering.tensorrt import ENGINE, caches_of, returned_by, shape_of_returned, written_in_place
+from xkv_fx.runtime.state import CachePlan
 
 
 def check_library(build: TensorRTBuild) -> Any:
@@ -50,31 +53,65 @@ class TensorRTDecode:
         if self._engine is None:
             raise EngineError(f"{path}: TensorRT could not load it; what it logged says why")
         aliases = _aliases(self._engine, tensorrt)
-        caches = set(caches_of(manifest.plan))
+        self._plan = manifest.plan
+        caches = set(caches_of(self._plan)) if written_in_place(self._plan) else set()
         if set(aliases.values()) != caches:
             wrong = ", ".join(sorted(caches ^ set(aliases.values())))
             raise EngineError(f"{path}: the caches that it changes in place are not those of the plan: {wrong}")
-        outputs = [name for name in _tensors(self._engine, tensorrt.TensorIOMode.OUTPUT) if name not in aliases]
-        if len(outputs) != 1:
-            raise EngineError(f"{path}: it has {len(outputs)} outputs besides its caches, not one")
         self._aliases = aliases
-        self._output = outputs[0]
-        self._shape = (manifest.batch_size, 1, manifest.vocabulary)
-        self._dtype = _torch_dtype(self._engine.get_tensor_dtype(self._output), tensorrt)
+        returned = ("logits", *returned_by(self._plan))
+        self._outputs = {name: f"output{index}" for index, name in enumerate(returned)}  # as Torch-TensorRT names them
+        found = {name for name in _tensors(self._engine, tensorrt.TensorIOMode.OUTPUT) if name not in aliases}
+        if found != set(self._outputs.values()):
+            raise EngineError(f"{path}: it returns {len(found)} tensors besides its caches, not {len(returned)}")
+        logits = _torch_dtype(self._engine.get_tensor_dtype(self._outputs["logits"]), tensorrt)
+        self._shapes = {
+            "logits": ((manifest.batch_size, 1, manifest.vocabulary), logits),
+            **{name: shape_of_returned(self._plan, name) for name in returned[1:]},
+        }
         self._context = self._engine.create_execution_context()
 
     def __call__(self, inputs: list[Tensor]) -> Tensor:
         given = dict(zip(self._names, inputs, strict=True))
-        logits = torch.empty(self._shape, dtype=self._dtype, device=inputs[0].device)
+        device = inputs[0].device
+        returned = {
+            name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in self._shapes.items()
+        }
         for name, tensor in given.items():
             self._context.set_tensor_address(name, tensor.data_ptr())
         for output, cache in self._aliases.items():
             self._context.set_tensor_address(output, given[cache].data_ptr())
-        self._context.set_tensor_address(self._output, logits.data_ptr())
+        for name, output in self._outputs.items():
+            self._context.set_tensor_address(output, returned[name].data_ptr())
         if not self._context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise EngineError("TensorRT did not run the decode step; what it logged says why")
+        if not self._aliases:
+            write_returned(self._plan, given, returned)
         given["seen"] += 1  # `tensorrt_form` leaves it to the caller
-        return logits
+        return returned["logits"]
+
+
+def write_returned(plan: CachePlan, state: Mapping[str, Tensor], returned: Mapping[str, Tensor]) -> None:
+    """Write what a decode step returned into the buffers that it has read, where it does not write them itself.
+
+    Args:
+        state: by the names of `CachePlan.names`; tokens are not counted yet.
+        returned: by the names of `tensorrt.returned_by`.
+    """
+    seen, base = state["seen"], state["base"]
+    slots_of = functools.cache(lambda slots: slots.next_slot(seen, base)[:, None])  # equal layers write to equal slots
+    row = torch.arange(plan.rows, device=seen.device)[:, None]
+    for layer, (spec, slots) in enumerate(zip(plan.layers, plan.slots, strict=True)):
+        head = torch.arange(spec.kv_heads, device=seen.device)
+        scored = slots.eviction == "scored"
+        at = (row, head, returned[f"slot_{layer}"] if scored else slots_of(slots))
+        for name in (f"k_{layer}", f"v_{layer}"):
+            if name in returned:
+                state[name].index_put_(at, returned[name][:, :, 0])
+        if scored:
+            positions = state[f"positions_{layer}"]
+            positions.index_put_(at, seen[:, None].expand(-1, spec.kv_heads).to(positions.dtype))
+            state[f"scores_{layer}"].copy_(returned[f"scores_{layer}"])
 
 
 def _tensors(engine: Any, mode: Any) -> list[str]:

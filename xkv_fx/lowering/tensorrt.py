@@ -1,4 +1,4 @@
-"""TensorRT: the decode graph becomes one engine of TensorRT's that updates the caches in place.
+"""TensorRT: the decode graph becomes one engine of TensorRT's that updates the caches in place where it can.
 
 What was hoped for is checked in the network that is built: every cache is updated by a layer of TensorRT's own, which
 aliases its input, and nothing is left to torch. Torch-TensorRT converts; `torch-tensorrt` and `torch-tensorrt-rtx` both
@@ -34,7 +34,7 @@ def compile_tensorrt(program: ExportedProgram, path: Path, key: str, caches: int
     Args:
         program: of `trace_for_tensorrt`.
         key: stored in the file.
-        caches: how many tensors of K/V must be updated in place.
+        caches: how many tensors of K/V must be updated in place; none where the caller writes them.
 
     Raises:
         as `build_engine`.
@@ -54,7 +54,7 @@ def build_engine(
 
     Args:
         program: of `trace_for_tensorrt`; inputs and caches keep their names, the logits are the first output.
-        caches: how many tensors of K/V must be updated in place.
+        caches: how many tensors of K/V must be updated in place; none where the caller writes them.
         capabilities: GPUs to build for, such as `"sm_89"`, in one engine; TensorRT-RTX alone can. The present GPU when
             empty.
 
@@ -111,6 +111,28 @@ def caches_of(plan: CachePlan) -> tuple[str, ...]:
     """The tensors of K/V that a decode step changes; keys that are the values too are one."""
     kv = (name for name in plan.names() if name.startswith(("k_", "v_")))
     return tuple(name for name in kv if 0 not in plan.shape_and_dtype(name)[0])
+
+
+def written_in_place(plan: CachePlan) -> bool:
+    """Whether TensorRT writes each token's K/V itself: of one row, and not with a slot of its own in each KV head."""
+    return plan.rows == 1 and all(slots.eviction != "scored" for slots in plan.slots)
+
+
+def returned_by(plan: CachePlan) -> tuple[str, ...]:
+    """What a decode step returns besides logits for its caller to write, in order."""
+    if written_in_place(plan):
+        return ()
+    scored = (layer for layer, slots in enumerate(plan.slots) if slots.eviction == "scored")
+    return tuple(sorted((*caches_of(plan), *(f"{kind}_{layer}" for layer in scored for kind in ("slot", "scores")))))
+
+
+def shape_of_returned(plan: CachePlan, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of what a decode step returns under that name."""
+    kind, _, layer = name.partition("_")
+    if kind == "slot":
+        return (plan.rows, plan.layers[int(layer)].kv_heads), torch.int64
+    (rows, heads, *rest), dtype = plan.shape_and_dtype(name)
+    return (rows, heads, *rest) if kind == "scores" else (rows, heads, 1, rest[1]), dtype
 
 
 def _convert(program: ExportedProgram, torch_tensorrt: Any) -> Any:

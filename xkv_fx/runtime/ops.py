@@ -243,16 +243,43 @@ def _decode_scored(
     scores.index_put_((row, head, slot), scores.new_zeros(rows, kv_heads))
 
     valid = plan.decode_mask(positions, seen, seen)
+    out, attention = attend_and_count(q, k_cache, v_cache, positions, valid, seen, scale, softcap, sinks, slopes)
+    scores.add_(attention)
+    return out
+
+
+def attend_and_count(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    valid: Tensor,
+    seen: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The attention of `decode_scored`, to slots that hold the new token already.
+
+    Args:
+        valid: bool, which slots count, as `SlotPlan.decode_mask` gives it.
+
+    Returns:
+        `[rows, query_heads, 1, value_dim]`, and the mean over each query group of the attention to each slot, float32
+        `[rows, kv_heads, slots]`.
+    """
+    rows, v_cache = q.shape[0], values_of(k_cache, v_cache)
     logits = group_logits(q, k_cache, scale, softcap)[:, :, :, 0]
     if slopes is not None:
         logits = logits + distance_bias(slopes, (seen[:, None, None] - positions)[:, :, None])[:, :, :, 0]
     logits = logits.masked_fill(~valid, float("-inf"))
     lse = torch.logsumexp(logits, -1, keepdim=True)
     weights = torch.exp(logits - lse)
-    out = torch.matmul(weights.to(v.dtype), values_of(k_cache, v_cache)).reshape(rows, -1, 1, v.shape[-1])
+    out = torch.matmul(weights.to(v_cache.dtype), v_cache).reshape(rows, -1, 1, v_cache.shape[-1])
     lse = lse.reshape(rows, -1, 1)
-    scores.add_(_apply_sinks(weights.flatten(1, 2)[:, :, None], lse, sinks).view(weights.shape).mean(2))
-    return _apply_sinks(out, lse, sinks)
+    attention = _apply_sinks(weights.flatten(1, 2)[:, :, None], lse, sinks).view(weights.shape).mean(2)
+    return _apply_sinks(out, lse, sinks), attention
 
 
 decode_scored = torch.library.custom_op(
