@@ -106,6 +106,18 @@ def test_causal_attention_takes_transposed_views() -> None:
         assert_near(causal_attention(*views, SCALE, **options)[0], causal_by_loops(q, k, v, **options)[0])
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_elements_of_a_head_may_lie_apart(which: int) -> None:
+    """torch's CPU kernel reads them as if they did not, and beyond the end."""
+    given = list(random_qkv((4, 2), 9))
+    expected = causal_by_loops(*given)[0]
+    mask = mask_of(2, 1, 9, 9)
+    expected_of_slots = slots_by_loops(*given, mask, None)[0]
+    given[which] = given[which].transpose(2, 3).contiguous().transpose(2, 3)
+    assert_near(causal_attention(*given, SCALE)[0], expected)
+    assert_near(slot_attention(*given, mask, SCALE)[0], expected_of_slots)
+
+
 def test_causal_attention_leaves_padding_behind() -> None:
     """What stands after a query never reaches it, however large it is."""
     q, k, v = random_qkv((4, 2), 9)

@@ -92,17 +92,24 @@ def flash_applies(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def causal_by_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`causal_attention` by torch's flash kernel."""
+    q, k, v = map(_side_by_side, (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
     return out, lse
 
 
 def slots_by_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`slot_attention` by torch's flash kernel; queries without a slot get anything."""
+    q, k, v = map(_side_by_side, (q, k, v))
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, False, attn_mask=bias, scale=scale
     )
     return out, lse
+
+
+def _side_by_side(states: Tensor) -> Tensor:
+    """torch's CPU kernel takes for granted that the elements of a head lie side by side in memory."""
+    return states if states.stride(-1) == 1 else states.contiguous()
 
 
 def without_slots(attended: tuple[Tensor, Tensor], q: Tensor, k: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
