@@ -2,7 +2,8 @@
 //
 // Each kept K/V is read once: the whole query group of a KV head is computed from one pass over its slots. Slots are
 // dealt out to threads in chunks, each with its own running softmax (maximum, sum, weighted values); a second, small
-// loop merges the chunks. Arithmetic is float32 whatever the dtype of the cache.
+// loop merges the chunks. Arithmetic is float32 whatever the dtype of the cache. While the keys of a tile are worked on,
+// its values are asked for, and meanwhile the keys of the next: a core must do both at once to be as fast as the memory.
 //
 // Before this text stand lanes.h, and KEY_DIM, VALUE_DIM and GROUP (query heads for each KV head). Shapes are those of
 // the op; every tensor but the mask is contiguous.
@@ -12,10 +13,10 @@ namespace {
 constexpr int64_t CHUNK = 256;  // slots of one task
 constexpr int64_t TILE = 64;    // slots between two updates of the running softmax
 constexpr int KEY_STEPS = KEY_DIM / STEP, VALUE_STEPS = VALUE_DIM / STEP;
-constexpr int AT_ONCE = GROUP <= 3 ? 4 : GROUP <= 6 ? 2 : 1;  // slots whose dot products share a pass over the query
+constexpr int AT_ONCE = GROUP <= 2 ? 4 : GROUP <= 6 ? 2 : 1;  // slots whose dot products share a pass over the query
 constexpr int CHAINS = GROUP <= 3 ? 2 : 1;                    // slots whose values are summed side by side
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
-static_assert(KEY_DIM % STEP == 0 && VALUE_DIM % STEP == 0 && TILE % LANES == 0 && TILE % AT_ONCE == 0 && TILE % CHAINS == 0);
+static_assert(KEY_DIM % STEP == 0 && VALUE_DIM % STEP == 0 && TILE % LANES == 0 && LANES % AT_ONCE == 0);
 
 inline float max_of(vec x) {
   float most = x[0];
@@ -44,74 +45,106 @@ struct Softmax {  // of one query head over a chunk of slots
   Pair values[VALUE_STEPS];
 };
 
-// Dot products of the group's queries, already scaled, with `count` keys; the next tile's keys are asked for meanwhile.
-void dot(const Pair (*q)[KEY_STEPS], const scalar* k, int64_t count, float (*logits)[TILE]) {
+// The queries of a group, already scaled: in each step the first halves of all, then the second.
+using Queries = vec[KEY_STEPS][2][GROUP];
+
+// Dot products of the group's queries with COUNT neighbouring keys: sums that are still to be added up, `apart` vectors
+// from one head to the next.
+template <int COUNT>
+inline void dot_keys(const Queries& q, const scalar* k, vec* parts, int64_t apart) {
+  vec sums[COUNT][GROUP] = {};
+#pragma GCC unroll 4
+  for (int d = 0; d < KEY_STEPS; ++d) add_step<GROUP, COUNT>(q[d][0], k + d * STEP, KEY_DIM, sums);
+  for (int g = 0; g < GROUP; ++g)
+    for (int i = 0; i < COUNT; ++i) parts[g * apart + i] = sums[i][g];
+}
+
+// Dot products of the group's queries with `count` keys; the tile's values are asked for meanwhile.
+void dot(const Queries& q, const scalar* k, const scalar* v, int64_t count, float (*logits)[TILE]) {
   for (int64_t s = 0; s < count; s += LANES) {
-    fetch(k + (s + TILE) * KEY_DIM, LANES * KEY_DIM * sizeof(scalar));
-    vec sums[GROUP][LANES];
-    for (int part = 0; part < LANES; part += AT_ONCE) {
-      const scalar* key[AT_ONCE];
-      for (int i = 0; i < AT_ONCE; ++i) key[i] = k + std::min(s + part + i, count - 1) * KEY_DIM;
-      vec several[GROUP][AT_ONCE] = {};
-      for (int d = 0; d < KEY_STEPS; ++d)
-        for (int i = 0; i < AT_ONCE; ++i) {
-          const Pair keys = load(key[i] + d * STEP);
-          for (int g = 0; g < GROUP; ++g) several[g][i] += q[g][d].first * keys.first;
-          for (int g = 0; g < GROUP; ++g) several[g][i] += q[g][d].second * keys.second;
-        }
-      for (int g = 0; g < GROUP; ++g)
-        for (int i = 0; i < AT_ONCE; ++i) sums[g][part + i] = several[g][i];
+    fetch(v + s * VALUE_DIM, LANES * VALUE_DIM * sizeof(scalar));
+    vec parts[GROUP][LANES];
+    if (s + LANES <= count) {
+      for (int i = 0; i < LANES; i += AT_ONCE) dot_keys<AT_ONCE>(q, k + (s + i) * KEY_DIM, &parts[0][i], LANES);
+    } else {
+      std::memset(parts, 0, sizeof parts);
+      for (int64_t i = 0; i < count - s; ++i) dot_keys<1>(q, k + (s + i) * KEY_DIM, &parts[0][i], LANES);
     }
     for (int g = 0; g < GROUP; ++g) {
-      const vec eight = sums_of(sums[g]);
+      const vec eight = sums_of(parts[g]);
       std::memcpy(&logits[g][s], &eight, sizeof eight);
     }
   }
 }
 
+// The mask of a tile; what is behind `count` is not shown.
+void show(const scalar* mask, int64_t count, float* shown) {
+  int64_t s = 0;
+  for (; s + LANES <= count; s += LANES) {
+    const vec several = widen_lanes(mask + s);
+    std::memcpy(shown + s, &several, sizeof several);
+  }
+  for (; s < count; ++s) shown[s] = widen(mask[s]);
+  for (; s < TILE; ++s) shown[s] = NOTHING;
+}
+
 // Turns logits into weights relative to the running maximum, and shrinks what was summed under an older maximum.
 // Entries from `count` on get weight 0.
-void softmax(float* logits, const float* mask, int64_t count, float softcap, Softmax& head) {
+void softmax(float* logits, const float* shown, int64_t count, float softcap, Softmax& head) {
   if (softcap > 0.0f)
     for (int64_t s = 0; s < count; ++s) logits[s] = softcap * std::tanh(logits[s] / softcap);
-  for (int64_t s = 0; s < count; ++s) logits[s] += mask[s];
-  std::fill(logits + count, logits + TILE, NOTHING);
+  for (int64_t s = count; s < TILE; ++s) logits[s] = 0.0f;
   vec most = vec{} + head.maximum;
   for (int64_t s = 0; s < TILE; s += LANES) {
-    const vec x = read<vec>(logits + s);
+    const vec x = read<vec>(logits + s) + read<vec>(shown + s);
+    std::memcpy(logits + s, &x, sizeof x);
     most = x > most ? x : most;
   }
   const float maximum = max_of(most);
+  if (maximum == NOTHING) return std::fill(logits, logits + TILE, 0.0f);
   vec sum = {};
   for (int64_t s = 0; s < TILE; s += LANES) {
-    const vec x = read<vec>(logits + s);
-    const vec weight = maximum == NOTHING ? vec{} : exp_of(x - maximum);
+    const vec weight = exp_of(read<vec>(logits + s) - maximum);
     std::memcpy(logits + s, &weight, sizeof weight);
     sum += weight;
   }
-  const float shrink = head.maximum == NOTHING ? 0.0f : exp_of(vec{} + (head.maximum - maximum))[0];
-  head.maximum = maximum;
-  head.sum = head.sum * shrink + sum_of(sum);
-  for (Pair& value : head.values) {
-    value.first *= shrink;
-    value.second *= shrink;
+  if (maximum != head.maximum) {
+    const float shrink = head.maximum == NOTHING ? 0.0f : exp_of(vec{} + (head.maximum - maximum))[0];
+    head.maximum = maximum;
+    head.sum *= shrink;
+    for (Pair& value : head.values) {
+      value.first *= shrink;
+      value.second *= shrink;
+    }
+  }
+  head.sum += sum_of(sum);
+}
+
+// Adds the weighted values of COUNT slots, each to sums of its own: one sum after the other would wait for the one before.
+template <int COUNT>
+inline void add_slots(const float (*weights)[TILE], const scalar* v, int64_t s, Pair (*sums)[GROUP]) {
+  for (int i = 0; i < COUNT; ++i) {
+    const Pair value = load(v + (s + i) * VALUE_DIM);
+    for (int g = 0; g < GROUP; ++g) {
+      const float weight = weights[g][s + i];
+      sums[i][g].first += weight * value.first;
+      sums[i][g].second += weight * value.second;
+    }
   }
 }
 
-// Adds the weighted values of `count` slots to each head of the group, neighbouring slots to sums of their own: one sum
-// after the other would wait for the one before.
-void add_values(const float (*weights)[TILE], const scalar* v, int64_t count, Softmax* heads) {
+// Adds the weighted values of `count` slots to each head of the group; the next tile's keys are asked for meanwhile.
+void add_values(const float (*weights)[TILE], const scalar* v, const scalar* next_k, int64_t count, Softmax* heads) {
+  constexpr int64_t ASKED = CHAINS * KEY_DIM * sizeof(scalar) / VALUE_STEPS;
+  const char* ahead = reinterpret_cast<const char*>(next_k);
   for (int d = 0; d < VALUE_STEPS; ++d) {
     Pair sums[CHAINS][GROUP] = {};
-    for (int64_t s = 0; s < count; s += CHAINS) {
-      for (int i = 0; i < CHAINS; ++i) {
-        const Pair value = load(v + std::min(s + i, count - 1) * VALUE_DIM + d * STEP);
-        for (int g = 0; g < GROUP; ++g) {
-          sums[i][g].first += weights[g][s + i] * value.first;
-          sums[i][g].second += weights[g][s + i] * value.second;
-        }
-      }
+    int64_t s = 0;
+    for (; s + CHAINS <= count; s += CHAINS, ahead += ASKED) {
+      fetch(ahead, ASKED);
+      add_slots<CHAINS>(weights, v + d * STEP, s, sums);
     }
+    for (; s < count; ++s) add_slots<1>(weights, v + d * STEP, s, sums);
     for (int g = 0; g < GROUP; ++g)
       for (int i = 0; i < CHAINS; ++i) {
         heads[g].values[d].first += sums[i][g].first;
@@ -120,17 +153,16 @@ void add_values(const float (*weights)[TILE], const scalar* v, int64_t count, So
   }
 }
 
-void attend_chunk(const Pair (*q)[KEY_STEPS], const scalar* k, const scalar* v, const scalar* mask, int64_t slots,
+void attend_chunk(const Queries& q, const scalar* k, const scalar* v, const scalar* mask, int64_t slots,
                   float softcap, Softmax* heads) {
   for (int g = 0; g < GROUP; ++g) heads[g] = {NOTHING, 0.0f, {}};
   alignas(64) float weights[GROUP][TILE], shown[TILE];
   for (int64_t start = 0; start < slots; start += TILE) {
     const int64_t count = std::min(TILE, slots - start);
-    fetch(v + start * VALUE_DIM, count * VALUE_DIM * sizeof(scalar));
-    dot(q, k + start * KEY_DIM, count, weights);
-    for (int64_t s = 0; s < count; ++s) shown[s] = widen(mask[start + s]);
+    dot(q, k + start * KEY_DIM, v + start * VALUE_DIM, count, weights);
+    show(mask + start, count, shown);
     for (int g = 0; g < GROUP; ++g) softmax(weights[g], shown, count, softcap, heads[g]);
-    add_values(weights, v + start * VALUE_DIM, count, heads);
+    add_values(weights, v + start * VALUE_DIM, k + (start + count) * KEY_DIM, count, heads);
   }
 }
 
@@ -156,11 +188,12 @@ extern "C" int xkv_decode(const scalar* q, const scalar* k, const scalar* v, sca
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < heads * chunks; ++task) {
       const int64_t head = task / chunks, start = task % chunks * CHUNK;
-      Pair scaled[GROUP][KEY_STEPS];
+      Queries scaled;
       for (int g = 0; g < GROUP; ++g)
         for (int d = 0; d < KEY_STEPS; ++d) {
           const Pair part = load(q + (head * GROUP + g) * KEY_DIM + d * STEP);
-          scaled[g][d] = {part.first * scale, part.second * scale};
+          scaled[d][0][g] = part.first * scale;
+          scaled[d][1][g] = part.second * scale;
         }
       attend_chunk(scaled, k_cache + (head * slots + start) * KEY_DIM, v_cache + (head * slots + start) * VALUE_DIM,
                    mask + head / kv_heads * mask_row + head % kv_heads * mask_head + start, std::min(CHUNK, slots - start), softcap,

@@ -15,7 +15,8 @@ constexpr int LANES = 8, STEP = 2 * LANES;
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t vec_int __attribute__((vector_size(4 * LANES)));
 
-// STEP neighbouring dimensions; which lane holds which depends on the dtype: dimension d is float number `place(d)`.
+// STEP neighbouring dimensions, of which `load_first` and `load_second` give a half each; which lane holds which depends on
+// the dtype: dimension d is float number `place(d)`. Of LANES neighbours `widen_lanes` keeps the order.
 struct Pair {
   vec first, second;
 };
@@ -33,6 +34,7 @@ inline float widen(scalar x) { return x; }
 inline scalar narrow(float x) { return x; }
 inline vec load_first(const scalar* from) { return read<vec>(from); }
 inline vec load_second(const scalar* from) { return read<vec>(from + LANES); }
+inline vec widen_lanes(const scalar* from) { return read<vec>(from); }
 inline void narrow(vec x, scalar* to) { std::memcpy(to, &x, sizeof x); }
 inline int place(int dim) { return dim; }
 #elif defined(DTYPE_BFLOAT16)
@@ -53,8 +55,12 @@ inline vec load_second(const scalar* from) {  // the odd ones
   const vec_int odd = read<vec_int>(from) & static_cast<int32_t>(0xffff0000);
   return read<vec>(&odd);
 }
+typedef scalar narrowed __attribute__((vector_size(LANES * sizeof(scalar))));
+inline vec widen_lanes(const scalar* from) {
+  const vec_int bits = __builtin_convertvector(read<narrowed>(from), vec_int) << 16;
+  return read<vec>(&bits);
+}
 inline void narrow(vec x, scalar* to) {
-  typedef scalar narrowed __attribute__((vector_size(LANES * sizeof(scalar))));
   typedef uint32_t unsigned_vec __attribute__((vector_size(4 * LANES)));
   const unsigned_vec bits = read<unsigned_vec>(&x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const narrowed made = __builtin_convertvector(x != x ? unsigned_vec{} + 0x7fc0 : rounded, narrowed);
@@ -66,8 +72,9 @@ using scalar = _Float16;
 inline float widen(scalar x) { return static_cast<float>(x); }
 inline scalar narrow(float x) { return static_cast<scalar>(x); }
 typedef scalar narrowed __attribute__((vector_size(LANES * sizeof(scalar))));
-inline vec load_first(const scalar* from) { return __builtin_convertvector(read<narrowed>(from), vec); }
-inline vec load_second(const scalar* from) { return load_first(from + LANES); }
+inline vec widen_lanes(const scalar* from) { return __builtin_convertvector(read<narrowed>(from), vec); }
+inline vec load_first(const scalar* from) { return widen_lanes(from); }
+inline vec load_second(const scalar* from) { return widen_lanes(from + LANES); }
 inline void narrow(vec x, scalar* to) {
   const narrowed made = __builtin_convertvector(x, narrowed);
   std::memcpy(to, &made, sizeof made);
@@ -77,11 +84,26 @@ inline int place(int dim) { return dim; }
 
 inline Pair load(const scalar* from) { return {load_first(from), load_second(from)}; }
 
-// Keeps compilers from loading `x` anew for each of its uses, where loads are what the loop is bound by.
+// Keeps compilers from loading `x` anew for each of its uses, where loads are what a loop is bound by.
 inline void in_register([[maybe_unused]] vec& x) {
 #if defined(__AVX__)
   asm("" : "+x"(x));
 #endif
+}
+
+// Adds the products of WIDE vectors in memory, `apart` numbers from one to the next, with ROWS wide ones to their sums:
+// one STEP of each. `x` holds the first halves of the rows, then the second.
+template <int ROWS, int WIDE>
+inline void add_step(const vec* x, const scalar* y, int64_t apart, vec (*sums)[ROWS]) {
+  for (int half = 0; half < 2; ++half) {
+    vec part[WIDE];
+    for (int n = 0; n < WIDE; ++n) part[n] = half == 0 ? load_first(y + n * apart) : load_second(y + n * apart);
+    for (int m = 0; m < ROWS; ++m) {
+      vec row = x[half * ROWS + m];
+      if constexpr (WIDE > 1) in_register(row);
+      for (int n = 0; n < WIDE; ++n) sums[n][m] += row * part[n];
+    }
+  }
 }
 
 inline float sum_of(vec x) {

@@ -49,15 +49,6 @@ struct Ahead {
   }
 };
 
-template <int ROWS, int WIDE>
-inline void add_products(const vec* x, const vec* weights, vec (*sums)[ROWS]) {
-  for (int m = 0; m < ROWS; ++m) {
-    vec input = x[m];
-    if constexpr (WIDE > 1) in_register(input);
-    for (int n = 0; n < WIDE; ++n) sums[n][m] += input * weights[n];
-  }
-}
-
 // ROWS x WIDE results.
 template <int ROWS, int WIDE>
 void tile(const vec* x, const scalar* weights, int64_t steps, const scalar* bias, scalar* out, int64_t width,
@@ -65,11 +56,7 @@ void tile(const vec* x, const scalar* weights, int64_t steps, const scalar* bias
   vec sums[WIDE][ROWS] = {};
   for (int64_t d = 0; d < steps; ++d, x += 2 * ROWS) {
     ahead.fetch_next();
-    vec first[WIDE], second[WIDE];
-    for (int n = 0; n < WIDE; ++n) first[n] = load_first(weights + (n * steps + d) * STEP);
-    add_products<ROWS, WIDE>(x, first, sums);
-    for (int n = 0; n < WIDE; ++n) second[n] = load_second(weights + (n * steps + d) * STEP);
-    add_products<ROWS, WIDE>(x + ROWS, second, sums);
+    add_step<ROWS, WIDE>(x, weights + d * STEP, steps * STEP, sums);
   }
   vec all[LANES] = {};
   for (int i = 0; i < ROWS * WIDE; ++i) all[i] = sums[i / ROWS][i % ROWS];
