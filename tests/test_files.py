@@ -13,7 +13,7 @@ import torch
 
 from xkv_fx import files
 from xkv_fx.errors import FileFormatError
-from xkv_fx.files import MAX_FILE_BYTES, is_int, read_json, write_json
+from xkv_fx.files import MAX_FILE_BYTES, is_int, read_json, read_sealed_json, write_json, write_sealed_json
 
 KIND = "xkv_fx.something"
 GOOD = {"format": KIND, "version": 1, "values": [1, 2.5, None, "é"]}
@@ -209,3 +209,16 @@ def test_is_int(value: object) -> None:
 )  # fmt: skip
 def test_is_not_int(value: object) -> None:
     assert not is_int(value)
+
+
+def test_sealed_json_is_what_was_written_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sealed.json"
+    write_sealed_json(path, GOOD)
+    assert read_sealed_json(path, KIND, 1) == GOOD
+    text = path.read_text(encoding="utf-8")
+    path.write_text(json.dumps(json.loads(text)), encoding="utf-8")  # written down in another way
+    assert read_sealed_json(path, KIND, 1) == GOOD
+    for changed in (text.replace("2.5", "2.25"), text.replace('"sha256"', '"sha255"')):
+        path.write_text(changed, encoding="utf-8")
+        with pytest.raises(FileFormatError, match="does not match its checksum"):
+            read_sealed_json(path, KIND, 1)

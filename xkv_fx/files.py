@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import operator
@@ -16,6 +17,7 @@ from typing import Any, TypeGuard
 from xkv_fx.errors import FileFormatError
 
 MAX_FILE_BYTES = 16 * 1024 * 1024
+SEAL = "sha256"
 
 
 @contextmanager
@@ -106,6 +108,30 @@ def read_json(path: str | os.PathLike[str], kind: str, newest: int, oldest: int 
         return check_format(data, kind, newest, oldest)
     except FileFormatError as error:
         raise FileFormatError(f"{name}: {error}") from error
+
+
+def write_sealed_json(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
+    """Write JSON that holds its own checksum; the file appears whole or not at all."""
+    write_json(path, {**data, SEAL: checksum(data)})
+
+
+def read_sealed_json(path: str | os.PathLike[str], kind: str, newest: int, oldest: int = 1) -> dict[str, Any]:
+    """Read what `write_sealed_json` wrote, as `read_json` does.
+
+    Raises:
+        FileFormatError: as `read_json`; or its content is not what its checksum was made of.
+    """
+    data = read_json(path, kind, newest, oldest)
+    if data.pop(SEAL, None) != checksum(data):
+        raise FileFormatError(
+            f"{os.fspath(path)}: its content does not match its checksum; it was damaged or changed. Make it again."
+        )
+    return data
+
+
+def checksum(data: Mapping[str, Any]) -> str:
+    """SHA-256 over an object of JSON, however it is written down."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def check_safetensors_size(path: str | os.PathLike[str], largest: int) -> None:

@@ -19,6 +19,7 @@ import ready_models
 import torch
 from batches import padded
 from exhaustive import EXHAUSTIVE, exhaustive
+from sealed_json import sealed
 from tiny_models import VOCABULARY, random_ids
 from typer.testing import CliRunner
 
@@ -217,7 +218,7 @@ def edited(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     data = json.loads(manifest.read_text())
     change(data)
     manifest.unlink()
-    manifest.write_text(json.dumps(data))
+    manifest.write_text(json.dumps(sealed(data)))
     return twin
 
 
@@ -241,8 +242,8 @@ def renamed(name: str) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_at("version", to=3), "newer"),
-        (set_at("version", to=1), "format version 1 is older than 2"),
+        (set_at("version", to=4), "newer"),
+        (set_at("version", to=2), "format version 2 is older than 3"),
         (set_at("version", to="1"), "version"),
         (set_at("format", to="xkv_fx.budgets"), "not a xkv_fx.engine"),
         (set_at("machine", "torch", to="2.11.0"), "built for torch 2.11.0"),
@@ -355,7 +356,7 @@ def rehash(folder: Path, name: str) -> None:
     data = json.loads((folder / "manifest.json").read_text())
     content = (folder / name).read_bytes()
     data["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(data))
+    (folder / "manifest.json").write_text(json.dumps(sealed(data)))
 
 
 def test_what_cannot_be_exported_is_refused(llm: Any, folder: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import ready_models
 import torch
 from exhaustive import exhaustive
+from sealed_json import sealed
 from tiny_models import random_ids
 from torch import Tensor
 
@@ -170,7 +171,7 @@ def refused(folder: Path, change: Callable[[dict[str, Any]], Any], message: str)
     before = path.read_text()
     data = json.loads(before)
     change(data)
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(sealed(data)))
     with pytest.raises((xkv_fx.EngineError, xkv_fx.FileFormatError), match=message):
         xkv_fx.load(folder, trust=True)
     path.write_text(before)

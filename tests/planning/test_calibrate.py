@@ -93,8 +93,11 @@ def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path: Path, monkeyp
     assert len(PROMPTS[0]) not in runs, "the first prompt was not measured again"
     assert len(PROMPTS[1]) in runs
 
-    kept.write_bytes(b"damaged")
-    assert calibrate(resume=tmp_path) == whole
+    content = bytearray(kept.read_bytes())
+    content[-1] ^= 1  # a sign or an exponent: still a number
+    for damaged in (b"damaged", bytes(content)):
+        kept.write_bytes(damaged)
+        assert calibrate(resume=tmp_path) == whole
     runs.clear()
     assert calibrate(resume=tmp_path, grid=(0.3, 0.6)) != whole
     assert len(PROMPTS[0]) in runs, "what was measured on another grid is not taken"

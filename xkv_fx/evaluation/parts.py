@@ -16,7 +16,7 @@ from xkv_fx.errors import FileFormatError, ModelMismatchError
 from xkv_fx.evaluation.candidates import Entry
 from xkv_fx.evaluation.results import CONTINUATION, FULL, Row
 from xkv_fx.evaluation.tasks import Instance
-from xkv_fx.files import read_json, write_json
+from xkv_fx.files import read_json, read_sealed_json, write_json, write_sealed_json
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.planning.weights import digest_of_weights
 
@@ -85,7 +85,7 @@ class Parts:
         if not path.is_file():
             return None
         try:
-            data = read_json(path, PART_FORMAT, VERSION)
+            data = read_sealed_json(path, PART_FORMAT, VERSION)
         except FileFormatError:
             return None  # damaged: measured again
         values, texts, kv_bytes = data.get("values"), data.get("texts"), data.get("kv_bytes")
@@ -104,7 +104,7 @@ class Parts:
 
     def write(self, entry: Entry, task: str, form: str, made: Sequence[Instance], row: Row) -> None:
         """Keep a row."""
-        write_json(
+        write_sealed_json(
             self._path(entry, task, form, made),
             {
                 "format": PART_FORMAT,

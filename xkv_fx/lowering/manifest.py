@@ -15,13 +15,13 @@ import torch
 
 from xkv_fx.budgets import Budgets, LayerSpec, layer_specs
 from xkv_fx.errors import EngineError, FileFormatError, XkvError
-from xkv_fx.files import is_int, read_json, write_json
+from xkv_fx.files import is_int, read_sealed_json, write_sealed_json
 from xkv_fx.runtime.session import KINDS, Kind
 from xkv_fx.runtime.slots import slot_plans
 from xkv_fx.runtime.state import CachePlan
 
 FORMAT = "xkv_fx.engine"
-FORMAT_VERSION = 2  # 1 knew nothing of TensorRT
+FORMAT_VERSION = 3  # 1 knew nothing of TensorRT, 2 had no checksum of its own
 NAME = "manifest.json"
 WEIGHTS = "weights.safetensors"
 LENGTH = "S"
@@ -271,7 +271,7 @@ class Manifest:
             for field in dataclasses.fields(self)
             if field.type in ("str", "int", "int | None")
         }
-        write_json(
+        write_sealed_json(
             folder / NAME,
             {
                 "format": FORMAT,
@@ -293,12 +293,12 @@ class Manifest:
         """Read the manifest of a folder and check that it is one, and agrees with itself.
 
         Raises:
-            FileFormatError: no manifest, damaged, of a newer format, or one that contradicts itself.
+            FileFormatError: no manifest, damaged or changed, of another format, or one that contradicts itself.
         """
         path = folder / NAME
         if not path.is_file():
             raise FileFormatError(f"{path}: there is no such file; {folder} is not an engine's folder")
-        data = read_json(path, FORMAT, FORMAT_VERSION, oldest=2)
+        data = read_sealed_json(path, FORMAT, FORMAT_VERSION, oldest=3)
         try:
             manifest = cls._from_dict(data)
             manifest._check()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from xkv_fx.budgets import Budgets, LayerSpec, Policy
 from xkv_fx.errors import BudgetError, PromptError, UnsupportedModelError
-from xkv_fx.files import is_int, written_whole
+from xkv_fx.files import SEAL, is_int, written_whole
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.cut_at_attention import CutModel
 from xkv_fx.planning.calibration_data import Calibration, check_grid
@@ -65,13 +65,19 @@ def measure_calibration(
     """
     check_measurable(policy, continuation, grid)
     shares = check_grid(GRID if grid is None else grid)
-    scorer = scorer_of(policy)
 
-    def prepare() -> tuple[list[Tensor], _Partial]:
+    def prepare() -> tuple[list[Tensor], Scorer, _Partial]:
+        team.check_whole(captured)
+        if resume is not None and captured.shard.size > 1:
+            raise BudgetError(
+                "what processes measured that share a model cannot be resumed: one might find a result that another "
+                "lacks; leave resume out"
+            )
         rows = [check_prompt(index, prompt, captured, continuation) for index, prompt in enumerate(prompts)]
-        return rows, _Partial(resume, captured, policy, shares, continuation)
+        scorer = captured.scorer_of(policy)
+        return rows, scorer, _Partial(resume, captured, policy, shares, continuation)
 
-    rows, done = team.together(prepare)
+    rows, scorer, done = team.together(prepare)
     team.check_same(lambda: (done.base, *rows))
     model: CutModel | None = None
 
@@ -217,19 +223,22 @@ class _Partial:
         if path is None or not path.is_file():
             return None
         try:
-            kl = safetensors.numpy.load_file(path).get("kl")
+            with safetensors.safe_open(path, framework="np") as file:
+                kl, told = file.get_tensor("kl"), (file.metadata() or {}).get(SEAL)
         except safetensors.SafetensorError:
             return None  # damaged: measured again
-        if kl is None or kl.shape != self.shape or kl.dtype != np.float32:
-            return None
-        return kl if np.isfinite(kl).all() and bool((kl >= 0).all()) else None
+        return kl if kl.shape == self.shape and kl.dtype == np.float32 and told == _digest(kl) else None
 
     def write(self, ids: Tensor, kl: NDArray[np.float32]) -> None:
         """Keep the result for a prompt."""
         path = self._path(ids)
         if path is not None:
             with written_whole(path) as temporary:
-                safetensors.numpy.save_file({"kl": kl}, temporary)
+                safetensors.numpy.save_file({"kl": kl}, temporary, {SEAL: _digest(kl)})
+
+
+def _digest(kl: NDArray[np.float32]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(kl, dtype="<f4").data).hexdigest()
 
 
 def remove_parts(folder: str | os.PathLike[str]) -> None:
