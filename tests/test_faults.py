@@ -38,7 +38,14 @@ Budgets(tuple(range(1, 60_000))).save(sys.argv[1])
 def start(*arguments: str | Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent))), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed_interrupts
+    )
+
+
+def heed_interrupts() -> None:
+    """Jobs in the background of a shell are told to ignore SIGINT, and tell their own jobs."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def visible(folder: Path) -> set[str]:

@@ -418,10 +418,13 @@ def test_a_portable_engine_is_loaded_by_those_who_trust_it(llm: Any, folder: Pat
 
 
 @exhaustive
-def test_a_scorer_whose_loop_is_not_traced_yet_is_refused_by_name(tmp_path: Path) -> None:
-    """torch does not make in-place ops in the body of H2O's loop functional; when it does, this fails."""
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_scorer_that_loops_over_the_queries(family: str, tmp_path: Path) -> None:
     budgets = Budgets((12, 16), Policy(scorer="h2o", eviction="scored", sinks=1))
-    llm = ready_models.transform_again(budgets, rows=1, family="gemma2")
-    with pytest.raises(xkv_fx.BackendError, match="H2O"):
-        xkv_fx.export(llm, tmp_path / "engine", target="pt2")
-    assert not list(tmp_path.iterdir())
+    llm = ready_models.transform_again(budgets, rows=1, family=family)
+    xkv_fx.export(llm, tmp_path / "engine", target="pt2")
+    engine = xkv_fx.load(tmp_path / "engine", trust=True)
+    for length in (5, 30, 300):  # of several blocks of queries
+        ids = random_ids(1, length)
+        expected = llm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        assert torch.equal(engine.generate(ids, 8), expected)

@@ -122,15 +122,15 @@ class PromptView:
         query = (self.seen[:, None] + which)[:, None, :, None]
         key = self.ordinals[:, :, None, : logits.shape[-1]]
         if self.slopes is not None:
-            logits += distance_bias(self.slopes, query - key).view(*logits.shape)
+            logits = logits + distance_bias(self.slopes, query - key).view(*logits.shape)
         exists = (which >= 0) & (which < self.length[:, None])
         reach = (key != EMPTY) & (key <= query) & exists[:, None, :, None]
         if self.sliding_window is not None:
-            reach &= key > query - self.sliding_window
+            reach = reach & (key > query - self.sliding_window)
         return self.weights_of(logits, reach)
 
     def weights_of(self, logits: Tensor, reach: Tensor) -> Tensor:
-        """The softmax of logits, which it overwrites, over the keys that are reached, learned sinks counted.
+        """The softmax of logits over the keys that are reached, learned sinks counted.
 
         Args:
             logits: `[rows, kv_heads, group, count, keys]`.
@@ -139,7 +139,7 @@ class PromptView:
         Returns:
             float32 like `logits`, 0 where nothing is reached.
         """
-        logits = logits.masked_fill_(~reach[:, :, None], float("-inf"))
+        logits = logits.masked_fill(~reach[:, :, None], float("-inf"))  # in place could not be traced in a loop
         lse = torch.logsumexp(logits, -1)
         weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
         flat = apply_sinks(weights.flatten(1, 2), lse.flatten(1, 2), self.sinks)
