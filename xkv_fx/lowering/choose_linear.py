@@ -16,7 +16,8 @@ aten = torch.ops.aten
 
 
 def choose_linear(module: GraphModule) -> str:
-    """Put our kernel in the place of every linear layer that it serves. Weights are inputs of the graph.
+    """Put our kernel in the place of every linear layer that it serves, one call for those of the same input, such as
+    queries, keys and values. Weights are inputs of the graph.
 
     Returns:
         how many it serves, of how many, for people to read.
@@ -26,8 +27,12 @@ def choose_linear(module: GraphModule) -> str:
     """
     linears = calls(module, aten.linear.default)
     served = [node for node in linears if _is_served(node)]
+    together: dict[tuple[Node, bool], list[Node]] = {}
     for node in served:
-        _use_kernel(module, node)
+        given = arguments(node)
+        together.setdefault((given["input"], given["bias"] is None), []).append(node)
+    for nodes in together.values():
+        _use_kernel(module, nodes)
     module.recompile()
     return f"{len(served)} of {len(linears)} linear layers by CPU kernel, weights as they lie"
 
@@ -55,12 +60,18 @@ def _is_plain(parameter: Node, x: Tensor) -> bool:
     )  # fmt: skip
 
 
-def _use_kernel(module: GraphModule, node: Node) -> None:
-    given = arguments(node)
-    promised = node.meta["val"]
-    linear_cpu.build(promised.dtype)
-    with module.graph.inserting_before(node):
-        flat = emit(module.graph, torch.ops.xkv.linear_cpu.default, given["input"], given["weight"], given["bias"])
-        result = emit(module.graph, aten.view.default, flat, list(promised.shape))
-    node.replace_all_uses_with(result)
-    module.graph.erase_node(node)
+def _use_kernel(module: GraphModule, nodes: list[Node]) -> None:
+    """Replace layers of the same input, all with a bias or all without."""
+    graph, given = module.graph, [arguments(node) for node in nodes]
+    linear_cpu.build(nodes[0].meta["val"].dtype)
+    weights, biases = ([each[name] for each in given if each[name] is not None] for name in ("weight", "bias"))
+    with graph.inserting_before(nodes[0]):
+        flat = emit(graph, torch.ops.xkv.linear_cpu.default, given[0]["input"], weights, biases)
+        end = 0
+        for node in nodes:
+            shape = list(node.meta["val"].shape)
+            start, end = end, end + math.prod(shape)
+            part = flat if len(nodes) == 1 else emit(graph, aten.slice.Tensor, flat, 0, start, end)
+            node.replace_all_uses_with(emit(graph, aten.view.default, part, shape))
+    for node in nodes:
+        graph.erase_node(node)

@@ -17,8 +17,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     linear_cpu.build(x.dtype)
-    out: Tensor = torch.ops.xkv.linear_cpu(x, weight, bias)
-    return out
+    out: Tensor = torch.ops.xkv.linear_cpu(x, [weight], [] if bias is None else [bias])
+    return out.view(-1, weight.shape[0])
 
 
 def inputs(rows: int, width: int, depth: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,15 +62,43 @@ def test_leading_dimensions_are_one_and_views_are_read_as_they_look() -> None:
 def test_registration_is_sound() -> None:
     x, weight, bias = inputs(2, 5, 32, torch.float32)
     linear_cpu.build(torch.float32)
-    torch.library.opcheck(torch.ops.xkv.linear_cpu.default, (x, weight, bias))
-    torch.library.opcheck(torch.ops.xkv.linear_cpu.default, (x, weight))
+    torch.library.opcheck(torch.ops.xkv.linear_cpu.default, (x, [weight, weight], [bias, bias]))
+    torch.library.opcheck(torch.ops.xkv.linear_cpu.default, (x, [weight], []))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_layers_of_one_input_are_those_layers(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 48, generator=generator)
+    weights = [torch.randn(width, 48, generator=generator) for width in (16, 1, 37, 2)]
+    biases = [torch.randn(len(weight), generator=generator) for weight in weights]
+    linear_cpu.build(torch.float32)
+    for given in ([], biases):
+        out = torch.ops.xkv.linear_cpu(x, weights, given)
+        parts = (
+            [linear(x, *layer) for layer in zip(weights, given, strict=True)]
+            if given
+            else map(linear, [x] * 4, weights)
+        )
+        assert torch.equal(out, torch.cat([part.flatten() for part in parts]))
+
+
+def test_layers_that_do_not_belong_together_are_refused() -> None:
+    x, weight, bias = inputs(2, 5, 32, torch.float32)
+    linear_cpu.build(torch.float32)
+    with pytest.raises(RuntimeError, match="as deep as x"):
+        torch.ops.xkv.linear_cpu(x, [weight, weight[:, :16].contiguous()], [])
+    with pytest.raises(RuntimeError, match="has a bias, or none"):
+        torch.ops.xkv.linear_cpu(x, [weight, weight], [bias])
 
 
 class Layers(nn.Module):
     def forward(self, x: Tensor, wide: Tensor, bias: Tensor, narrow: Tensor, turned: Tensor) -> Tensor:
         taken = linear_of_torch(x, wide, bias)
+        too, bare = linear_of_torch(x, wide, bias + 1), linear_of_torch(x, wide)
         made = linear_of_torch(x, wide * 2)  # no weight as it lies
-        return taken + made + linear_of_torch(x[..., :24], narrow) + linear_of_torch(x, turned.T)
+        also = taken + too + bare + linear_of_torch(x, wide, bias)
+        return also + made + linear_of_torch(x[..., :24], narrow) + linear_of_torch(x, turned.T)
 
 
 def test_layers_that_do_not_fit_stay_as_they_are() -> None:
@@ -80,6 +108,7 @@ def test_layers_that_do_not_fit_stay_as_they_are() -> None:
     exported = torch.export.export(Layers(), inputs).module(check_guards=False)
     assert isinstance(exported, GraphModule)
     said = choose_linear(exported)
-    assert said.startswith("1 of 4 linear layers")
-    assert len(calls(exported, torch.ops.xkv.linear_cpu.default)) == 1
+    assert said.startswith("3 of 7 linear layers")
+    kernels = calls(exported, torch.ops.xkv.linear_cpu.default)
+    assert [len(node.args[1]) for node in kernels] == [2, 1]  # type: ignore[arg-type]  # with a bias, and without
     torch.testing.assert_close(exported(*inputs), Layers()(*inputs))

@@ -1,4 +1,4 @@
-// A linear layer over a few rows, on CPU: each weight is read from memory once, as it lies, whatever the number of rows.
+// Linear layers of one input of a few rows, on CPU: each weight is read from memory once, as it lies, whatever the number of rows.
 //
 // One token a row leaves a decode step little to do but to read the weights; from a few rows on, in bfloat16, it is bound
 // by arithmetic as much. So a tile of AT_ONCE rows and OUTPUTS outputs keeps all its sums in registers: each weight
@@ -6,8 +6,8 @@
 // their weights in the cache, a block of outputs at a time, while the next block is asked for. Sums are float32 whatever
 // the dtype.
 //
-// Before this text stands lanes.h. The input is `[rows, depth]`, the weights `[width, depth]`, the output `[rows, width]`,
-// all contiguous; `depth` is a multiple of STEP.
+// Before this text stands lanes.h. The input is `[rows, depth]`, the weights of a layer `[width, depth]`, its output
+// `[rows, width]`, all contiguous; `depth` is a multiple of STEP.
 
 namespace {
 
@@ -77,23 +77,35 @@ inline void tile_of(int64_t rows, const vec* x, const scalar* weights, int64_t s
 
 }  // namespace
 
-extern "C" void xkv_linear(const scalar* x, const scalar* weights, const scalar* bias, scalar* out, int64_t all_rows,
-                           int64_t depth, int64_t width, int threads) {
+// `layers` layers: `weights`, `widths` and, where they have any, `biases` of each; their outputs stand one after another.
+extern "C" void xkv_linear(const scalar* x, const scalar* const* weights, const scalar* const* biases, scalar* out,
+                           const int64_t* widths, int64_t layers, int64_t all_rows, int64_t depth, int threads) {
   const int64_t steps = depth / STEP;
   const Rows rows{all_rows, (all_rows + AT_ONCE - 1) / AT_ONCE};
+  const auto blocks_of = [&](int64_t layer) { return (widths[layer] + BLOCK - 1) / BLOCK; };
+  int64_t blocks = 0;
+  for (int64_t layer = 0; layer < layers; ++layer) blocks += blocks_of(layer);
 #pragma omp parallel num_threads(threads)
   {
     const std::unique_ptr<vec[]> inputs = widened(x, rows, steps);  // each thread its own: quicker than to wait for one
 #pragma omp for schedule(static)
-    for (int64_t start = 0; start < width; start += BLOCK) {
-      const int64_t end = std::min(start + BLOCK, width);
-      Ahead ahead{reinterpret_cast<const char*>(weights + end * depth), rows.tiles};
+    for (int64_t block = 0; block < blocks; ++block) {
+      int64_t layer = 0, number = block;
+      scalar* to = out;
+      for (; number >= blocks_of(layer); ++layer) {
+        number -= blocks_of(layer);
+        to += widths[layer] * rows.all;
+      }
+      const int64_t start = number * BLOCK, width = widths[layer], end = std::min(start + BLOCK, width);
+      const bool last = end == width && layer + 1 < layers;
+      const scalar* next = last ? weights[layer + 1] : weights[layer] + end * depth;
+      Ahead ahead{reinterpret_cast<const char*>(next), rows.tiles};
       for (int64_t of = 0; of < rows.tiles; ++of) {
         const int64_t row = rows.start(of);
         for (int64_t n = start; n < end; n += OUTPUTS) {
           const auto made = n + OUTPUTS <= end ? tile_of<OUTPUTS> : tile_of<1>;
-          made(rows.count(of), inputs.get() + row * steps * 2, weights + n * depth, steps,
-               bias == nullptr ? nullptr : bias + n, out + row * width + n, width, ahead);
+          made(rows.count(of), inputs.get() + row * steps * 2, weights[layer] + n * depth, steps,
+               biases == nullptr ? nullptr : biases[layer] + n, to + row * width + n, width, ahead);
         }
       }
     }

@@ -6,6 +6,7 @@ In bfloat16 torch's own matrix product of a few rows takes several times as long
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,15 +16,16 @@ from xkv_fx.runtime.kernels.build_cpu import build_kernel, library
 MOST_ROWS = 64
 """Above this many rows a matrix product is bound by arithmetic."""
 
-library.define("linear_cpu(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
+library.define("linear_cpu(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
 
 
 @functools.cache
 def build(dtype: torch.dtype) -> None:
     """Make `torch.ops.xkv.linear_cpu` serve tensors of that dtype.
 
-    It takes `x [..., depth]`, a contiguous `weight [width, depth]` and `bias [width]`, and returns `[rows, width]`, the
-    leading dimensions as one. `depth` is a multiple of `build_cpu.STEP`.
+    It applies several layers to one input: it takes `x [..., depth]`, contiguous weights `[width, depth]` and as many
+    biases `[width]`, or none, and returns the outputs `[rows, width]`, the leading dimensions as one, one after another
+    in a flat tensor. `depth` is a multiple of `build_cpu.STEP`.
 
     Args:
         dtype: one of `build_cpu.DTYPES`.
@@ -34,8 +36,8 @@ def build(dtype: torch.dtype) -> None:
     build_kernel("linear_cpu.cpp", "xkv_linear", dtype)
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty((x.numel() // x.shape[-1], weight.shape[0]))
+def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    return x.new_empty(x.numel() // x.shape[-1] * sum(weight.shape[0] for weight in weights))
 
 
 torch.library.register_fake("xkv::linear_cpu", _fake, lib=library)

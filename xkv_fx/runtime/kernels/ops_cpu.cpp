@@ -2,6 +2,7 @@
 //
 // Kernels are built for dtypes and shapes, and loaded one by one; whoever loads one hands it in here.
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,6 +11,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <vector>
 
 using torch::stable::Tensor;
 
@@ -18,7 +20,8 @@ namespace {
 using Shape = std::array<int64_t, 4>;  // dtype, query heads for each KV head, key and value dimensions
 using Decode = int (*)(const void*, const void*, const void*, void*, void*, const int64_t*, const void*, const float*,
                        void*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float, int);
-using Linear = void (*)(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int);
+using Linear = void (*)(const void*, const void* const*, const void* const*, void*, const int64_t*, int64_t, int64_t,
+                        int64_t, int);
 
 std::mutex guard;
 std::map<Shape, void*> kernels;
@@ -28,6 +31,19 @@ void* kernel(const Tensor& like, int64_t group, int64_t key_dim, int64_t value_d
   const auto found = kernels.find({static_cast<int64_t>(like.scalar_type()), group, key_dim, value_dim});
   STD_TORCH_CHECK(found != kernels.end(), "no CPU kernel was built for this dtype and shape");
   return found->second;
+}
+
+// By a call that does not go through the dispatcher: a decode step makes some hundred outputs.
+Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+  int32_t dtype = 0;
+  AtenTensorHandle made = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_dtype(like.get(), &dtype) == AOTI_TORCH_SUCCESS &&
+                      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+                                               aoti_torch_device_type_cpu(), 0, &made) == AOTI_TORCH_SUCCESS,
+                  "an output could not be allocated");
+  return Tensor(made);
 }
 
 Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
@@ -41,7 +57,7 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   const Tensor queries = dense(q), keys = dense(k), values = dense(v);
   const Tensor shown = mask.stride(3) == 1 ? mask : torch::stable::contiguous(mask);
   const std::optional<Tensor> extra = sinks.has_value() ? std::optional<Tensor>(dense(*sinks)) : std::nullopt;
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v_cache.size(3)});
+  Tensor out = empty(q, {q.size(0), q.size(1), q.size(2), v_cache.size(3)});
   const int wrong = decode(
       queries.data_ptr(), keys.data_ptr(), values.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
       static_cast<const int64_t*>(slot.data_ptr()), shown.data_ptr(),
@@ -52,14 +68,24 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   return out;
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+Tensor linear(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
   const auto apply = reinterpret_cast<Linear>(kernel(x, 0, 0, 0));
-  const int64_t width = weight.size(0), depth = weight.size(1), rows = x.numel() / depth;
-  STD_TORCH_CHECK(weight.is_contiguous(), "the weights must be contiguous");
+  const int64_t depth = x.size(-1), rows = x.numel() / depth;
+  std::vector<const void*> matrices, added;
+  std::vector<int64_t> widths;
+  int64_t width = 0;
+  for (const Tensor& weight : weights) {
+    STD_TORCH_CHECK(weight.is_contiguous() && weight.size(1) == depth, "weights must be contiguous, and as deep as x");
+    matrices.push_back(weight.data_ptr());
+    widths.push_back(weight.size(0));
+    width += weight.size(0);
+  }
+  STD_TORCH_CHECK(biases.empty() || biases.size() == weights.size(), "either every layer has a bias, or none");
+  for (const Tensor& bias : biases) added.push_back(bias.data_ptr());
   const Tensor inputs = dense(x);
-  Tensor out = torch::stable::new_empty(x, {rows, width});
-  apply(inputs.data_ptr(), weight.data_ptr(), bias.has_value() ? bias->data_ptr() : nullptr, out.data_ptr(), rows,
-        depth, width, static_cast<int>(torch::stable::get_num_threads()));
+  Tensor out = empty(x, {rows * width});
+  apply(inputs.data_ptr(), matrices.data(), added.empty() ? nullptr : added.data(), out.data_ptr(), widths.data(),
+        static_cast<int64_t>(widths.size()), rows, depth, static_cast<int>(torch::stable::get_num_threads()));
   return out;
 }
 
