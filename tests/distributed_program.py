@@ -1,63 +1,92 @@
-"""One of several processes that torchrun starts, for `test_distributed`: `distributed_program.py FOLDER JOB ...`.
+"""What each of several processes does for `test_distributed`: `distributed_program.py FOLDER JOB ...`, under torchrun.
 
-Each writes what it found to FOLDER as `RANK.json`.
+FOLDER holds models of tiny_models by their names. Each process writes what it found to FOLDER as `RANK.json`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
+import unittest.mock
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tiny_models import llama, random_ids
-from transformers import PreTrainedModel
+from tiny_models import random_ids
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 import xkv_fx
-from xkv_fx import Policy
+from xkv_fx import Budgets, Policy
 from xkv_fx.errors import PromptError
 from xkv_fx.hf import capture as capturing
+from xkv_fx.hf.generation import BudgetedLM
+from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.planning.team import Arrays, Progress, Team
 
 PROMPTS = [random_ids(1, 60 + 7 * seed, seed) for seed in range(3)]
 STATISTICS = ("preference", "similarity")
 APPEND = Policy(eviction="append")
+capture = functools.cache(capturing.capture)
 
 
-capturing.capture = functools.cache(capturing.capture)  # which takes longer than all the rest
+def once(source: Any, rows: int = 1, check: bool = True, decode: bool = True) -> CapturedModel:
+    """What takes longer than all the rest."""
+    return capture(source, check=source.tp_size is not None)
+
+
+def plans(layers: int) -> dict[str, Budgets]:
+    capacities = (24, 16)[:layers]
+    scored = Budgets(capacities, Policy("h2o", eviction="scored"))
+    return {"full": Budgets.full(layers, 60), "half": Budgets(capacities), "scored": scored}
 
 
 @functools.cache
-def model() -> PreTrainedModel:
-    return llama(1)
+def model(path: Path, split: bool) -> PreTrainedModel:
+    """A whole model, or this process's part of it."""
+    options = {"distributed_config": DistributedConfig(tp_plan="auto")} if split else {}
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **options)
+    return loaded
 
 
-def profiled(group: dist.ProcessGroup | None, progress: Progress | None = None) -> str:
-    return xkv_fx.profile(model(), PROMPTS, statistics=STATISTICS, group=group, progress=progress).digest()
+def profiled(whole: PreTrainedModel, group: dist.ProcessGroup | None, progress: Progress | None = None) -> str:
+    return xkv_fx.profile(whole, PROMPTS, statistics=STATISTICS, group=group, progress=progress).digest()
 
 
-def calibrated(group: dist.ProcessGroup | None, resume: Path | None = None) -> str:
+def calibrated(whole: PreTrainedModel, group: dist.ProcessGroup | None, resume: Path | None = None) -> str:
     measured = xkv_fx.calibrate(
-        model(), PROMPTS, grid=(0.25, 0.5), policy=APPEND, continuation=6, resume=resume, group=group
+        whole, PROMPTS, grid=(0.25, 0.5), policy=APPEND, continuation=6, resume=resume, group=group
     )
     return measured.digest()
 
 
 def measuring(folder: Path) -> dict[str, Any]:
     """The digests of what all found together, and alone."""
+    whole, world = model(folder / "llama", False), dist.group.WORLD
     seen: list[int] = []
-    together = profiled(dist.group.WORLD, lambda done, total: seen.append(done)), calibrated(dist.group.WORLD, folder)
-    parts = len(list(folder.glob("*.safetensors")))
-    return {"together": together, "alone": (profiled(None), calibrated(None)), "seen": seen, "parts": parts}
+    together = (
+        profiled(whole, world, lambda done, total: seen.append(done)),
+        calibrated(whole, world, folder / "parts"),
+    )
+    parts = len(list((folder / "parts").glob("*.safetensors")))
+    return {
+        "together": together,
+        "alone": (profiled(whole, None), calibrated(whole, None)),
+        "seen": seen,
+        "parts": parts,
+    }
 
 
 def errors(folder: Path) -> dict[str, Any]:
     """What is raised in each process where one of them fails, or was given something else."""
-    rank = dist.get_rank()
+    whole, world, rank = model(folder / "llama", False), dist.group.WORLD, dist.get_rank()
 
     def fail(prompt: int) -> Arrays:
         if prompt == 3:
@@ -66,12 +95,97 @@ def errors(folder: Path) -> dict[str, Any]:
 
     (folder / "file").touch()
     attempts = {
-        "in a round": lambda: Team(dist.group.WORLD).measure(6, fail),
-        "before": lambda: calibrated(dist.group.WORLD, folder / "file" if rank == 1 else None),
-        "other prompts": lambda: xkv_fx.profile(model(), PROMPTS[rank:], group=dist.group.WORLD),
-        "no group": lambda: xkv_fx.profile(model(), PROMPTS, group=2),  # type: ignore[arg-type]
+        "in a round": lambda: Team(world).measure(6, fail),
+        "before": lambda: calibrated(whole, world, folder / "file" if rank == 1 else None),
+        "other prompts": lambda: xkv_fx.profile(whole, PROMPTS[rank:], group=world),
+        "no group": lambda: xkv_fx.profile(whole, PROMPTS, group=2),  # type: ignore[arg-type]
     }
     return {name: raised(attempt) for name, attempt in attempts.items()}
+
+
+def split(folder: Path, name: str = "llama", backend: str = "eager", names: Sequence[str] = ("full", "half")) -> Any:
+    """A model whose heads the processes share, beside the whole one: what each plan generates and keeps."""
+    parts, whole = (model(folder / name, split) for split in (True, False))
+    planned = plans(whole.config.num_hidden_layers)
+    ids = random_ids(1, 40)
+    with torch.no_grad():
+        before = parts(ids).logits
+    part, reference = (xkv_fx.transform(source, planned[names[0]], backend=backend) for source in (parts, whole))
+    found = {names[0]: compared(part, reference, ids)}
+    for plan in names[1:]:
+        found[plan] = compared(part.with_budgets(planned[plan]), reference.with_budgets(planned[plan]), ids)
+    for plan in names:
+        found[plan]["planned"] = planned[plan].kv_bytes(parts)
+    with torch.no_grad():
+        found["untouched"] = torch.equal(parts(ids).logits, before)
+    return found
+
+
+def compared(part: BudgetedLM, reference: BudgetedLM, ids: torch.Tensor) -> dict[str, Any]:
+    sessions = part.new_session(), reference.new_session()
+    options: dict[str, Any] = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True}
+    generated: list[Any] = [
+        llm.generate(ids, past_key_values=session, **options)
+        for llm, session in zip((part, reference), sessions, strict=True)
+    ]
+    logits = [torch.stack(found.logits) for found in generated]
+    heads = part.layers[0].kv_heads
+    first = dist.get_rank() * heads % reference.layers[0].kv_heads
+    own = slice(first, first + heads)
+    kept = [
+        torch.equal(sessions[0].kept_positions(layer), sessions[1].kept_positions(layer)[:, own])
+        for layer in range(len(part.layers))
+    ]
+    return {
+        "tokens": [found.sequences.tolist() for found in generated],
+        "error": float((logits[0] - logits[1]).abs().max()),
+        "kept": all(kept),
+        "bytes": [part.kv_bytes, sessions[0].kv_bytes, reference.kv_bytes],
+    }
+
+
+def split_planning(folder: Path) -> dict[str, Any]:
+    """What is measured of a model whose heads the processes share, and what is refused of it."""
+    parts, whole = (model(folder / "llama", split) for split in (True, False))
+    curves = [xkv_fx.profile(source, PROMPTS[:1]).curves[0] for source in (parts, whole)]
+    kl = [xkv_fx.calibrate(source, PROMPTS[:1], grid=(0.25, 0.5), continuation=6).kl for source in (parts, whole)]
+    half = plans(2)["half"]
+    llm = xkv_fx.transform(parts, half, backend="eager")
+    session = llm.new_session()
+    llm(PROMPTS[0], past_key_values=session)
+    session.save(folder / f"{dist.get_rank()}.safetensors")
+    dist.barrier()
+    attempts = {
+        "scorer": lambda: llm.with_budgets(Budgets((24, 16), Policy("tova"))),
+        "measured scorer": lambda: xkv_fx.profile(parts, PROMPTS, policy=Policy("tova")),
+        "engine": lambda: xkv_fx.export(llm, folder / "engine"),
+        "torch.compile": lambda: xkv_fx.Cache(parts, half),
+        "group": lambda: xkv_fx.profile(parts, PROMPTS, group=dist.group.WORLD),
+        "resume": lambda: xkv_fx.calibrate(parts, PROMPTS, resume=folder / "parts"),
+        "statistics": lambda: xkv_fx.profile(parts, PROMPTS, statistics=STATISTICS),
+        "other's session": lambda: llm.new_session().load(folder / f"{1 - dist.get_rank()}.safetensors"),
+    }
+    return {
+        "curves": float(abs(curves[0] - curves[1]).max()),
+        "kl": float(abs(kl[0] - kl[1]).max()),
+        "part": "part " in llm.describe(),
+        "refused": {name: raised(attempt) for name, attempt in attempts.items()},
+    }
+
+
+def families(folder: Path) -> dict[str, Any]:
+    """Models whose layers are split in other ways, and two that are not taken."""
+    every = tuple(plans(2))
+    found = {
+        "tied": split(folder, "tied", names=every),
+        "gemma2": split(folder, "gemma2", names=every),
+        "qwen3": split(folder, "qwen3"),
+        "phi3": split(folder, "phi3"),
+        "inductor": split(folder, "llama", "inductor"),
+    }
+    others = {name: model(folder / name, True) for name in ("mixtral", "odd")}
+    refused = {name: raised(partial(xkv_fx.transform, other, plans(1)["full"])) for name, other in others.items()}
+    return {"split": found, "refused": refused}
 
 
 def raised(attempt: Any) -> list[str]:
@@ -82,19 +196,26 @@ def raised(attempt: Any) -> list[str]:
     return []
 
 
-JOBS = {"measuring": measuring, "errors": errors}
+JOBS = {
+    "measuring": measuring, "errors": errors, "split": split, "split_planning": split_planning, "families": families
+}  # fmt: skip
+
+
+def run(folder: Path, jobs: Sequence[str]) -> dict[str, Any]:
+    """Take part in these jobs, as the process that the environment says."""
+    dist.init_process_group("gloo", timeout=timedelta(minutes=2))
+    try:
+        with unittest.mock.patch.object(capturing, "capture", once):
+            return {job: JOBS[job](folder) for job in jobs}
+    finally:
+        dist.destroy_process_group()
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    folder = Path(sys.argv[1])
-    found: dict[str, Any] = {}
-    for job in sys.argv[2:]:
-        (folder / job).mkdir(exist_ok=True)
-        found[job] = JOBS[job](folder / job)
-    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    folder, *jobs = sys.argv[1:]
+    found = run(Path(folder), jobs)
+    (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import unittest.mock
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import distributed_program
 import pytest
+import torch
 from exhaustive import exhaustive
 from saved_models import save_model
-from tiny_models import random_ids
+from tiny_models import SIZES, build, gemma2, llama, qwen3, random_ids
+from transformers import MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
 from xkv_fx import Calibration, Profile
 
 TESTS = Path(__file__).parent
 PROCESSES = 2
+SPLIT = {
+    "inductor": ("full", "half"), "tied": ("full", "half", "scored"), "gemma2": ("full", "half", "scored"),
+    "qwen3": ("full", "half"), "phi3": ("full", "half"),
+}  # fmt: skip
+REFUSED = {
+    "scorer": "BudgetError", "measured scorer": "BudgetError", "engine": "UnsupportedModelError",
+    "torch.compile": "UnsupportedModelError", "group": "BudgetError", "resume": "BudgetError",
+    "statistics": "BudgetError", "other's session": "SessionError",
+}  # fmt: skip
 
 
 def environment() -> dict[str, str]:
@@ -32,15 +47,37 @@ def torchrun(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def results(folder: Path, *jobs: str) -> list[dict[str, Any]]:
+def results(folder: Path, models: dict[str, PreTrainedModel], *jobs: str) -> list[dict[str, Any]]:
     """What each process found."""
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
     torchrun(TESTS / "distributed_program.py", folder, *jobs)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return results(tmp_path_factory.mktemp("processes"), "measuring", "errors")
+    """What two processes found, of which this is the first: it has imported everything already."""
+    folder, jobs = tmp_path_factory.mktemp("processes"), ("measuring", "errors", "split")
+    llama(1).save_pretrained(folder / "llama")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    threads = torch.get_num_threads()
+    command = [sys.executable, TESTS / "distributed_program.py", folder, *jobs]
+    second = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**environment(), **address, "RANK": "1", "LOCAL_RANK": "1"}
+    )
+    try:
+        torch.set_num_threads(1)
+        with unittest.mock.patch.dict(os.environ, {**address, "RANK": "0", "LOCAL_RANK": "0"}):
+            first = distributed_program.run(folder, jobs)
+        assert second.wait() == 0
+    finally:
+        torch.set_num_threads(threads)
+        second.kill()
+        print(second.communicate()[1])
+    return [json.loads(json.dumps(first)), json.loads((folder / "1.json").read_text())]
 
 
 def test_what_is_measured_together_is_what_one_measures_alone(found: list[dict[str, Any]]) -> None:
@@ -81,3 +118,59 @@ def test_an_error_in_one_process_is_raised_in_all(found: list[dict[str, Any]]) -
         assert process["other prompts"][0] == "BudgetError"
         assert "not given the same" in process["other prompts"][1]
         assert process["no group"][0] == "BudgetError"
+
+
+def check_split(
+    processes: list[dict[str, Any]], plans: Sequence[str] = ("full", "half"), parts: int = PROCESSES
+) -> None:
+    """What processes found that share a model, whose KV heads are in so many parts, beside the whole model."""
+    for process in processes:
+        assert process["untouched"]
+        for plan in plans:
+            part, whole = process[plan]["tokens"]
+            assert part == whole
+            assert process[plan]["error"] < 1e-4
+            assert process[plan]["kept"], "each process keeps for its heads what the whole model keeps for them"
+            of_part, of_session, of_whole = process[plan]["bytes"]
+            assert of_part * parts == of_whole
+            assert of_part == of_session == process[plan]["planned"]
+
+
+def test_a_model_whose_heads_are_shared_is_the_whole_one(found: list[dict[str, Any]]) -> None:
+    check_split([process["split"] for process in found])
+
+
+@exhaustive
+def test_a_model_whose_heads_are_shared_is_measured(tmp_path: Path) -> None:
+    for process in results(tmp_path, {"llama": llama()}, "split_planning"):
+        found = process["split_planning"]
+        assert found["curves"] < 1e-5
+        assert found["kl"] < 1e-4
+        assert found["part"]
+        for name, kind in REFUSED.items():
+            assert found["refused"][name][0] == kind, (name, found["refused"][name])
+
+
+@exhaustive
+def test_layers_may_be_split_in_other_ways(tmp_path: Path) -> None:
+    uneven = {"intermediate_size": 49, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
+    models = {
+        "llama": llama(),
+        "tied": llama(**uneven),
+        "gemma2": gemma2(),
+        "qwen3": qwen3(),
+        "phi3": build(Phi3ForCausalLM, Phi3Config(**SIZES, num_hidden_layers=2)),
+        "mixtral": build(MixtralForCausalLM, MixtralConfig(**SIZES, num_hidden_layers=1, num_local_experts=2)),
+        "odd": llama(1, num_attention_heads=6, num_key_value_heads=3, hidden_size=48),
+    }
+    found = [process["families"] for process in results(tmp_path, models, "families")]
+    for name, plans in SPLIT.items():
+        whole_heads = name == "phi3"  # its queries, keys and values are in one matrix, which every process computes
+        check_split([process["split"][name] for process in found], plans, 1 if whole_heads else PROCESSES)
+    for process in found:
+        kind, message = process["refused"]["mixtral"]
+        assert kind == "UnsupportedModelError"
+        assert "moe_tp_experts" in message
+        kind, message = process["refused"]["odd"]
+        assert kind == "UnsupportedModelError"
+        assert "3 KV heads cannot be split evenly among 2" in message

@@ -31,7 +31,7 @@ POSITIONS = 400
 WINDOW = 8
 """The sliding window of those models that have one."""
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -48,42 +48,42 @@ _SIZES: dict[str, Any] = {
 
 def llama(layers: int = 2, seed: int = 0, **options: Any) -> LlamaForCausalLM:
     """GQA with two KV heads; the model of most tests."""
-    return build(LlamaForCausalLM, LlamaConfig(**{**_SIZES, "num_hidden_layers": layers, **options}), seed)
+    return build(LlamaForCausalLM, LlamaConfig(**{**SIZES, "num_hidden_layers": layers, **options}), seed)
 
 
 def qwen2(layers: int = 2, seed: int = 0, **options: Any) -> Qwen2ForCausalLM:
     """Biases in the projections of queries, keys and values."""
-    return build(Qwen2ForCausalLM, Qwen2Config(**{**_SIZES, "num_hidden_layers": layers, **options}), seed)
+    return build(Qwen2ForCausalLM, Qwen2Config(**{**SIZES, "num_hidden_layers": layers, **options}), seed)
 
 
 def qwen3(layers: int = 2, seed: int = 0, **options: Any) -> Qwen3ForCausalLM:
     """Queries and keys are normalised."""
-    return build(Qwen3ForCausalLM, Qwen3Config(**{**_SIZES, "num_hidden_layers": layers, **options}), seed)
+    return build(Qwen3ForCausalLM, Qwen3Config(**{**SIZES, "num_hidden_layers": layers, **options}), seed)
 
 
 def mistral(layers: int = 2, seed: int = 0, **options: Any) -> MistralForCausalLM:
     """A sliding window in every layer."""
-    sizes = {**_SIZES, "num_hidden_layers": layers, "sliding_window": WINDOW}
+    sizes = {**SIZES, "num_hidden_layers": layers, "sliding_window": WINDOW}
     return build(MistralForCausalLM, MistralConfig(**{**sizes, **options}), seed)
 
 
 def gemma2(layers: int = 2, seed: int = 0, **options: Any) -> Gemma2ForCausalLM:
     """Soft-capped logits; every other layer has a sliding window. Eager attention: the others leave the cap out."""
-    sizes = {**_SIZES, "num_hidden_layers": layers, "sliding_window": WINDOW, "query_pre_attn_scalar": 8}
+    sizes = {**SIZES, "num_hidden_layers": layers, "sliding_window": WINDOW, "query_pre_attn_scalar": 8}
     config = Gemma2Config(**{**sizes, "attn_logit_softcapping": 2.0, "attn_implementation": "eager", **options})
     return build(Gemma2ForCausalLM, config, seed)
 
 
 def gemma3(layers: int = 2, seed: int = 0, **options: Any) -> Gemma3ForCausalLM:
     """Sliding layers and full ones, which rotate by different angles."""
-    sizes = {**_SIZES, "num_hidden_layers": layers, "sliding_window": WINDOW, "query_pre_attn_scalar": 8}
+    sizes = {**SIZES, "num_hidden_layers": layers, "sliding_window": WINDOW, "query_pre_attn_scalar": 8}
     kinds = ["sliding_attention" if layer % 2 == 0 else "full_attention" for layer in range(layers)]
     return build(Gemma3ForCausalLM, Gemma3TextConfig(**{**sizes, "layer_types": kinds, **options}), seed)
 
 
 def gpt_oss(layers: int = 2, seed: int = 0, **options: Any) -> GptOssForCausalLM:
     """A learned sink a head, sliding windows, and a mixture of experts."""
-    sizes = {**_SIZES, "num_hidden_layers": layers, "sliding_window": WINDOW}
+    sizes = {**SIZES, "num_hidden_layers": layers, "sliding_window": WINDOW}
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "attn_implementation": "eager"}
     return build(GptOssForCausalLM, GptOssConfig(**{**sizes, **experts, **options}), seed)
 

@@ -25,9 +25,10 @@ from xkv_fx.hf.attention_entry import NAME
 from xkv_fx.hf.inspect import check_model, ends_early, fingerprint, has_latents, max_positions, shadow
 from xkv_fx.hf.masks import FARTHEST, OutOfSightError, check_masks, recording_masks
 from xkv_fx.hf.rotary import changing_rotary
+from xkv_fx.hf.tensor_parallel import shards_of, use_shards
 from xkv_fx.passes.absorb_latents import AbsorbLatents
 from xkv_fx.passes.capture_module import PROBE_LENGTH
-from xkv_fx.passes.captured import CapturedModel
+from xkv_fx.passes.captured import WHOLE, CapturedModel
 from xkv_fx.passes.check_capture import check_capture
 from xkv_fx.passes.clean_graph import CleanGraph
 from xkv_fx.passes.export_graph import export_graph, reason_of
@@ -114,18 +115,20 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
         max_positions=longest,
         vocabulary=int(logits.shape[2]),
         ends_early=ends_early(model),
+        shard=shards_of(model) or WHOLE,
     )
 
 
 def _twin(model: PreTrainedModel) -> tuple[PreTrainedModel, tuple[LayerSpec, ...]]:
     """A shadow of the model to capture, and what its attentions cache; nothing where it writes its attention out."""
+    shards = shards_of(model)
     try:
         twin = shadow(model, NAME)
     except UnsupportedModelError:  # its attention cannot be replaced
-        return shadow(model, None), ()
-    record = _probe(twin)
+        return use_shards(shadow(model, None), shards), ()
+    record = _probe(use_shards(twin, shards))
     if not record.attentions:
-        return shadow(model, None), ()
+        return use_shards(shadow(model, None), shards), ()
     _check_layer_count(model, record.attentions)
     return twin, tuple(record.layers)
 

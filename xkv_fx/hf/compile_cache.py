@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache as TransformersCache
 
 from xkv_fx.budgets import Budgets
-from xkv_fx.errors import BudgetError, SessionError
+from xkv_fx.errors import BudgetError, SessionError, UnsupportedModelError
 from xkv_fx.files import is_int
 from xkv_fx.hf.cache import SessionCache
 from xkv_fx.hf.capture import layers_of_model
 from xkv_fx.hf.inspect import check_model, fingerprint, max_positions
 from xkv_fx.hf.rotary import refuse_changing_rotary
+from xkv_fx.hf.tensor_parallel import shards_of
 from xkv_fx.lowering.describe import describe_layers, describe_plan
 from xkv_fx.lowering.planned_graphs import BoundGraphs, PlannedGraphs
 from xkv_fx.lowering.program import program_key
@@ -67,6 +68,11 @@ class Cache(SessionCache):
             raise BudgetError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
         source = check_model(model)
         refuse_changing_rotary(source)
+        if shards_of(source) is not None:
+            raise UnsupportedModelError(
+                f"{type(source).__name__} is split among processes, which the backend 'xkv' does not take; use "
+                "xkv_fx.transform"
+            )
         layers, identity = layers_of_model(source), fingerprint(source)
         budgets.check_layers(layers, identity)
         slots = slot_plans(budgets, layers, max_new_tokens)

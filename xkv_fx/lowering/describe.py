@@ -10,6 +10,7 @@ from xkv_fx.runtime.session import Kind
 from xkv_fx.runtime.state import CachePlan
 
 if TYPE_CHECKING:  # an engine is described without the passes
+    from xkv_fx.passes.captured import Shard
     from xkv_fx.passes.pipeline import TransformedGraph
 
 LOWERED = {"inductor": "one graph, compiled by Inductor, static shapes", "eager": "graph of torch kernels"}
@@ -27,6 +28,13 @@ def describe_plan(fingerprint: str, plan: CachePlan, scorer: Scorer, budgets: Bu
         f"dtype         {plan.dtype} on {plan.device}",
         f"KV bytes      {plan.kv_bytes:,} a session, and {plan.state_bytes:,} for positions and counters",
     ]
+
+
+def describe_shard(shard: Shard) -> list[str]:
+    """Nothing for a whole model."""
+    if shard.size == 1:
+        return []
+    return [f"part          {shard.rank + 1} of {shard.size} of the model; heads and bytes are those of this process"]
 
 
 def describe_layers(plan: CachePlan) -> list[str]:

@@ -14,10 +14,10 @@ from torch.fx import GraphModule
 
 from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BackendError, BudgetError, UnsupportedModelError
-from xkv_fx.lowering.describe import LOWERED, describe_layers, describe_passes, describe_plan
+from xkv_fx.lowering.describe import LOWERED, describe_layers, describe_passes, describe_plan, describe_shard
 from xkv_fx.lowering.eager import lower_eager
 from xkv_fx.lowering.inductor import lower_inductor
-from xkv_fx.passes.captured import CapturedModel
+from xkv_fx.passes.captured import WHOLE, CapturedModel, Shard
 from xkv_fx.passes.pipeline import (
     TransformedGraph,
     decode_pipeline,
@@ -96,8 +96,9 @@ def compile_program(
         UnsupportedModelError: the plan is for more tokens than the model is captured for.
         BackendError: an unknown backend, or one that lacks its compiler.
     """
-    scorer = check_request(budgets, backend)
+    check_request(budgets, backend)
     budgets.check_layers(captured.layers, captured.fingerprint)
+    scorer = captured.scorer_of(budgets.policy)
     slots = slot_plans(budgets, captured.layers, max_new_tokens)
     _check_reach(captured, budgets, slots)
     plan = CachePlan(captured.layers, slots, captured.rows, captured.dtype, captured.device)
@@ -126,7 +127,7 @@ class CompiledProgram:
         self.backend = backend
         self.plan = graphs.plan
         self.max_positions = graphs.captured.max_positions
-        self.key = program_key(graphs.captured.fingerprint, self.plan, graphs.scorer)
+        self.key = program_key(graphs.captured.fingerprint, self.plan, graphs.scorer, graphs.captured.shard)
         self._decode, self._attention = self._lower_decode()
         self._prompt = functools.cache(self._lower_prompt)
         self._prompt("prefill", False)
@@ -156,6 +157,7 @@ class CompiledProgram:
         """What was planned and what was done about it, as text."""
         lines = [
             *describe_plan(self.graphs.captured.fingerprint, self.plan, self.graphs.scorer, budgets),
+            *describe_shard(self.graphs.captured.shard),
             f"prefill       graph of torch kernels, length dynamic, up to {self.max_positions} positions{self._ends()}",
             f"decode        {LOWERED[self.backend]}; attention: {self._attention}",
             "",
@@ -167,7 +169,8 @@ class CompiledProgram:
         return "\n".join(lines)
 
 
-def program_key(fingerprint: str, plan: CachePlan, scorer: Scorer) -> str:
+def program_key(fingerprint: str, plan: CachePlan, scorer: Scorer, shard: Shard = WHOLE) -> str:
     """Identifies model, plan and batch size; a saved session fits programs of the same key."""
-    made_for = (fingerprint, plan.layers, plan.slots, plan.rows, plan.dtype, scorer)
+    part = () if shard.size == 1 else (shard.rank, shard.size)
+    made_for = (fingerprint, plan.layers, plan.slots, plan.rows, plan.dtype, scorer, *part)
     return hashlib.sha256(repr(made_for).encode()).hexdigest()

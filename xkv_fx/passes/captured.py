@@ -7,10 +7,31 @@ import dataclasses
 from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
-from xkv_fx.budgets import LayerSpec
+from xkv_fx.budgets import LayerSpec, Policy
 from xkv_fx.errors import PassError
+from xkv_fx.runtime.scorers import Scorer, check_independent_heads, scorer_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Which part of a model's heads and weights a graph has, where processes share a model; the whole otherwise.
+
+    Attributes:
+        rank, size: part `rank` of `size`, counted from 0.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def all_heads(self, states: Tensor) -> Tensor:
+        """`[rows, heads, ...]` of all parts' heads, in their order, from those of this part."""
+        return states
+
+
+WHOLE = Shard()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +48,7 @@ class CapturedModel:
         max_positions: the longest sequence that the model has positions for; None if unbounded.
         vocabulary: size of the logits' last dimension.
         ends_early: what is different behind `max_positions`, where that is less than the model has positions for.
+        shard: which part of the model this process has; `layers` are that part's.
     """
 
     prompt: GraphModule
@@ -39,6 +61,18 @@ class CapturedModel:
     max_positions: int | None
     vocabulary: int
     ends_early: str = ""
+    shard: Shard = WHOLE
+
+    def scorer_of(self, policy: Policy) -> Scorer:
+        """The scorer that a policy names, for this model.
+
+        Raises:
+            BudgetError: as `runtime.scorers.scorer_of`; or it would choose other tokens for a part of the model.
+        """
+        scorer = scorer_of(policy)
+        if self.shard.size > 1:
+            check_independent_heads(policy.scorer, scorer)
+        return scorer
 
     def graph(self, kind: Literal["prompt", "token"]) -> GraphModule:
         """A copy of a graph for passes to change; its weights are the very same tensors."""

@@ -75,7 +75,11 @@ def measure_profile(
     """
 
     def prepare() -> tuple[list[Tensor], GraphModule]:
-        scorer = profiling_scorer(policy)
+        team.check_whole(captured)
+        profiling_scorer(policy)
+        scorer = captured.scorer_of(policy)
+        if statistics and captured.shard.size > 1:
+            raise BudgetError("statistics are of all heads, and each process of this model has some; leave them out")
         rows = [_check_prompt(index, prompt, captured) for index, prompt in enumerate(prompts)]
         passes = profile_pipeline(scorer, tuple(statistics), captured.layers)
         return rows, run_pipeline(captured.graph("prompt"), passes).module
@@ -90,7 +94,8 @@ def measure_profile(
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         with torch.no_grad():
             measured = graph(ids, positions, torch.ones_like(ids, dtype=torch.bool))
-        curves = [retention_curve(layer[0].cpu().numpy(), policy) for layer in measured[:layers]]
+        scores = [captured.shard.all_heads(layer)[0].cpu().numpy() for layer in measured[:layers]]
+        curves = [retention_curve(layer, policy) for layer in scores]
         more = torch.cat(measured[layers:]).view(len(statistics), layers) if statistics else torch.empty(0, layers)
         return {"curves": np.stack(curves).astype(np.float32), "more": more.cpu().numpy()}
 

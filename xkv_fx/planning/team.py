@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xkv_fx import errors
 from xkv_fx.errors import BudgetError, XkvError
+from xkv_fx.passes.captured import CapturedModel
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -64,6 +65,18 @@ class Team:
             raise BudgetError(
                 "the processes of the group were not given the same model, weights, prompts and options; every one of "
                 "them must make the same call, with all of the prompts, which they share among themselves"
+            )
+
+    def check_whole(self, captured: CapturedModel) -> None:
+        """Refuse to share prompts among processes that share the model.
+
+        Raises:
+            BudgetError: they do.
+        """
+        if self.size > 1 and captured.shard.size > 1:
+            raise BudgetError(
+                f"this model is split among {captured.shard.size} processes, which run every prompt together; leave "
+                "group out, and make the same call in each of them"
             )
 
     def measure(self, count: int, measure: Callable[[int], Arrays], progress: Progress | None = None) -> list[Arrays]:

@@ -18,7 +18,6 @@ from xkv_fx.planning.calibrate import check_measurable, check_prompt, cut_checke
 from xkv_fx.planning.continuation import run_full
 from xkv_fx.planning.limits import make_limits
 from xkv_fx.planning.plan import capacities_within_bytes
-from xkv_fx.runtime.scorers import scorer_of
 from xkv_fx.runtime.slots import slot_plans
 
 Progress = Callable[[int, int], None]
@@ -161,7 +160,7 @@ def divergence_of_plans(
     check_measurable(policy, continuation)
     for plan in plans:
         plan.check_layers(captured.layers, captured.fingerprint)
-    scorer = scorer_of(policy)
+    scorer = captured.scorer_of(policy)
     rows = [check_prompt(index, ids, captured, continuation) for index, ids in enumerate(prompts)]
     if not rows:
         raise PromptError("there are no prompts to measure on; give at least one")

@@ -14,6 +14,7 @@ random              chance, as a baseline
 from xkv_fx.runtime.scorers.accumulated import H2O
 from xkv_fx.runtime.scorers.base import (
     Scorer,
+    check_independent_heads,
     check_measures_attention,
     future_positions,
     make_scorer,
@@ -45,6 +46,7 @@ __all__ = [
     "SnapKV",
     "Streaming",
     "ValueNorm",
+    "check_independent_heads",
     "check_measures_attention",
     "future_positions",
     "make_scorer",

@@ -28,6 +28,7 @@ class H2O:
     looks_at_question: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
     measures_attention: ClassVar[bool] = True
+    independent_heads: ClassVar[bool] = True
 
     def __call__(self, prompt: PromptView) -> Tensor:
         mass: Tensor = accumulated_attention(

@@ -31,7 +31,11 @@ class Scorer(Protocol):
             scores make a retention curve, and only they can be added to the attention that decode accumulates under
             `eviction="scored"`. False for a class that does not say.
 
-    A class may have one more, `needs_unrotated_queries = True`. Such a scorer is given the queries as they were before
+    A class may have `independent_heads = True`: the scores of a KV head follow from its own queries, keys and values,
+    whichever of the model's heads it is. Only such a scorer chooses the same tokens where processes share the heads
+    (tensor parallelism).
+
+    A class may have `needs_unrotated_queries = True`. Such a scorer is given the queries as they were before
     their positions turned them, and how positions to come will turn them: `PromptView.unrotated_queries` and
     `PromptView.rotation`. It has a field `future_positions`, the number of positions that `rotation` is the mean over.
     Models whose rotation cannot be told from the rest of their graph are refused.
@@ -130,6 +134,25 @@ def check_measures_attention(name: str, scorer: Scorer, otherwise: str) -> None:
     raise BudgetError(
         f"the scores of {name!r} are not attention mass, and {otherwise}; choose one of {', '.join(able)}, or set "
         "measures_attention = True on a scorer's class where it is true"
+    )
+
+
+def check_independent_heads(name: str, scorer: Scorer) -> None:
+    """Refuse a scorer that would choose other tokens where it is shown some of the heads.
+
+    Args:
+        name: that the policy calls it by, for the message.
+
+    Raises:
+        BudgetError: it is one, or its class does not say.
+    """
+    if getattr(scorer, "independent_heads", False):
+        return
+    able = [other for other, factory in sorted(_scorers.items()) if getattr(factory, "independent_heads", False)]
+    raise BudgetError(
+        f"the scorer {name!r} does not score each KV head by itself, and each of the processes that share this model "
+        f"has some of the heads; choose one of {', '.join(able)}, or set independent_heads = True on a scorer's class "
+        "where it is true"
     )
 
 

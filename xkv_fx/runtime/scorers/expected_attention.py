@@ -52,6 +52,7 @@ class ExpectedAttention:
     looks_at_question: ClassVar[bool] = False
     reads_values: ClassVar[bool] = True
     measures_attention: ClassVar[bool] = False
+    independent_heads: ClassVar[bool] = True
     needs_unrotated_queries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

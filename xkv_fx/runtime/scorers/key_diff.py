@@ -25,6 +25,7 @@ class KeyDiff:
     looks_at_question: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
     measures_attention: ClassVar[bool] = False
+    independent_heads: ClassVar[bool] = True
 
     def __call__(self, prompt: PromptView) -> Tensor:
         keys = torch.nn.functional.normalize(prompt.keys.float(), dim=-1).masked_fill(~prompt.there[..., None], 0.0)

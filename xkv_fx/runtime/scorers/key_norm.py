@@ -25,6 +25,7 @@ class KeyNorm:
     looks_at_question: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
     measures_attention: ClassVar[bool] = False
+    independent_heads: ClassVar[bool] = True
 
     def __call__(self, prompt: PromptView) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(prompt.keys.float(), dim=-1)

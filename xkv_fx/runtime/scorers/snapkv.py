@@ -33,6 +33,7 @@ class SnapKV:
     looks_at_question: ClassVar[bool] = True
     reads_values: ClassVar[bool] = False
     measures_attention: ClassVar[bool] = True
+    independent_heads: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not is_int(self.observation_window) or self.observation_window < 1:

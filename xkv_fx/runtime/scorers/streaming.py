@@ -32,6 +32,7 @@ class Streaming:
     looks_at_question: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
     measures_attention: ClassVar[bool] = False
+    independent_heads: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not is_int(self.sinks) or self.sinks < 0:

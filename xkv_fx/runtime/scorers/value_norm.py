@@ -28,7 +28,7 @@ class ValueNorm:
         base: name of another scorer, whose scores are never negative: a larger value must not make a token worth less.
             A scorer of your own says so by a class attribute `never_negative = True`.
         norm: 1 for the L1 norm, the paper's; 2 for the L2 norm.
-        looks_at_question: as `base`.
+        looks_at_question, independent_heads: as `base`.
 
     Raises:
         BudgetError: another norm, or a base that is unknown, may be negative, or is this scorer itself.
@@ -40,6 +40,7 @@ class ValueNorm:
     looks_at_question: ClassVar[bool] = True
     reads_values: ClassVar[bool] = True
     measures_attention: ClassVar[bool] = False
+    independent_heads: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not is_int(self.norm) or self.norm not in (1, 2):
@@ -60,6 +61,7 @@ class ValueNorm:
                 f"choose one of {', '.join(sorted(_NEVER_NEGATIVE))}, or a scorer with never_negative = True"
             )
         object.__setattr__(self, "looks_at_question", scorer.looks_at_question)
+        object.__setattr__(self, "independent_heads", getattr(scorer, "independent_heads", False))
 
     def __call__(self, prompt: PromptView) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(prompt.values.float(), self.norm, dim=-1)
