@@ -83,11 +83,43 @@ def test_layers_of_one_input_are_those_layers(rows: int) -> None:
         assert torch.equal(out, torch.cat([part.flatten() for part in parts]))
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_weights_of_whole_numbers(dtype: torch.dtype) -> None:
+    linear_cpu.build(dtype, whole=True)
+    for rows in (1, 4, 9):
+        x, _, _ = inputs(rows, 1, 48, dtype)
+        weight = torch.randint(-128, 128, (19, 48), dtype=torch.int8, generator=torch.Generator().manual_seed(rows))
+        out = torch.ops.xkv.linear_cpu(x, [weight], []).view(rows, 19).double()
+        tolerance = {"rtol": TOLERANCE[dtype], "atol": 100 * TOLERANCE[dtype]}
+        torch.testing.assert_close(out, x.double() @ weight.double().T, **tolerance)
+
+
+class Quantized(nn.Module):
+    def forward(self, first: Tensor, second: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+        x = x * 2
+        one, other = (torch.mm(x.reshape(-1, 32), weight.t().to(x.dtype)) * scale for weight in (first, second))
+        return torch.mm(one, other.t()) + torch.mm(one, other)
+
+
+def test_int8_layers_of_one_input_are_one_call() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(-128, 128, (6, 32), dtype=torch.int8, generator=generator) for _ in range(2))
+    inputs = (first, second, torch.rand(6, generator=generator), torch.randn(3, 2, 32, generator=generator))
+    exported = torch.export.export(Quantized(), inputs).module(check_guards=False)
+    assert isinstance(exported, GraphModule)
+    assert "2 of 2 linear layers" in choose_linear(exported)
+    kernels = calls(exported, torch.ops.xkv.linear_cpu.default)
+    assert [len(node.args[1]) for node in kernels] == [2]  # type: ignore[arg-type]
+    torch.testing.assert_close(exported(*inputs), Quantized()(*inputs), rtol=1e-5, atol=1e-3)
+
+
 def test_layers_that_do_not_belong_together_are_refused() -> None:
     x, weight, bias = inputs(2, 5, 32, torch.float32)
     linear_cpu.build(torch.float32)
     with pytest.raises(RuntimeError, match="as deep as x"):
         torch.ops.xkv.linear_cpu(x, [weight, weight[:, :16].contiguous()], [])
+    with pytest.raises(RuntimeError, match="of the dtype of x, or all int8"):
+        torch.ops.xkv.linear_cpu(x, [weight, weight.to(torch.int8)], [])
     with pytest.raises(RuntimeError, match="has a bias, or none"):
         torch.ops.xkv.linear_cpu(x, [weight, weight], [bias])
 

@@ -23,7 +23,13 @@ library = torch.library.Library("xkv", "FRAGMENT")
 
 
 def build_kernel(
-    source: str, function: str, dtype: torch.dtype, group: int = 0, key_dim: int = 0, value_dim: int = 0
+    source: str,
+    function: str,
+    dtype: torch.dtype,
+    group: int = 0,
+    key_dim: int = 0,
+    value_dim: int = 0,
+    whole: bool = False,
 ) -> None:
     """Compile a kernel, or load it from the cache on disk, and hand it to the operators.
 
@@ -32,22 +38,23 @@ def build_kernel(
         function: what the operators call.
         dtype: one of `DTYPES`.
         group, key_dim, value_dim: shapes that it is compiled for, 0 for a kernel that takes any.
+        whole: for weights that are whole numbers of 8 bits.
 
     Raises:
         BackendError: there is no C++ compiler, or it refuses the kernel.
     """
-    shape = {"GROUP": group, "KEY_DIM": key_dim, "VALUE_DIM": value_dim, DTYPES[dtype]: 1}
+    shape = {"GROUP": group, "KEY_DIM": key_dim, "VALUE_DIM": value_dim, "WHOLE": int(whole), DTYPES[dtype]: 1}
     with _building:
         operators = _operators()
         kernel = _compiled(("lanes.h", source), tuple(shape.items()))
         made = ctypes.cast(getattr(kernel, function), ctypes.c_void_p)
-        operators.xkv_hand_in(_SCALAR_TYPES[dtype], group, key_dim, value_dim, made)
+        operators.xkv_hand_in(_SCALAR_TYPES[dtype], group, key_dim, value_dim, whole, made)
 
 
 @functools.cache
 def _operators() -> ctypes.CDLL:
     operators = _compiled(("ops_cpu.cpp",))
-    operators.xkv_hand_in.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_void_p]
+    operators.xkv_hand_in.argtypes = [*[ctypes.c_int64] * 5, ctypes.c_void_p]
     operators.xkv_hand_in.restype = None
     return operators
 

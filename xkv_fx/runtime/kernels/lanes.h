@@ -8,6 +8,9 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#if defined(__AVX2__)
+#include <immintrin.h>  // compilers widen whole numbers one by one without it
+#endif
 
 namespace {
 
@@ -84,6 +87,17 @@ inline int place(int dim) { return dim; }
 
 inline Pair load(const scalar* from) { return {load_first(from), load_second(from)}; }
 
+// Whole numbers keep the order, as `widen_lanes` does.
+inline vec load_first(const int8_t* from) {
+#if defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  typedef int8_t whole __attribute__((vector_size(LANES)));
+  return __builtin_convertvector(__builtin_convertvector(read<whole>(from), vec_int), vec);
+#endif
+}
+inline vec load_second(const int8_t* from) { return load_first(from + LANES); }
+
 // Keeps compilers from loading `x` anew for each of its uses, where loads are what a loop is bound by.
 inline void in_register([[maybe_unused]] vec& x) {
 #if defined(__AVX__)
@@ -93,8 +107,8 @@ inline void in_register([[maybe_unused]] vec& x) {
 
 // Adds the products of WIDE vectors in memory, `apart` numbers from one to the next, with ROWS wide ones to their sums:
 // one STEP of each. `x` holds the first halves of the rows, then the second.
-template <int ROWS, int WIDE>
-inline void add_step(const vec* x, const scalar* y, int64_t apart, vec (*sums)[ROWS]) {
+template <int ROWS, int WIDE, typename T>
+inline void add_step(const vec* x, const T* y, int64_t apart, vec (*sums)[ROWS]) {
   for (int half = 0; half < 2; ++half) {
     vec part[WIDE];
     for (int n = 0; n < WIDE; ++n) part[n] = half == 0 ? load_first(y + n * apart) : load_second(y + n * apart);

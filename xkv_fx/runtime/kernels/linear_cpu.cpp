@@ -6,11 +6,17 @@
 // their weights in the cache, a block of outputs at a time, while the next block is asked for. Sums are float32 whatever
 // the dtype.
 //
-// Before this text stands lanes.h. The input is `[rows, depth]`, the weights of a layer `[width, depth]`, its output
+// Before this text stands lanes.h, and WHOLE where the weights are whole numbers of 8 bits, whatever the dtype of the
+// input; whoever calls has them scaled. The input is `[rows, depth]`, the weights of a layer `[width, depth]`, its output
 // `[rows, width]`, all contiguous; `depth` is a multiple of STEP.
 
 namespace {
 
+#if WHOLE
+using weight = int8_t;
+#else
+using weight = scalar;
+#endif
 constexpr int64_t AT_ONCE = 4, OUTPUTS = 2;
 constexpr int64_t BLOCK = 16;  // outputs
 static_assert(AT_ONCE * OUTPUTS <= LANES && BLOCK % OUTPUTS == 0);
@@ -30,9 +36,9 @@ std::unique_ptr<vec[]> widened(const scalar* x, const Rows& rows, int64_t steps)
     const int64_t count = rows.count(tile);
     for (int64_t d = 0; d < steps; ++d, to += 2 * count)
       for (int64_t m = 0; m < count; ++m) {
-        const Pair pair = load(x + ((rows.start(tile) + m) * steps + d) * STEP);
-        to[m] = pair.first;
-        to[count + m] = pair.second;
+        const scalar* from = x + ((rows.start(tile) + m) * steps + d) * STEP;
+        to[m] = WHOLE ? widen_lanes(from) : load_first(from);  // in the order of the weights
+        to[count + m] = WHOLE ? widen_lanes(from + LANES) : load_second(from);
       }
   }
   return inputs;
@@ -40,10 +46,10 @@ std::unique_ptr<vec[]> widened(const scalar* x, const Rows& rows, int64_t steps)
 
 // What a block's steps ask for while they work: the block behind it, line by line.
 struct Ahead {
-  static constexpr int64_t LINE = 64, LINES = OUTPUTS * STEP * sizeof(scalar) / LINE;
+  static constexpr int64_t BYTES = OUTPUTS * STEP * sizeof(weight), LINES = std::max<int64_t>(BYTES / 64, 1);
   const char* at;
   int64_t tiles;
-  int64_t stride = LINE / tiles;
+  int64_t stride = BYTES / LINES / tiles;
   inline void fetch_next() {
     for (int64_t i = 0; i < LINES; ++i, at += stride) __builtin_prefetch(at);
   }
@@ -51,7 +57,7 @@ struct Ahead {
 
 // ROWS x WIDE results.
 template <int ROWS, int WIDE>
-void tile(const vec* x, const scalar* weights, int64_t steps, const scalar* bias, scalar* out, int64_t width,
+void tile(const vec* x, const weight* weights, int64_t steps, const scalar* bias, scalar* out, int64_t width,
           Ahead& ahead) {
   vec sums[WIDE][ROWS] = {};
   for (int64_t d = 0; d < steps; ++d, x += 2 * ROWS) {
@@ -69,7 +75,7 @@ void tile(const vec* x, const scalar* weights, int64_t steps, const scalar* bias
 }
 
 template <int WIDE, int ROWS = AT_ONCE>
-inline void tile_of(int64_t rows, const vec* x, const scalar* weights, int64_t steps, const scalar* bias, scalar* out,
+inline void tile_of(int64_t rows, const vec* x, const weight* weights, int64_t steps, const scalar* bias, scalar* out,
                     int64_t width, Ahead& ahead) {
   if (rows == ROWS) return tile<ROWS, WIDE>(x, weights, steps, bias, out, width, ahead);
   if constexpr (ROWS > 1) tile_of<WIDE, ROWS - 1>(rows, x, weights, steps, bias, out, width, ahead);
@@ -78,7 +84,7 @@ inline void tile_of(int64_t rows, const vec* x, const scalar* weights, int64_t s
 }  // namespace
 
 // `layers` layers: `weights`, `widths` and, where they have any, `biases` of each; their outputs stand one after another.
-extern "C" void xkv_linear(const scalar* x, const scalar* const* weights, const scalar* const* biases, scalar* out,
+extern "C" void xkv_linear(const scalar* x, const weight* const* weights, const scalar* const* biases, scalar* out,
                            const int64_t* widths, int64_t layers, int64_t all_rows, int64_t depth, int threads) {
   const int64_t steps = depth / STEP;
   const Rows rows{all_rows, (all_rows + AT_ONCE - 1) / AT_ONCE};
@@ -98,7 +104,7 @@ extern "C" void xkv_linear(const scalar* x, const scalar* const* weights, const 
       }
       const int64_t start = number * BLOCK, width = widths[layer], end = std::min(start + BLOCK, width);
       const bool last = end == width && layer + 1 < layers;
-      const scalar* next = last ? weights[layer + 1] : weights[layer] + end * depth;
+      const weight* next = last ? weights[layer + 1] : weights[layer] + end * depth;
       Ahead ahead{reinterpret_cast<const char*>(next), rows.tiles};
       for (int64_t of = 0; of < rows.tiles; ++of) {
         const int64_t row = rows.start(of);

@@ -20,20 +20,21 @@ library.define("linear_cpu(Tensor x, Tensor[] weights, Tensor[] biases) -> Tenso
 
 
 @functools.cache
-def build(dtype: torch.dtype) -> None:
-    """Make `torch.ops.xkv.linear_cpu` serve tensors of that dtype.
+def build(dtype: torch.dtype, whole: bool = False) -> None:
+    """Make `torch.ops.xkv.linear_cpu` serve tensors of that dtype, with weights of the same dtype or, if `whole`, int8.
 
     It applies several layers to one input: it takes `x [..., depth]`, contiguous weights `[width, depth]` and as many
     biases `[width]`, or none, and returns the outputs `[rows, width]`, the leading dimensions as one, one after another
-    in a flat tensor. `depth` is a multiple of `build_cpu.STEP`.
+    in a flat tensor. `depth` is a multiple of `build_cpu.STEP`. int8 weights are numbers as they are: who calls scales.
 
     Args:
         dtype: one of `build_cpu.DTYPES`.
+        whole: for int8 weights.
 
     Raises:
         BackendError: there is no C++ compiler, or it refuses the kernel.
     """
-    build_kernel("linear_cpu.cpp", "xkv_linear", dtype)
+    build_kernel("linear_cpu.cpp", "xkv_linear", dtype, whole=whole)
 
 
 def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:

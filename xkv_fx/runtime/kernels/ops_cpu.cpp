@@ -13,11 +13,13 @@
 #include <optional>
 #include <vector>
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
 
-using Shape = std::array<int64_t, 4>;  // dtype, query heads for each KV head, key and value dimensions
+// dtype, query heads for each KV head, key and value dimensions, whether weights are whole numbers
+using Shape = std::array<int64_t, 5>;
 using Decode = int (*)(const void*, const void*, const void*, void*, void*, const int64_t*, const void*, const float*,
                        void*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float, int);
 using Linear = void (*)(const void*, const void* const*, const void* const*, void*, const int64_t*, int64_t, int64_t,
@@ -26,9 +28,9 @@ using Linear = void (*)(const void*, const void* const*, const void* const*, voi
 std::mutex guard;
 std::map<Shape, void*> kernels;
 
-void* kernel(const Tensor& like, int64_t group, int64_t key_dim, int64_t value_dim) {
+void* kernel(const Tensor& like, int64_t group, int64_t key_dim, int64_t value_dim, bool whole) {
   const std::lock_guard<std::mutex> lock(guard);
-  const auto found = kernels.find({static_cast<int64_t>(like.scalar_type()), group, key_dim, value_dim});
+  const auto found = kernels.find({static_cast<int64_t>(like.scalar_type()), group, key_dim, value_dim, whole});
   STD_TORCH_CHECK(found != kernels.end(), "no CPU kernel was built for this dtype and shape");
   return found->second;
 }
@@ -52,7 +54,7 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
                         const Tensor& slot, const Tensor& mask, double scale, std::optional<double> softcap,
                         const std::optional<Tensor>& sinks) {
   const int64_t kv_heads = k_cache.size(1), slots = k_cache.size(2);
-  const auto decode = reinterpret_cast<Decode>(kernel(q, q.size(1) / kv_heads, k_cache.size(3), v_cache.size(3)));
+  const auto decode = reinterpret_cast<Decode>(kernel(q, q.size(1) / kv_heads, k_cache.size(3), v_cache.size(3), false));
   STD_TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous(), "the caches must be contiguous");
   const Tensor queries = dense(q), keys = dense(k), values = dense(v);
   const Tensor shown = mask.stride(3) == 1 ? mask : torch::stable::contiguous(mask);
@@ -69,13 +71,16 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
 }
 
 Tensor linear(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
-  const auto apply = reinterpret_cast<Linear>(kernel(x, 0, 0, 0));
+  const auto dtype = weights.at(0).scalar_type();
+  const auto apply = reinterpret_cast<Linear>(kernel(x, 0, 0, 0, dtype != x.scalar_type()));
   const int64_t depth = x.size(-1), rows = x.numel() / depth;
   std::vector<const void*> matrices, added;
   std::vector<int64_t> widths;
   int64_t width = 0;
   for (const Tensor& weight : weights) {
     STD_TORCH_CHECK(weight.is_contiguous() && weight.size(1) == depth, "weights must be contiguous, and as deep as x");
+    STD_TORCH_CHECK(weight.scalar_type() == dtype && (dtype == x.scalar_type() || dtype == ScalarType::Char),
+                    "weights must all be of the dtype of x, or all int8");
     matrices.push_back(weight.data_ptr());
     widths.push_back(weight.size(0));
     width += weight.size(0);
@@ -91,9 +96,10 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& weights, const std::ve
 
 }  // namespace
 
-extern "C" void xkv_hand_in(int64_t dtype, int64_t group, int64_t key_dim, int64_t value_dim, void* made) {
+extern "C" void xkv_hand_in(int64_t dtype, int64_t group, int64_t key_dim, int64_t value_dim, int64_t whole,
+                            void* made) {
   const std::lock_guard<std::mutex> lock(guard);
-  kernels[{dtype, group, key_dim, value_dim}] = made;
+  kernels[{dtype, group, key_dim, value_dim, whole}] = made;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(xkv, CPU, library) {
