@@ -49,7 +49,7 @@ def evaluate(folder: Path) -> None:
 
     llm: Any = xkv_fx.transform(llama(vocab_size=VOCABULARY), Budgets.full(2, 300), backend="eager", check=False)
     plans = candidates_of_fractions(llm.layers, 160, (0.25, 0.5))
-    settings = Settings(("needle_single", "needle_multikey"), length=160, count=1)
+    settings = Settings(("needle_single", "needle_multi_key"), length=160, count=1)
     found = evaluate(None, WordTokenizer(VOCABULARY), plans, settings, resume=folder / "parts", progress=step, llm=llm)
     write_json(folder / "result.json", found.to_dict())
 
