@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import sys
 import unittest.mock
 from collections.abc import Sequence
@@ -180,6 +181,7 @@ def families(folder: Path) -> dict[str, Any]:
         "tied": split(folder, "tied", names=every),
         "gemma2": split(folder, "gemma2", names=every),
         "qwen3": split(folder, "qwen3"),
+        "mistral": split(folder, "mistral"),
         "phi3": split(folder, "phi3"),
         "inductor": split(folder, "llama", "inductor"),
     }
@@ -201,6 +203,25 @@ JOBS = {
 }  # fmt: skip
 
 
+def run_docs(folder: Path) -> None:
+    """The blocks that docs have for programs of several processes, which are no ```python."""
+    ids = random_ids(1, 40)
+    given: dict[str, Any] = {
+        "xkv_fx": xkv_fx,
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "folder": folder / "llama",
+        "model": AutoModelForCausalLM.from_pretrained(folder / "llama"),
+        "prompts": [random_ids(1, 60, seed) for seed in range(2)],
+        "budgets": plans(2)["half"],
+        "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+    }
+    os.chdir(folder)
+    for page in ("planning", "how-it-works"):
+        path = Path(__file__).parents[1] / "docs" / f"{page}.md"
+        for block in re.findall(r"^```py\n(.*?)^```$", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+            exec(compile(block, str(path), "exec"), given)
+
+
 def run(folder: Path, jobs: Sequence[str]) -> dict[str, Any]:
     """Take part in these jobs, as the process that the environment says."""
     dist.init_process_group("gloo", timeout=timedelta(minutes=2))
@@ -213,9 +234,10 @@ def run(folder: Path, jobs: Sequence[str]) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    folder, *jobs = sys.argv[1:]
-    found = run(Path(folder), jobs)
-    (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+    folder, jobs = Path(sys.argv[1]), sys.argv[2:]
+    if jobs == ["docs"]:
+        return run_docs(folder)
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(run(folder, jobs)))
 
 
 if __name__ == "__main__":

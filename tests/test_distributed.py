@@ -15,18 +15,23 @@ from typing import Any
 import distributed_program
 import pytest
 import torch
+import torch.distributed as dist
 from exhaustive import exhaustive
+from plain_models import HEADS, Attention, Decoder, example, sdpa
 from saved_models import save_model
-from tiny_models import SIZES, build, gemma2, llama, qwen3, random_ids
+from tiny_models import SIZES, build, gemma2, llama, mistral, qwen3, random_ids
+from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
-from xkv_fx import Calibration, Profile
+import xkv_fx
+from xkv_fx import Budgets, Calibration, Profile
+from xkv_fx.errors import UnsupportedModelError
 
 TESTS = Path(__file__).parent
 PROCESSES = 2
 SPLIT = {
     "inductor": ("full", "half"), "tied": ("full", "half", "scored"), "gemma2": ("full", "half", "scored"),
-    "qwen3": ("full", "half"), "phi3": ("full", "half"),
+    "qwen3": ("full", "half"), "mistral": ("full", "half"), "phi3": ("full", "half"),
 }  # fmt: skip
 REFUSED = {
     "scorer": "BudgetError", "measured scorer": "BudgetError", "engine": "UnsupportedModelError",
@@ -140,6 +145,23 @@ def test_a_model_whose_heads_are_shared_is_the_whole_one(found: list[dict[str, A
     check_split([process["split"] for process in found])
 
 
+class Summed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        dist.all_reduce(x)
+        return x
+
+
+def test_a_plain_module_that_talks_to_processes_is_refused() -> None:
+    """Nobody knows what the others have of it."""
+    model = Decoder(lambda: Attention(sdpa, HEADS, interleave=False), mix=Summed())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(UnsupportedModelError, match="Decoder cannot be captured: all_reduce talks to other proc"):
+            xkv_fx.transform(model, Budgets((8, 8)), example_inputs=example())
+    finally:
+        dist.destroy_process_group()
+
+
 @exhaustive
 def test_a_model_whose_heads_are_shared_is_measured(tmp_path: Path) -> None:
     for process in results(tmp_path, {"llama": llama()}, "split_planning"):
@@ -152,6 +174,13 @@ def test_a_model_whose_heads_are_shared_is_measured(tmp_path: Path) -> None:
 
 
 @exhaustive
+def test_blocks_of_docs_run(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "llama")
+    torchrun(TESTS / "distributed_program.py", tmp_path, "docs")
+    assert Calibration.load(tmp_path / "calibration.safetensors").lengths == (44, 44)
+
+
+@exhaustive
 def test_layers_may_be_split_in_other_ways(tmp_path: Path) -> None:
     uneven = {"intermediate_size": 49, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
     models = {
@@ -159,6 +188,7 @@ def test_layers_may_be_split_in_other_ways(tmp_path: Path) -> None:
         "tied": llama(**uneven),
         "gemma2": gemma2(),
         "qwen3": qwen3(),
+        "mistral": mistral(),
         "phi3": build(Phi3ForCausalLM, Phi3Config(**SIZES, num_hidden_layers=2)),
         "mixtral": build(MixtralForCausalLM, MixtralConfig(**SIZES, num_hidden_layers=1, num_local_experts=2)),
         "odd": llama(1, num_attention_heads=6, num_key_value_heads=3, hidden_size=48),

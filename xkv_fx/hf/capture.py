@@ -31,7 +31,7 @@ from xkv_fx.passes.capture_module import PROBE_LENGTH
 from xkv_fx.passes.captured import WHOLE, CapturedModel
 from xkv_fx.passes.check_capture import check_capture
 from xkv_fx.passes.clean_graph import CleanGraph
-from xkv_fx.passes.export_graph import export_graph, reason_of
+from xkv_fx.passes.export_graph import check_alone, export_graph, reason_of
 from xkv_fx.passes.find_attention import attention_sites, cached_layers
 from xkv_fx.passes.find_positions import FindPositions
 from xkv_fx.passes.graph import output_node
@@ -71,6 +71,7 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
         UnsupportedModelError: the model cannot be captured exactly; the message says what stands in the way.
     """
     model = check_model(model)
+    shards = shards_of(model)
     twin, probed = _twin(model)
     longest = max_positions(model)
     device = model.device
@@ -80,6 +81,8 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
     entry = _Entry(twin)
     with _refusing(model):
         prompt, longest = export_graph(entry, (ids, positions), longest)
+        if shards is None:
+            check_alone(prompt.graph)
         rewritten = _rewrite(prompt, rows, longest, written=not probed)
         token = None
         if decode:
@@ -115,7 +118,7 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
         max_positions=longest,
         vocabulary=int(logits.shape[2]),
         ends_early=ends_early(model),
-        shard=shards_of(model) or WHOLE,
+        shard=shards or WHOLE,
     )
 
 

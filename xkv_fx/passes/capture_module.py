@@ -15,7 +15,7 @@ from xkv_fx.passes.absorb_latents import AbsorbLatents
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.check_capture import check_capture
 from xkv_fx.passes.clean_graph import CleanGraph
-from xkv_fx.passes.export_graph import export_graph, reason_of
+from xkv_fx.passes.export_graph import check_alone, export_graph, reason_of
 from xkv_fx.passes.find_attention import attention_sites, cached_layers
 from xkv_fx.passes.find_positions import FindPositions, position_limit
 from xkv_fx.passes.graph import output_node
@@ -82,6 +82,7 @@ def capture_module(
 
 def _prompt_graph(twin: nn.Module, ids: Tensor, positions: Tensor, rows: int) -> tuple[GraphModule, int | None]:
     prompt, longest = export_graph(twin, (ids, positions))
+    check_alone(prompt.graph)
     CleanGraph()(prompt)
     limits = [limit for limit in (longest, position_limit(prompt, rows)) if limit is not None]
     longest = min(limits, default=None)

@@ -53,6 +53,20 @@ def export_graph(
     return exported, longest
 
 
+def check_alone(graph: torch.fx.Graph) -> None:
+    """Refuse a graph that talks to other processes, unless it is known what they have of the model.
+
+    Raises:
+        UnsupportedModelError: it does; the message names the node.
+    """
+    for node in graph.nodes:
+        if getattr(node.target, "namespace", "") in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+            raise UnsupportedModelError(
+                f"{node.name} talks to other processes ({node.target}); of models that are split among processes, only "
+                "those are taken that transformers splits by its tensor-parallel plans"
+            )
+
+
 def _check_not_random(graph: torch.fx.Graph) -> None:
     for node in graph.nodes:
         if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
