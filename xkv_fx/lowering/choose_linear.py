@@ -48,7 +48,6 @@ def choose_linear(module: GraphModule) -> str:
         together.setdefault(key, []).append(layer)
     for group in together.values():
         _use_kernel(module, group)
-    module.graph.eliminate_dead_code()
     module.recompile()
     of_int8 = f", {len(whole)} of them int8" if whole else ""
     return f"{len(served)} of {len(layers) + len(whole)} linear layers by CPU kernel, weights as they lie{of_int8}"
