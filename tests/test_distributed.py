@@ -85,6 +85,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads(json.dumps(first)), json.loads((folder / "1.json").read_text())]
 
 
+@exhaustive
 def test_what_is_measured_together_is_what_one_measures_alone(found: list[dict[str, Any]]) -> None:
     first, second = (process["measuring"] for process in found)
     assert first["together"] == first["alone"] == second["together"]
@@ -112,6 +113,7 @@ def test_the_command_line_shares_prompts_among_processes(tmp_path: Path) -> None
         torchrun("-m", "xkv_fx.cli", "verify", tmp_path / "no plan", *given)
 
 
+@exhaustive
 def test_an_error_in_one_process_is_raised_in_all(found: list[dict[str, Any]]) -> None:
     first, second = (process["errors"] for process in found)
     assert second["in a round"] == ["PromptError", "not this one"]
@@ -141,6 +143,7 @@ def check_split(
             assert of_part == of_session == process[plan]["planned"]
 
 
+@exhaustive
 def test_a_model_whose_heads_are_shared_is_the_whole_one(found: list[dict[str, Any]]) -> None:
     check_split([process["split"] for process in found])
 

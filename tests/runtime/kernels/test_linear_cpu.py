@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exhaustive import exhaustive
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.functional import linear as linear_of_torch
@@ -83,7 +84,9 @@ def test_layers_of_one_input_are_those_layers(rows: int) -> None:
         assert torch.equal(out, torch.cat([part.flatten() for part in parts]))
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=exhaustive)], ids=str
+)
 def test_weights_of_whole_numbers(dtype: torch.dtype) -> None:
     linear_cpu.build(dtype, whole=True)
     for rows in (1, 4, 9):
