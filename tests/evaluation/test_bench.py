@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from exhaustive import exhaustive
 from tiny_models import llama
 from typer.testing import CliRunner
 
@@ -103,6 +104,7 @@ def test_a_picture_and_a_table(measured: Bench, tmp_path: Path) -> None:
     assert measured.table().row_count == len(SETTINGS.only)
 
 
+@exhaustive
 def test_a_static_cache_of_our_capacity_is_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     uneven = dataclasses.replace(SETTINGS, only=("ours", "static-plain"), budgets=Budgets((24, 32)))

@@ -11,6 +11,7 @@ import pytest
 import ready_models
 import torch
 import typer
+from exhaustive import exhaustive
 from tiny_models import FAMILIES
 from typer.testing import CliRunner
 
@@ -147,7 +148,10 @@ def crash(entry: Registered, sender: Any) -> None:
     os._exit(3)
 
 
-@pytest.mark.parametrize(("work", "reason"), [(stall, "not done after 1 s"), (crash, "ended with code 3")])
+@pytest.mark.parametrize(
+    ("work", "reason"),
+    [(stall, "not done after 1 s"), pytest.param(crash, "ended with code 3", marks=exhaustive)],  # imports everything
+)
 def test_no_class_can_stall_or_crash_the_sweep(monkeypatch: pytest.MonkeyPatch, work: Any, reason: str) -> None:
     monkeypatch.setattr(coverage, "work", work)
     monkeypatch.setattr(coverage, "PRELOADED", ())

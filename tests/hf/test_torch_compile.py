@@ -239,6 +239,7 @@ def test_bare_calls_run_on_a_session_of_the_backend(llm: BudgetedLM) -> None:
         call(random_ids(1, 6), position_ids=torch.arange(6)[None] + 1, use_cache=False)
 
 
+@exhaustive
 def test_models_of_one_class_keep_apart_what_they_have_seen(llm: BudgetedLM) -> None:
     """Dynamo runs the graphs of the first for the second too, whose weights and caches are its own."""
     torch._dynamo.reset()
