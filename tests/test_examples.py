@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from exhaustive import exhaustive
 
+from xkv_fx.runtime.scorers import base
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -27,7 +29,8 @@ def run_here(name: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_own_scorer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_scorer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_scorers", dict(base._scorers))  # other tests know nothing of the example's scorer
     *_, described, generated = lines = run_here("own_scorer.py", capsys)
     assert "Peak(queries=8)" in "".join(lines)
     assert "kept (24, 12) of 60 prompt tokens, a layer and KV head: 4608 bytes" in described
