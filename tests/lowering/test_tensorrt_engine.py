@@ -54,7 +54,7 @@ def test_the_model_must_be_on_a_gpu(llm: Any, tmp_path: Path, monkeypatch: pytes
 @pytest.fixture(scope="module")
 def stand_in(llm: Any) -> types.ModuleType:
     """Runs the traced graph at the addresses that it is given, as an engine would."""
-    program = trace_for_tensorrt(llm.decode)
+    program = trace_for_tensorrt(llm.decode, llm.program.plan)
     decode = program.module()
     inputs = {spec.name: spec for spec in manifests.inputs_of("decode", llm.program.plan)}
     plan = llm.program.plan

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 )
 def test_it_decodes_as_the_transformed_model_does(family: str) -> None:
     llm = ready_models.transformed(Budgets((12, 16)), family=family)
-    program = trace_for_tensorrt(llm.decode)
+    program = trace_for_tensorrt(llm.decode, llm.program.plan)
     targets = [node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     assert targets.count(aten.index_copy_.default) == 4
     assert aten.add_.Tensor not in targets  # nothing but K/V is changed in place
@@ -55,7 +55,7 @@ def test_it_decodes_as_the_transformed_model_does(family: str) -> None:
 )
 def test_where_each_row_or_head_has_a_slot_of_its_own_the_caller_writes(rows: int, family: str, policy: Policy) -> None:
     llm = ready_models.transformed(Budgets((12, 16), policy), rows=rows, family=family)
-    program = trace_for_tensorrt(llm.decode)
+    program = trace_for_tensorrt(llm.decode, llm.program.plan)
     assert not program.graph_signature.user_inputs_to_mutate
     plan, ours, theirs = llm.program.plan, llm.new_session().session, llm.new_session().session
     decode = program.module()

@@ -22,7 +22,7 @@ LAYERS = 30
 
 def built(llm: Any, *capabilities: str) -> tuple[int, TensorRTBuild]:
     """Bytes of an engine, and what it is made of."""
-    program = trace_for_tensorrt(llm.decode)
+    program = trace_for_tensorrt(llm.decode, llm.program.plan)
     plan = llm.program.plan
     engine, build = build_engine(program, len(caches_of(plan)) if written_in_place(plan) else 0, capabilities)
     print(json.dumps({"gpus": capabilities, "bytes": engine.nbytes, **vars(build)}))

@@ -73,7 +73,7 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
             for kind, form in FORMATS[target].items():
                 taken: dict[str, Tensor] = {}
                 if form == "tensorrt":  # holds its weights itself
-                    programs[kind] = trace_for_tensorrt(graphs.get(kind).module)
+                    programs[kind] = trace_for_tensorrt(graphs.get(kind).module, plan)
                 else:
                     programs[kind], taken = trace_program(graphs.get(kind).module, graphs.scorer, longest)
                 packages[kind] = Package(f"{kind}{_SUFFIXES[form]}", weights.add(taken), inputs_of(kind, plan))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,16 +14,18 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from xkv_fx.errors import BackendError, first_line
+from xkv_fx.lowering.tensorrt import returned_by, written_in_place
 from xkv_fx.lowering.trace_program import check_plain
 from xkv_fx.passes.graph import arguments, calls, output_node, placeholders
 from xkv_fx.runtime.ops import attend_and_count, attend_slots
 from xkv_fx.runtime.slots import SlotPlan
+from xkv_fx.runtime.state import CachePlan
 
 _DECODE = torch.ops.xkv.decode_attention.default
 _SCORED = torch.ops.xkv.decode_scored.default
 
 
-def tensorrt_form(decode: GraphModule) -> GraphModule:
+def tensorrt_form(decode: GraphModule, plan: CachePlan) -> GraphModule:
     """Write each token's K/V so that TensorRT updates its caches in place, and leave the counting to the caller.
 
     ```
@@ -35,22 +38,22 @@ def tensorrt_form(decode: GraphModule) -> GraphModule:
 
     ```
     after   scaled_dot_product_attention(q, where(slots == slot, k, k_cache), where(slots == slot, v, v_cache), ...)
-            return logits, then each layer's k and v (and of eviction by score its slot and scores), by name
+            return logits, then what `tensorrt.returned_by` names
     ```
 
     Args:
         decode: of the decode pipeline; it stays as it is, and shares its weights.
+        plan: of its caches.
     """
     form = GraphModule(decode, copy.deepcopy(decode.graph))
     seen = placeholders(form.graph)["seen"]
     for node in calls(form, torch.ops.aten.add_.Tensor):
         if node.args[0] is seen:
             form.graph.erase_node(node)
-    scored = calls(form, _SCORED)
-    if seen.meta["val"].shape[0] == 1 and not scored:
+    if written_in_place(plan):
         _write_in_place(form)
     else:
-        _return_the_token(form)
+        _return_the_token(form, returned_by(plan))
     form.graph.lint()
     form.recompile()
     return form
@@ -64,23 +67,20 @@ def _write_in_place(form: GraphModule) -> None:
         written.add(cache)
 
 
-def _return_the_token(form: GraphModule) -> None:
+def _return_the_token(form: GraphModule, names: Sequence[str]) -> None:
     returned: dict[str, Node] = {}
     for node in [node for node in form.graph.nodes if node.target in (_DECODE, _SCORED)]:
         given = arguments(node)
         layer = given["k_cache"].name.removeprefix("k_")
         parts = {f"k_{layer}": given["k"], f"v_{layer}": given["v"]}
-        if not given["v_cache"].meta["val"].shape[-1]:  # the keys are the values
-            del parts[f"v_{layer}"]
         if node.target is _DECODE:
             node.target = _attend_beside
         else:
             node.target = _attend_and_count_beside
-            _, slot, scores = _unpacked(node, 3)
-            parts |= {f"slot_{layer}": slot, f"scores_{layer}": scores}
+            _, parts[f"slot_{layer}"], parts[f"scores_{layer}"] = _unpacked(node, 3)
         returned = parts | returned  # of layers that share a cache, the first one's
     output = output_node(form.graph)
-    output.args = ((output.args[0], *(returned[name] for name in sorted(returned))),)
+    output.args = ((output.args[0], *(returned[name] for name in names)),)
 
 
 def _unpacked(node: Node, count: int) -> list[Node]:
@@ -93,13 +93,13 @@ def _unpacked(node: Node, count: int) -> list[Node]:
     return parts
 
 
-def trace_for_tensorrt(decode: GraphModule) -> ExportedProgram:
+def trace_for_tensorrt(decode: GraphModule, plan: CachePlan) -> ExportedProgram:
     """Trace `tensorrt_form` of a decode graph, its weights the program's parameters, all shapes static.
 
     Raises:
         BackendError: it cannot be traced.
     """
-    form = tensorrt_form(decode)
+    form = tensorrt_form(decode, plan)
     values = [node.meta["val"] for node in placeholders(form.graph).values()]
     examples = tuple(torch.zeros(value.shape, dtype=value.dtype, device=value.device) for value in values)
     try:
@@ -161,12 +161,11 @@ def _attend_and_count_beside(
     scores: Tensor,
     seen: Tensor,
     scale: float,
+    *,
     recent: int,
     sink_tokens: int,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    slopes: Tensor | None = None,
+    sliding_window: int | None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`xkv::decode_scored` that writes nothing: its output, the slot `[rows, kv_heads]`, and the scores afterwards."""
     slots = positions.shape[2]
@@ -178,5 +177,5 @@ def _attend_and_count_beside(
     positions = _beside(slot, seen[:, None, None].to(positions.dtype), positions)
     scores = _beside(slot, torch.zeros((), device=scores.device), scores)
     valid = plan.decode_mask(positions, seen, seen)
-    out, attention = attend_and_count(q, k_cache, v_cache, positions, valid, seen, scale, softcap, sinks, slopes)
+    out, attention = attend_and_count(q, k_cache, v_cache, positions, valid, seen, scale, **options)
     return out, slot, scores + attention
