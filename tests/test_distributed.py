@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import unittest.mock
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import distributed_program
 import pytest
-import torch
 import torch.distributed as dist
 from exhaustive import exhaustive
 from plain_models import HEADS, Attention, Decoder, example, sdpa
@@ -62,27 +58,7 @@ def results(folder: Path, models: dict[str, PreTrainedModel], *jobs: str) -> lis
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two processes found, of which this is the first: it has imported everything already."""
-    folder, jobs = tmp_path_factory.mktemp("processes"), ("measuring", "errors", "split")
-    llama(1, vocab_size=62).save_pretrained(folder / "llama")  # older versions of transformers split evenly alone
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    threads = torch.get_num_threads()
-    command = [sys.executable, TESTS / "distributed_program.py", folder, *jobs]
-    second = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**environment(), **address, "RANK": "1", "LOCAL_RANK": "1"}
-    )
-    try:
-        torch.set_num_threads(1)
-        with unittest.mock.patch.dict(os.environ, {**address, "RANK": "0", "LOCAL_RANK": "0"}):
-            first = distributed_program.run(folder, jobs)
-        assert second.wait() == 0
-    finally:
-        torch.set_num_threads(threads)
-        second.kill()
-        print(second.communicate()[1])
-    return [json.loads(json.dumps(first)), json.loads((folder / "1.json").read_text())]
+    return results(tmp_path_factory.mktemp("processes"), {"llama": llama(1)}, "measuring", "errors", "split")
 
 
 @exhaustive
