@@ -13,6 +13,9 @@ VENV_PYTHON := $(shell link="$(LINKS)/$$(pwd -P | cksum | cut -d' ' -f1)"; mkdir
 endif
 PYTEST_WORKERS ?= 2
 
+# Where this is set, every process compiles the sources of torch and transformers anew, which takes longer than most tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help .venv demo test types tests test-exhaustive test-tensorrt fuzz coverage lint format clean
 

@@ -19,13 +19,14 @@ from xkv_fx import Budgets, Policy
 from xkv_fx.cli import app
 from xkv_fx.errors import BackendError, BudgetError
 from xkv_fx.evaluation import bench, bench_command, machine
-from xkv_fx.evaluation.bench import NAMES, Settings, run_bench, weight_bytes
+from xkv_fx.evaluation.bench import NAMES, Settings, run_bench
 from xkv_fx.evaluation.bench_result import Bench, Run
 from xkv_fx.evaluation.contestants import Ours, dynamic, sliding, static
 from xkv_fx.evaluation.peers import run_peer
 from xkv_fx.evaluation.quantized import QUANTIZED
+from xkv_fx.evaluation.weights import weight_bytes, with_int8_weights
 
-IN_TURNS = ("dynamic", "sliding", "ours-full", "ours", "ours-plain", "ours-equal-bytes")
+IN_TURNS = ("dynamic", "sliding", "ours-full", "ours", "ours-int8", "ours-plain", "ours-equal-bytes")
 SETTINGS = Settings(
     context=64,
     rows=2,
@@ -70,7 +71,20 @@ def test_bytes_are_those_that_are_held(measured: Bench) -> None:
     assert equal.kv_bytes is not None
     assert slot * (seen - 24) < equal.kv_bytes <= slot * seen
     for run in runs.values():
-        assert run.peak_bytes is None or run.peak_bytes > (run.kv_bytes or 0) + weight_bytes(llama(2))
+        least = 0 if run.name == "ours-int8" else weight_bytes(llama(2))
+        assert run.peak_bytes is None or run.peak_bytes > (run.kv_bytes or 0) + least
+
+
+def test_int8_weights_are_a_copy_that_counts_its_own_bytes() -> None:
+    model = llama(2)
+    before = model(torch.arange(9)[None]).logits
+    whole = with_int8_weights(model)
+    assert torch.equal(model(torch.arange(9)[None]).logits, before)
+    linear = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    least = weight_bytes(model) - sum(3 * weight.numel() for weight in linear)
+    assert least < weight_bytes(whole) <= least + sum(8 * weight.shape[0] for weight in linear)  # scales and the like
+    step = float(model.lm_head.weight.abs().max()) / 127
+    torch.testing.assert_close(whole.lm_head.weight.dequantize(), model.lm_head.weight, atol=step, rtol=0)
 
 
 def test_ratios_come_from_the_run_itself(measured: Bench) -> None:
@@ -83,8 +97,12 @@ def test_ratios_come_from_the_run_itself(measured: Bench) -> None:
         assert ratios["tokens_per_second_to_dynamic"][name] == run.tokens_per_second / base.tokens_per_second  # type: ignore[operator]
         assert ratios["step_to_floor"][name] == run.decode_p50_ms / run.floor_ms  # type: ignore[operator]
     assert ratios["budgets_to_plain"] == {"ours-plain": runs["ours"].decode_p50_ms / runs["ours-plain"].decode_p50_ms}  # type: ignore[operator]
-    floor = (weight_bytes(llama(2)) + runs["ours"].kv_bytes) / found["machine"]["read_bytes_per_second"]  # type: ignore[operator]
-    assert runs["ours"].floor_ms == pytest.approx(floor * 1e3)
+    for name, weights in {
+        "ours": weight_bytes(llama(2)),
+        "ours-int8": weight_bytes(with_int8_weights(llama(2))),
+    }.items():
+        floor = (weights + runs[name].kv_bytes) / found["machine"]["read_bytes_per_second"]  # type: ignore[operator]
+        assert runs[name].floor_ms == pytest.approx(floor * 1e3)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
@@ -127,7 +145,7 @@ def test_filled_sessions_count_as_if_a_prompt_had_been_fed() -> None:
     import xkv_fx
 
     llm = xkv_fx.transform(llama(2), Budgets((12, 20)), backend="eager", check=False)
-    filled, fed = Ours("ours", llm), Ours("ours", llm)
+    filled, fed = Ours("ours", llama(2), llm), Ours("ours", llama(2), llm)
     filled.fill(40)
     fed.prefill(torch.arange(40)[None] + 3)
     for entry in (filled, fed):

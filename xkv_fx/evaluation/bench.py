@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ from xkv_fx.evaluation.contestants import Contestant, Ours, dynamic, quantized, 
 from xkv_fx.evaluation.machine import BYTES_READ, MemoryReader, available_bytes, describe_machine, seconds
 from xkv_fx.evaluation.peers import PEERS, run_peer
 from xkv_fx.evaluation.quantized import QUANTIZED
+from xkv_fx.evaluation.weights import weight_bytes, with_int8_weights
 from xkv_fx.hf.generation import BudgetedLM
 
-OURS = ("ours-full", "ours", "ours-plain", "ours-equal-bytes")
+OURS = ("ours-full", "ours", "ours-int8", "ours-plain", "ours-equal-bytes")
 PLAIN = ("ours-plain", "static-plain")
 """Caches without budgets, filled to their last slot: ours of our plan's capacities, transformers' of the largest."""
 HERE = ("dynamic", "static", "static-plain", "sliding", *QUANTIZED, *OURS)
@@ -108,7 +109,7 @@ class Settings:
         needed, free = self._bytes(model), available_bytes(model.device)
         if free is not None and needed > free:
             raise BudgetError(
-                f"{self.rows} rows of {self.context} tokens do not fit: the caches of {', '.join(self.names)} take "
+                f"{self.rows} rows of {self.context} tokens do not fit: what {', '.join(self.names)} hold takes "
                 f"{needed:,} bytes together, and {free:,} are free; lower --batch or --context, or name fewer by --only"
             )
 
@@ -116,6 +117,7 @@ class Settings:
         full = _full(self, model).kv_bytes(model, batch_size=self.rows)
         kept = self.budgets.kv_bytes(model, batch_size=self.rows)
         each = {"dynamic": 2 * full, "static": full, "sliding": 2 * kept, "ours-full": full, "ours": kept}
+        each |= {"ours-int8": kept + weight_bytes(model)}  # quantizing starts from a copy
         most = Budgets.full(len(self.budgets.capacities), max(self.budgets.capacities))
         each |= {"static-plain": most.kv_bytes(model, batch_size=self.rows)}
         each |= {"ours-plain": kept, "ours-equal-bytes": full, **dict.fromkeys(QUANTIZED, 2 * full)}
@@ -134,8 +136,9 @@ def run_bench(model: PreTrainedModel, settings: Settings, progress: Callable[[st
     settings.check(model)
     here, skipped = [], []
     for name, make in _makers(model, settings).items():
-        if name in QUANTIZED and name in settings.names and not QUANTIZED[name].installed:
-            reason = f"not installed; pip install {QUANTIZED[name].package}"
+        missing = _missing(name)
+        if name in settings.names and missing:
+            reason = f"not installed; pip install {missing}"
             skipped.append(Run(name, settings.rows, settings.context, skipped=reason))
         elif name in settings.names:
             progress(f"{name}: made ready")
@@ -148,24 +151,24 @@ def run_bench(model: PreTrainedModel, settings: Settings, progress: Callable[[st
         for entry in here:
             entry.times += [seconds(entry.contestant.step, model.device) for _ in range(settings.new_tokens)]
     bandwidth = BYTES_READ / statistics.median(reads)
-    weights = weight_bytes(model)
-    runs = [*(entry.run(settings, weights, bandwidth) for entry in here), *skipped]
+    runs = [*(entry.run(settings, bandwidth) for entry in here), *skipped]
     for name in settings.names:
         if name in PEERS:
             progress(name)
             runs.append(run_peer(name, settings, str(model.dtype).removeprefix("torch.")))
-    machine = {**describe_machine(model.device), "read_bytes_per_second": bandwidth, "weight_bytes": weights}
+    machine = {
+        **describe_machine(model.device),
+        "read_bytes_per_second": bandwidth,
+        "weight_bytes": weight_bytes(model),
+    }
     return Bench(tuple(runs), machine)
 
 
-def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the weights that a decode step reads: all but an embedding table that is not the output layer too."""
-    unique = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    embedding: Any = model.get_input_embeddings()
-    output: Any = model.get_output_embeddings()
-    if embedding is not None and (output is None or output.weight is not embedding.weight):
-        unique.pop(id(embedding.weight), None)
-    return sum(tensor.nbytes for tensor in unique.values())
+def _missing(name: str) -> str | None:
+    """The package to install for a contestant, if it is not there."""
+    if name in QUANTIZED and not QUANTIZED[name].installed:
+        return QUANTIZED[name].package
+    return "torchao" if name == "ours-int8" and importlib.util.find_spec("torchao") is None else None
 
 
 @dataclasses.dataclass
@@ -178,8 +181,9 @@ class _Entry:
     peak_bytes: int | None
     times: list[float] = dataclasses.field(default_factory=list)
 
-    def run(self, settings: Settings, weights: int, bandwidth: float) -> Run:
+    def run(self, settings: Settings, bandwidth: float) -> Run:
         contestant = self.contestant
+        weights = weight_bytes(contestant.model)
         return Run.of_steps(
             contestant.name,
             contestant.rows,
@@ -225,12 +229,18 @@ def _makers(model: PreTrainedModel, settings: Settings) -> dict[str, Callable[[]
 
     def ours(name: str, budgets: Budgets) -> Contestant:
         if budgets == settings.budgets:
-            return Ours(name, transformed(rows))
-        return Ours(name, transformed(rows).with_budgets(budgets))
+            return Ours(name, model, transformed(rows))
+        return Ours(name, model, transformed(rows).with_budgets(budgets))
+
+    def int8() -> Contestant:
+        whole = with_int8_weights(model)
+        return Ours(
+            "ours-int8", whole, xkv_fx.transform(whole, settings.budgets, batch_size=rows, backend=settings.backend)
+        )
 
     def equal_bytes() -> Contestant:
         more = full.kv_bytes(model, batch_size=rows) // settings.budgets.kv_bytes(model)
-        return Ours("ours-equal-bytes", transformed(max(more, 1)))
+        return Ours("ours-equal-bytes", model, transformed(max(more, 1)))
 
     return {
         "dynamic": lambda: dynamic(model, rows),
@@ -240,6 +250,7 @@ def _makers(model: PreTrainedModel, settings: Settings) -> dict[str, Callable[[]
         **{name: functools.partial(quantized, name, model, rows) for name in QUANTIZED},
         "ours-full": lambda: ours("ours-full", full),
         "ours": lambda: ours("ours", settings.budgets),
+        "ours-int8": int8,
         "ours-plain": lambda: ours("ours-plain", plain),
         "ours-equal-bytes": equal_bytes,
     }

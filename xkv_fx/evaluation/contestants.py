@@ -25,6 +25,7 @@ class Contestant(Protocol):
 
     name: str
     rows: int
+    model: PreTrainedModel
 
     @property
     def kv_bytes(self) -> int:
@@ -45,10 +46,10 @@ class Contestant(Protocol):
 
 
 class Ours:
-    """A transformed model."""
+    """A transformed model, beside what it was made from."""
 
-    def __init__(self, name: str, llm: BudgetedLM) -> None:
-        self.name, self.llm = name, llm
+    def __init__(self, name: str, model: PreTrainedModel, llm: BudgetedLM) -> None:
+        self.name, self.model, self.llm = name, model, llm
         self.rows = llm.program.plan.rows
         self.session: SessionCache = llm.new_session()
         self._ids = torch.full((self.rows, 1), 5, device=llm.device)

@@ -179,7 +179,7 @@ def throughput_runs(model: PreTrainedModel, settings: Settings) -> list[Run]:
 
     def ours(name: str, rows: int) -> Contestant:
         llm = xkv_fx.transform(model, plans[name], batch_size=rows, backend=backend, check=False)
-        return Ours(name, llm)
+        return Ours(name, model, llm)
 
     makers: dict[str, Callable[[int], Contestant]] = {
         **{name: lambda rows, name=name: ours(name, rows) for name in plans},  # type: ignore[misc]
