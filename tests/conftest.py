@@ -38,6 +38,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("xkv_fx")
 
 
+# Files that share what takes long to make. They come first, since a worker takes the last ones of another's tests.
+MADE_ONCE = ("test_smollm2.py", "test_engine.py", "test_tensorrt_engine.py", "test_bench.py", "test_evaluate.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in MADE_ONCE)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Seeds every global random generator before each test, and is the seed."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ready_models
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import llama, random_ids
@@ -24,8 +25,7 @@ ROOM = 64
 
 
 def transformed(policy: xkv_fx.Policy, rows: int = 1, capacities: tuple[int, ...] = CAPACITIES) -> Any:
-    budgets = xkv_fx.Budgets(capacities, policy)
-    return xkv_fx.transform(llama(), budgets, batch_size=rows, backend="eager", max_new_tokens=ROOM)
+    return ready_models.transformed(xkv_fx.Budgets(capacities, policy), rows, max_new_tokens=ROOM)
 
 
 def decode(llm: Any, session: Any, tokens: torch.Tensor) -> torch.Tensor:

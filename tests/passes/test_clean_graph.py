@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from graph_checks import assert_meta_is_true, export
@@ -47,10 +49,16 @@ class Exported(nn.Module):
         return logits
 
 
-@pytest.fixture
-def graph() -> GraphModule:
+@pytest.fixture(scope="module")
+def exported() -> GraphModule:
     """A model's graph as `torch.export` leaves it; a captured one is clean already."""
     return export_graph(Exported(), prompt_inputs())[0]
+
+
+@pytest.fixture
+def graph(exported: GraphModule) -> GraphModule:
+    """A copy of it for each test to clean."""
+    return GraphModule(exported, copy.deepcopy(exported.graph))
 
 
 def test_logits_stay_the_same_to_the_bit(graph: GraphModule) -> None:
