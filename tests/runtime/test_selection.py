@@ -56,7 +56,7 @@ class Layer:
         length = torch.tensor(lengths)
         candidates = new if fresh else self.plan.slots + new
         shape = (self.rows, HEADS, candidates)
-        scores = torch.rand(shape, generator=self.generator)
+        scores = torch.randint(9, shape, generator=self.generator) / 8  # many of them equal
         k, v = named_tokens(torch.zeros_like(self.seen) if fresh else self.seen, new, HEADS)
         padding = (torch.arange(new) >= length[:, None])[:, None, :, None]
         k, v = k.masked_fill(padding, 9e6), v.masked_fill(padding, 9e6)
@@ -267,6 +267,13 @@ def test_scores_may_be_negative_and_large() -> None:
     scores = [0.0] * 3 + [-3e38, -1e38, -2e38, -3.2e38]
     assert selected(scores, plan, [EMPTY] * 3, seen=0, length=4)[1] == [1, 2, 3]
     assert selected([0.0] * 3 + [-5, -2, -3, 1e30], plan, [EMPTY] * 3, seen=0, length=3)[1] == [0, 1, 2]
+
+
+def test_of_equal_scores_the_first_candidates_stay_whatever_the_width() -> None:
+    plan = SlotPlan(6, 6, 1, 0, "scored")
+    for padding in range(40):
+        scores = [0.0] * 6 + [1.0] * 9 + [0.0] * padding
+        assert selected(scores, plan, [EMPTY] * 6, seen=0, length=9)[1] == [0, 1, 2, 3, 4, 8]
 
 
 def test_tokens_out_of_the_sliding_window_go_first() -> None:

@@ -16,8 +16,8 @@ def select_survivors(
 ) -> tuple[Tensor, Tensor]:
     """Pick `plan.capacity` of the candidates, which are the slots of the cache followed by the S new tokens.
 
-    Always kept are the newest `plan.recent` tokens and the first `plan.sinks`; the rest go by score. When all tokens
-    fit, all are kept.
+    Always kept are the newest `plan.recent` tokens and the first `plan.sinks`; the rest go by score, of equal ones the
+    first candidates. When all tokens fit, all are kept.
 
     Args:
         scores: float32 `[rows, kv_heads, slots + S]`; one that is not a number ranks last.
@@ -40,7 +40,8 @@ def select_survivors(
     always = (candidates >= total - plan.recent) | (candidates < plan.sinks)
     priority = priority.masked_fill(always, float("inf")).masked_fill(candidates == EMPTY, float("-inf"))
 
-    source = torch.topk(priority, plan.capacity, dim=2, sorted=False).indices
+    # Not `topk`, which takes any of equals: what a row keeps would depend on the lengths of those beside it.
+    source = torch.sort(priority, dim=2, descending=True, stable=True).indices[:, :, : plan.capacity]
     kept = candidates.gather(2, source)
     order = torch.argsort(torch.where(kept == EMPTY, _LAST, kept), dim=2)
     order = order.gather(2, _turn_ring(total, plan).expand_as(order))
