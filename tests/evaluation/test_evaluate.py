@@ -19,7 +19,14 @@ from word_tokenizer import WordTokenizer
 import xkv_fx
 from xkv_fx import Budgets, Policy
 from xkv_fx.budgets import Provenance
-from xkv_fx.errors import BackendError, BudgetError, FileFormatError, ModelMismatchError, PromptError
+from xkv_fx.errors import (
+    BackendError,
+    BudgetError,
+    FileFormatError,
+    ModelMismatchError,
+    PromptError,
+    UnsupportedModelError,
+)
 from xkv_fx.evaluation.answering import BudgetedReader
 from xkv_fx.evaluation.candidates import (
     Candidate,
@@ -232,6 +239,14 @@ def test_a_quantized_cache_is_counted_byte_by_byte(ready: Ready, found: Evaluati
     assert planned_bytes("fp8", ready.model, ready.llm.layers, LENGTH, tokens - LENGTH) == row.kv_bytes
     cache = QUANTIZED["fp8"].new_cache(ready.model.config)
     assert cache_bytes(cache) == 0
+
+
+def test_what_a_quantized_cache_cannot_hold_is_said() -> None:
+    cache = QUANTIZED["fp8"].new_cache(llama(2).config)
+    states = torch.randn(1, 2, 6, 8)
+    cache.update(states, states, 0)
+    with pytest.raises(UnsupportedModelError, match=r"cannot hold keys \[1, 3, 1, 8\].*of layer 0"):
+        cache.update(torch.randn(1, 3, 1, 8), torch.randn(1, 3, 1, 8), 0)
 
 
 def test_a_cache_that_is_not_installed_is_named() -> None:

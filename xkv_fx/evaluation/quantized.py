@@ -52,11 +52,29 @@ class Quantized:
         bits = {} if self.bits is None else {"nbits": self.bits}
         axes = {"axis_key": 1, "axis_value": 1} if self.backend == "hqq" else {}  # it does not take transformers' 0
         try:
-            return QuantizedCache(self.backend, config, **bits, **axes)
+            return _Cache(self.backend, config, **bits, **axes)
         except ValueError as error:
             raise UnsupportedModelError(f"transformers cannot quantize this model's cache: {error}") from error
 
 
+class _Cache(QuantizedCache):
+    """One that says by name what its backend cannot hold."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        try:
+            found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except (AssertionError, RuntimeError) as error:
+            raise UnsupportedModelError(
+                f"transformers' quantized cache cannot hold keys {list(key_states.shape)} and values "
+                f"{list(value_states.shape)} of layer {layer_idx}: {error}"
+            ) from error
+        return found
+
+
+# hqq shares a scale among 64 elements, which must divide the heads, and packs int4 in pairs of such groups: three heads
+# of 64 cannot hold an odd number of tokens.
 QUANTIZED = {
     "int8": Quantized("hqq", 8, "hqq", "hqq"),
     "int4": Quantized("hqq", 4, "hqq", "hqq"),
@@ -115,7 +133,7 @@ def planned_bytes(name: str, model: Any, layers: Iterable[Any], prompt: int, new
 
     Raises:
         BackendError: see `Quantized.new_cache`.
-        UnsupportedModelError: the model's heads do not divide into the groups that share a scale.
+        UnsupportedModelError: what it cannot hold; see `QUANTIZED`.
     """
     cache = quantized(name).new_cache(model.config)
     generator = torch.Generator().manual_seed(0)
@@ -125,8 +143,5 @@ def planned_bytes(name: str, model: Any, layers: Iterable[Any], prompt: int, new
                 torch.randn(1, spec.kv_heads, tokens, dim, generator=generator).to(model.dtype)
                 for dim in (spec.key_dim, spec.value_dim)
             )
-            try:
-                cache.update(k, v, index)
-            except AssertionError as error:  # of hqq
-                raise UnsupportedModelError(f"the cache {name!r} cannot hold this model's heads: {error}") from error
+            cache.update(k, v, index)
     return cache_bytes(cache)
