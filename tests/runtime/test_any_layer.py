@@ -254,8 +254,7 @@ class Conversation:
                 assert len(set(kept)) == len(kept) == count[row] <= min(total, self.plan.slots)
                 assert all(0 <= token < total for token in kept)
                 assert set(range(max(0, total - self.plan.recent), total)) <= set(kept)
-                if self.plan.eviction != "append" or not self.plan.takes_turns:
-                    assert set(range(min(self.plan.sinks, total))) <= set(kept)
+                assert set(range(gone(self.plan, total), min(self.plan.sinks, total))) <= set(kept)
                 for slot, token in enumerate(slots):
                     if token != EMPTY:
                         assert torch.equal(self.k_cache[row, head, slot], self.keys[row][head, token])
@@ -272,6 +271,12 @@ class Conversation:
         if self.plan.eviction != "append" or self.plan.takes_turns:
             return 12
         return self.plan.slots - int(self.plan.count(self.seen, self.base).max())
+
+
+def gone(plan: SlotPlan, total: int) -> int:
+    """How many of the first tokens decode may have overwritten, sinks or not, since they left the sliding window."""
+    overwrites = plan.takes_turns or plan.eviction == "scored"
+    return max(0, total - plan.sliding_window) if overwrites and plan.sliding_window is not None else 0
 
 
 def copied(arguments: Sequence[Any]) -> list[Any]:
