@@ -97,7 +97,7 @@ class Policy:
             set aside at transform time (in a layer whose slots fill its sliding window, one that has left the window),
             `"none"` refuses (full caches).
         recent: how many of the newest tokens are always kept; None means `min(64, max(1, capacity // 4))`.
-        sinks: how many of the first tokens are always kept.
+        sinks: how many of the first tokens are always kept, as long as a layer's sliding window reaches them.
 
     Raises:
         BudgetError: an unknown eviction, a negative count, or an option that is not a finite number or a string.

@@ -35,7 +35,7 @@ class SlotPlan:
         slots: slots allocated; more than `capacity` only where generated tokens are appended, and then no more than the
             sliding window.
         recent: newest tokens that are always kept; the size of the ring.
-        sinks: first tokens that are always kept.
+        sinks: first tokens that are always kept, as long as the sliding window reaches them.
         eviction: what happens when every slot is taken.
         sliding_window: the layer's sliding window, None for a layer that attends to all tokens.
     """
