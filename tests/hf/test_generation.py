@@ -147,7 +147,8 @@ def test_end_tokens_end() -> None:
 def test_end_tokens_of_the_generation_config(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = random_ids(1, 9)
     end = int(model().generate(ids, **GREEDY)[0, 14])
-    monkeypatch.setattr(model().generation_config, "eos_token_id", end)
+    for source in (model(), full()):
+        monkeypatch.setattr(source.generation_config, "eos_token_id", end)
     assert_same(full(), ids, **GREEDY)
     assert full().generate(ids, **GREEDY)[0, -1] == end
 
@@ -670,3 +671,11 @@ def test_weights_are_shared() -> None:
     assert torch.equal(after, source.generate(ids, **GREEDY))
     assert not torch.equal(after, before)
     assert after.max() < VOCABULARY
+
+
+def test_what_is_set_for_generation_is_not_set_on_the_model() -> None:
+    llm = transform_again(Budgets.full(2, FULL))
+    llm.generation_config.pad_token_id = 5
+    other = llm.with_budgets(Budgets.full(2, FULL + 1))
+    other.generation_config.pad_token_id = 6
+    assert (llm.generation_config.pad_token_id, model().generation_config.pad_token_id) == (5, 0)

@@ -35,7 +35,7 @@ class BudgetedLM(Budgeted, GenerationMixin):
     ) -> None:
         super().__init__(budgets, program)
         self.config = config
-        self.generation_config = _with_cache(generation_config)
+        self.generation_config = _own_copy(generation_config)
 
     def new_session(self) -> SessionCache:
         """An empty session; any number of them share the weights and graphs."""
@@ -194,12 +194,12 @@ class BudgetedLM(Budgeted, GenerationMixin):
         return True
 
 
-def _with_cache(config: GenerationConfig) -> GenerationConfig:
-    """Some models (MPT) come with the cache switched off, which is no wish of the caller's."""
-    if config.use_cache is not False:
-        return config
+def _own_copy(config: GenerationConfig) -> GenerationConfig:
+    """What is set on it is not set on the model's; and some models (MPT) come with the cache switched off, which is no
+    wish of the caller's."""
     config = copy.deepcopy(config)
-    config.use_cache = True
+    if config.use_cache is False:
+        config.use_cache = True
     return config
 
 
