@@ -235,5 +235,6 @@ def test_an_engine(exported: Path, folder: Path, seed: int) -> None:
         loaded.manifest.save(folder)
         saved, given = (json.loads(path.read_bytes()) for path in (folder / NAME, twin / NAME))
         assert says_as_much({**saved, SEAL: None}, {**given, SEAL: None})
+        assert Manifest.load(folder) == loaded.manifest  # its checksum included
         assert loaded.new_session().state.kv_bytes == loaded.kv_bytes == Manifest.load(exported).plan.kv_bytes
         assert all(token >= 0 for token in loaded.manifest.end_tokens)

@@ -65,6 +65,8 @@ class _Cache(QuantizedCache):
     ) -> tuple[Tensor, Tensor]:
         try:
             found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
         except (AssertionError, RuntimeError) as error:
             raise UnsupportedModelError(
                 f"transformers' quantized cache cannot hold keys {list(key_states.shape)} and values "

@@ -2,6 +2,7 @@
 
 prefill-memory   live bytes of a long prefill, beside the same forward without any cache
 first-token      time to the first token, beside transformers' own prefill, in turns
+profiling        a prompt of a profile, beside a plain prefill of it
 long-session     one session far past its budget: speed, memory, recompiles, NaN
 solving          a plan for 80 layers of 131,072 tokens: from gains, and from a profile
 decode-attention our CPU kernel, torch's attention and a plain read of the same K/V, in turns
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import resource
 import statistics
@@ -31,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import xkv_fx
 from xkv_fx.evaluation.allocated import peak_bytes
+from xkv_fx.evaluation.machine import seconds
 from xkv_fx.evaluation.timing import medians_in_turns
 from xkv_fx.planning.solve import fill_by_gain
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
@@ -121,6 +124,28 @@ def first_token(prompt: Prompt = 3500, capacity: Capacity = 1344, rounds: int = 
         median_ms=medians,
         ratio=medians["budgeted"] / medians["transformers_prefill"],
     )
+
+
+@app.command()
+def profiling(prompt: Prompt = 1024, rounds: int = 5) -> None:
+    """What a prompt takes `profile` once the model is captured, against a prefill with `logits_to_keep=1` before and
+    after."""
+    model, ids = smollm2_shape(prompt + 64), random_prompt(prompt)
+    prefills: list[float] = []
+    done: list[float] = []
+
+    def prefill() -> None:
+        with torch.no_grad():
+            model(ids, use_cache=True, logits_to_keep=1)
+
+    prefill()
+    prefills += [seconds(prefill, model.device) for _ in range(rounds)]
+    prompts = [ids.roll(place) for place in range(rounds + 1)]
+    xkv_fx.profile(model, prompts, progress=lambda *_: done.append(time.perf_counter()))
+    prefills += [seconds(prefill, model.device) for _ in range(rounds)]
+    profiled = statistics.median(later - earlier for earlier, later in itertools.pairwise(done))
+    plain = statistics.median(prefills)
+    _report(prompt=prompt, profile_ms=profiled * 1e3, prefill_ms=plain * 1e3, ratio=profiled / plain)
 
 
 @app.command()
