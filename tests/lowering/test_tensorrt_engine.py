@@ -26,7 +26,8 @@ from xkv_fx import Budgets, Policy
 from xkv_fx.lowering import manifest as manifests
 from xkv_fx.lowering import tensorrt
 from xkv_fx.lowering.engine_files import inspect_engine
-from xkv_fx.lowering.manifest import Manifest, TensorRTBuild
+from xkv_fx.lowering.manifest import Manifest
+from xkv_fx.lowering.manifest_records import TensorRTBuild
 from xkv_fx.lowering.tensorrt_graph import trace_for_tensorrt
 
 BUILD = TensorRTBuild("tensorrt_rtx", "1.6", "2.14", layers=313, caches_in_place=4, native_attentions=2)

@@ -12,7 +12,7 @@ import torch
 import xkv_fx
 from xkv_fx import Budgets, Policy
 from xkv_fx.hf.models import load_model
-from xkv_fx.lowering.manifest import TensorRTBuild
+from xkv_fx.lowering.manifest_records import TensorRTBuild
 from xkv_fx.lowering.tensorrt import build_engine, caches_of, written_in_place
 from xkv_fx.lowering.tensorrt_graph import trace_for_tensorrt
 

@@ -16,7 +16,8 @@ from xkv_fx.errors import BackendError, EngineError, FileFormatError, PromptErro
 from xkv_fx.files import check_safetensors_size
 from xkv_fx.lowering.describe import describe_layers
 from xkv_fx.lowering.engine_files import check_files, check_packages
-from xkv_fx.lowering.manifest import FORMATS, WEIGHTS, Manifest, spec_of
+from xkv_fx.lowering.manifest import FORMATS, WEIGHTS, Manifest
+from xkv_fx.lowering.manifest_records import spec_of
 from xkv_fx.lowering.run_tensorrt import TensorRTDecode, check_library
 from xkv_fx.runtime.decode_steps import generate_tokens
 from xkv_fx.runtime.session import KINDS, Kind, Session

@@ -12,7 +12,8 @@ from typing import Any
 
 from xkv_fx.errors import EngineError, FileFormatError, XkvError
 from xkv_fx.lowering.aoti import METADATA_KEY
-from xkv_fx.lowering.manifest import FileRecord, Format, Manifest
+from xkv_fx.lowering.manifest import Format, Manifest
+from xkv_fx.lowering.manifest_records import FileRecord
 from xkv_fx.lowering.portable import KEY_FILE
 from xkv_fx.lowering.tensorrt import ENGINE
 from xkv_fx.runtime.session import KINDS, Kind

@@ -19,19 +19,8 @@ from xkv_fx.errors import BackendError, EngineError, UnsupportedModelError
 from xkv_fx.files import folder_written_whole
 from xkv_fx.lowering.aoti import compile_aoti
 from xkv_fx.lowering.budgeted import Budgeted
-from xkv_fx.lowering.manifest import (
-    DEVICES,
-    FORMATS,
-    TARGETS,
-    WEIGHTS,
-    FileRecord,
-    Format,
-    Machine,
-    Manifest,
-    Package,
-    inputs_of,
-    spec_of,
-)
+from xkv_fx.lowering.manifest import DEVICES, FORMATS, TARGETS, WEIGHTS, Format, Manifest, inputs_of
+from xkv_fx.lowering.manifest_records import FileRecord, Machine, Package, spec_of
 from xkv_fx.lowering.portable import save_program
 from xkv_fx.lowering.tensorrt import caches_of, compile_tensorrt, import_torch_tensorrt, written_in_place
 from xkv_fx.lowering.tensorrt_graph import trace_for_tensorrt

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from xkv_fx.errors import EngineError
-from xkv_fx.lowering.manifest import Manifest, TensorRTBuild
+from xkv_fx.lowering.manifest import Manifest
+from xkv_fx.lowering.manifest_records import TensorRTBuild
 from xkv_fx.lowering.tensorrt import ENGINE, caches_of, returned_by, shape_of_returned, written_in_place
 from xkv_fx.runtime.state import CachePlan
 

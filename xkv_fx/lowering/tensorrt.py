@@ -18,7 +18,7 @@ import torch
 from torch.export import ExportedProgram
 
 from xkv_fx.errors import BackendError, EngineError, first_line
-from xkv_fx.lowering.manifest import TensorRTBuild
+from xkv_fx.lowering.manifest_records import TensorRTBuild
 from xkv_fx.lowering.portable import KEY_FILE
 from xkv_fx.runtime.state import CachePlan
 
