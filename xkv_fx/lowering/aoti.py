@@ -26,6 +26,7 @@ def compile_aoti(program: ExportedProgram, path: Path, key: str) -> None:
     wanted = {
         "aot_inductor.metadata": {METADATA_KEY: key},
         "aot_inductor.enable_line_tables": False,
+        "cpp.dynamic_threads": True,  # as many as the process has that runs it; else partial sums are laid out for ours
         "cpp.march": "",  # nothing that the instruction set named in the manifest does not have
     }
     known = torch._inductor.config.get_config_copy()

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from xkv_fx.errors import BackendError, EngineError, UnsupportedModelError
 from xkv_fx.files import folder_written_whole
+from xkv_fx.lowering import by_sums
 from xkv_fx.lowering.aoti import compile_aoti
 from xkv_fx.lowering.budgeted import Budgeted
 from xkv_fx.lowering.manifest import DEVICES, FORMATS, TARGETS, WEIGHTS, Format, Manifest, inputs_of
@@ -64,7 +65,8 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
                 if form == "tensorrt":  # holds its weights itself
                     programs[kind] = trace_for_tensorrt(graphs.get(kind).module, plan)
                 else:
-                    programs[kind], taken = trace_program(graphs.get(kind).module, graphs.scorer, longest)
+                    forms = by_sums.FORMS if form == "aoti" and kind == "decode" else {}
+                    programs[kind], taken = trace_program(graphs.get(kind).module, graphs.scorer, longest, forms)
                 packages[kind] = Package(f"{kind}{_SUFFIXES[form]}", weights.add(taken), inputs_of(kind, plan))
             manifest = Manifest(
                 target=target,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +27,16 @@ _OURS = {**DECOMPOSITIONS, **FORMS}
 _PLAIN = {"aten", "prims", "higher_order"}
 
 
-def trace_program(module: GraphModule, scorer: Scorer, longest: int) -> tuple[ExportedProgram, dict[str, Tensor]]:
+def trace_program(
+    module: GraphModule, scorer: Scorer, longest: int, forms: Mapping[Any, Callable[..., Tensor]] = MappingProxyType({})
+) -> tuple[ExportedProgram, dict[str, Tensor]]:
     """Trace a graph with its weights as inputs, before all others.
 
     Args:
         module: of a pipeline; each of our ops in it is traced through.
         scorer: the one in it, for messages.
         longest: most columns of a prompt.
+        forms: functions to trace through in the place of further ops, by op.
 
     Returns:
         the program, and the weights by their names in `module`, in the program's order: contiguous, otherwise shared.
@@ -42,9 +47,10 @@ def trace_program(module: GraphModule, scorer: Scorer, longest: int) -> tuple[Ex
     """
     lifted, weights = lift_weights(module)
     weights = {name: _plain_tensor(name, weight) for name, weight in weights.items()}
+    instead = {**_OURS, **forms}
     for node in lifted.graph.nodes:
         if node.op == "call_function":
-            node.target = _OURS.get(node.target, node.target)
+            node.target = instead.get(node.target, node.target)
     lifted.recompile()
     others = list(placeholders(lifted.graph).values())[len(weights) :]
     sizes = [node.meta["val"] for node in others]

@@ -170,13 +170,27 @@ def _decode(
     Returns:
         `[rows, query_heads, 1, value_dim]`.
     """
+    write_token(k, v, k_cache, v_cache, slot)
+    return attend_slots(q, k_cache, v_cache, mask, scale, softcap, sinks)
+
+
+def write_token(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    """Write one token a row into its slot.
+
+    Args:
+        slot: int64 `[rows]`, or `[rows, kv_heads]` where each head has its own.
+
+    Returns:
+        the indices of those slots along the first two axes.
+    """
     rows, kv_heads = k.shape[:2]
     row = torch.arange(rows, device=k.device)[:, None]
     head = torch.arange(kv_heads, device=k.device)
-    k_cache.index_put_((row, head, slot[:, None]), k[:, :, 0])
+    slots = slot.view(rows, -1)
+    k_cache.index_put_((row, head, slots), k[:, :, 0])
     if v_cache.shape[-1]:
-        v_cache.index_put_((row, head, slot[:, None]), v[:, :, 0])
-    return attend_slots(q, k_cache, v_cache, mask, scale, softcap, sinks)
+        v_cache.index_put_((row, head, slots), v[:, :, 0])
+    return row, head
 
 
 def attend_slots(
@@ -234,11 +248,7 @@ def _decode_scored(
     rows, kv_heads, slots = positions.shape
     plan = SlotPlan(slots, slots, recent, sink_tokens, "scored", sliding_window)
     slot = plan.evicted_slot(positions, scores, seen)
-    row = torch.arange(rows, device=k.device)[:, None]
-    head = torch.arange(kv_heads, device=k.device)
-    k_cache.index_put_((row, head, slot), k[:, :, 0])
-    if v_cache.shape[-1]:
-        v_cache.index_put_((row, head, slot), v[:, :, 0])
+    row, head = write_token(k, v, k_cache, v_cache, slot)
     positions.index_put_((row, head, slot), seen[:, None].expand(-1, kv_heads).to(positions.dtype))
     scores.index_put_((row, head, slot), scores.new_zeros(rows, kv_heads))
 

@@ -151,7 +151,7 @@ def decode_attention(
     each = mask if mask.shape[1] == q.shape[1] else mask.expand(rows, kv_heads, 1, slots).repeat_interleave(group, 1)
 
     def reach(row: int, kv_head: int, query: int) -> list[int]:
-        values = each[row, kv_head * group, query].tolist()
+        values = each[row, kv_head * group : (kv_head + 1) * group, query].amax(0).tolist()
         return [place for place, value in enumerate(values) if value != float("-inf")]
 
     def bias(row: int, query_head: int, query: int, key: int) -> float:
