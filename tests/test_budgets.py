@@ -17,9 +17,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xkv_fx import budgets as module
-from xkv_fx.budgets import EVICTIONS, FORMAT_VERSION, Budgets, LayerSpec, Policy, Provenance
+from xkv_fx import layers as module
+from xkv_fx.budgets import FORMAT_VERSION, Budgets, Provenance
 from xkv_fx.errors import BudgetError, FileFormatError, ModelMismatchError
+from xkv_fx.layers import LayerSpec
+from xkv_fx.policy import EVICTIONS, Policy
 
 GQA = LayerSpec(query_heads=8, kv_heads=2, key_dim=16, value_dim=16, itemsize=4)
 SLIDING = dataclasses.replace(GQA, sliding_window=32)

@@ -1,4 +1,5 @@
-"""Imports point one way: evaluation, cli -> api -> hf, lowering, planning -> passes -> runtime -> budgets.
+"""Imports point one way: evaluation, cli -> api -> hf, lowering, planning -> passes -> runtime -> budgets -> layers,
+policy.
 
 Every import counts, also one inside a function, under TYPE_CHECKING, or by `import_module("...")`.
 """
@@ -18,6 +19,7 @@ PACKAGE = ROOT / "xkv_fx"
 LEVELS = (
     ("errors",),
     ("files", "engine_settings", "register_attention"),
+    ("layers", "policy"),
     ("budgets",),
     ("runtime",),
     ("passes",),
@@ -28,7 +30,7 @@ LEVELS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MAY_IMPORT_TRANSFORMERS = {"hf", "evaluation"}
-WITHOUT_TORCH = {"errors", "files", "engine_settings", "register_attention", "budgets"}
+WITHOUT_TORCH = {"errors", "files", "engine_settings", "register_attention", "layers", "policy", "budgets"}
 
 
 def module_name(path: Path) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from xkv_fx.budgets import set_model_reader as _set_model_reader
+from xkv_fx.layers import set_model_reader as _set_model_reader
 from xkv_fx.register_attention import register_attention as _register_attention
 
 if TYPE_CHECKING:
     from xkv_fx.api import calibrate, export, fit_quality, load, profile, solve, transform, verify
-    from xkv_fx.budgets import Budgets, LayerSpec, Policy
+    from xkv_fx.budgets import Budgets
     from xkv_fx.errors import (
         BackendError,
         BudgetError,
@@ -28,11 +28,13 @@ if TYPE_CHECKING:
         XkvError,
     )
     from xkv_fx.hf.compile_cache import Cache
+    from xkv_fx.layers import LayerSpec
     from xkv_fx.lowering.engine import Engine
     from xkv_fx.lowering.torch_compile import compiled_session
     from xkv_fx.planning.calibration_data import Calibration
     from xkv_fx.planning.profile_data import Profile
     from xkv_fx.planning.verify import Verification
+    from xkv_fx.policy import Policy
 
 __version__ = "0.1.0"
 
@@ -78,10 +80,10 @@ _HOMES = {
     "Engine": "xkv_fx.lowering.engine",
     "EngineError": "xkv_fx.errors",
     "FileFormatError": "xkv_fx.errors",
-    "LayerSpec": "xkv_fx.budgets",
+    "LayerSpec": "xkv_fx.layers",
     "ModelMismatchError": "xkv_fx.errors",
     "PassError": "xkv_fx.errors",
-    "Policy": "xkv_fx.budgets",
+    "Policy": "xkv_fx.policy",
     "Profile": "xkv_fx.planning.profile_data",
     "PromptError": "xkv_fx.errors",
     "SessionError": "xkv_fx.errors",

@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from xkv_fx.budgets import Budgets, Policy
+from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BudgetError, UnsupportedModelError
 from xkv_fx.files import is_int
 from xkv_fx.planning.plan import solve
+from xkv_fx.policy import Policy
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,159 +7,18 @@ written or checked.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from xkv_fx.engine_settings import engine_settings
 from xkv_fx.errors import BudgetError, FileFormatError, ModelMismatchError
-from xkv_fx.files import check_format, is_int, read_json, write_json
+from xkv_fx.files import check_format, is_finite, is_int, read_json, write_json
+from xkv_fx.layers import HasItemSize, LayerSpec, layers_of
+from xkv_fx.policy import Policy
 
 FORMAT = "xkv_fx.budgets"
 FORMAT_VERSION = 1
-
-Eviction = Literal["ring", "scored", "append", "none"]
-EVICTIONS: tuple[str, ...] = get_args(Eviction)
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, float) and math.isfinite(value)
-
-
-class HasItemSize(Protocol):
-    """A dtype: anything with its size in bytes, such as `torch.float16`."""
-
-    @property
-    def itemsize(self) -> int: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSpec:
-    """The shape of what one layer caches, as found in the captured graph.
-
-    Attributes:
-        query_heads: attention heads of the queries.
-        kv_heads: heads of the cached keys and values (fewer than `query_heads` under GQA).
-        key_dim, value_dim: head sizes of keys and values. With a `value_dim` of 0 the values are the keys themselves,
-            stored once (multi-head latent attention: the latent, and its rotary key).
-        itemsize: bytes of one cached element in the model's own dtype.
-        sliding_window: the number of newest tokens that the layer attends to, or None for all of them.
-    """
-
-    query_heads: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    itemsize: int
-    sliding_window: int | None = None
-
-    def slot_bytes(self, dtype: HasItemSize | None = None) -> int:
-        """Bytes that one slot takes over all KV heads, keys and values together, for one row."""
-        itemsize = self.itemsize if dtype is None else dtype.itemsize
-        return self.kv_heads * (self.key_dim + self.value_dim) * itemsize
-
-    def effective_capacity(self, capacity: int) -> int:
-        """`capacity`, clamped to the sliding window: older tokens are never attended to."""
-        return capacity if self.sliding_window is None else min(capacity, self.sliding_window)
-
-
-def layer_specs(layers: list[Any]) -> tuple[LayerSpec, ...]:
-    """LayerSpecs from JSON objects, every number a whole one of at least 1, `value_dim` of at least 0.
-
-    Raises:
-        FileFormatError: they are not; the message does not name the file.
-    """
-    names = {field.name for field in dataclasses.fields(LayerSpec)}
-    for layer, fields in enumerate(layers):
-        if not isinstance(fields, dict) or set(fields) != names:
-            raise FileFormatError(f"the fields of layer {layer} are not {', '.join(sorted(names))}")
-        for name, value in fields.items():
-            absent = name == "sliding_window" and value is None
-            least = 0 if name == "value_dim" else 1
-            if not absent and (not is_int(value) or value < least):
-                raise FileFormatError(
-                    f"{name} of layer {layer} is not a whole number of at least {least}: {value!r:.100}"
-                )
-    return tuple(LayerSpec(**fields) for fields in layers)
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """Which tokens a layer keeps. A plan is valid only for the policy that it was made with.
-
-    Attributes:
-        scorer: name of the registered scorer that ranks prompt tokens. `"snapkv"` is the paper's (XKV section 4,
-            after SnapKV, arXiv 2404.14469).
-        scorer_options: that scorer's own parameters, for `"snapkv"` `observation_window` (8) and `kernel` (7).
-        eviction: what decode does once every slot is taken: `"ring"` overwrites the oldest of the newest `recent`
-            tokens, `"scored"` the lowest accumulated score outside `recent`, `"append"` takes a further slot that was
-            set aside at transform time (in a layer whose slots fill its sliding window, one that has left the window),
-            `"none"` refuses (full caches).
-        recent: how many of the newest tokens are always kept; None means `min(64, max(1, capacity // 4))`.
-        sinks: how many of the first tokens are always kept, as long as a layer's sliding window reaches them.
-
-    Raises:
-        BudgetError: an unknown eviction, a negative count, or an option that is not a finite number or a string.
-    """
-
-    scorer: str = "snapkv"
-    scorer_options: Mapping[str, int | float | str] = dataclasses.field(default_factory=dict)
-    eviction: Eviction = "ring"
-    recent: int | None = None
-    sinks: int = 0
-
-    def __post_init__(self) -> None:
-        if self.eviction not in EVICTIONS:
-            raise BudgetError(f"unknown eviction {self.eviction!r}; choose one of {', '.join(EVICTIONS)}")
-        if not isinstance(self.scorer, str) or not self.scorer:
-            raise BudgetError(f"the scorer must be the name of a registered scorer, not {self.scorer!r}")
-        if self.recent is not None and (not is_int(self.recent) or self.recent < 1):
-            raise BudgetError(f"recent must be a whole number of at least 1, or None; got {self.recent!r}")
-        if not is_int(self.sinks) or self.sinks < 0:
-            raise BudgetError(f"sinks must be a whole number of at least 0; got {self.sinks!r}")
-        if not isinstance(self.scorer_options, Mapping):
-            raise BudgetError(f"scorer_options must be a mapping of names to numbers; got {self.scorer_options!r}")
-        options: dict[str, int | float | str] = {}
-        for name, value in self.scorer_options.items():
-            if not isinstance(name, str) or not (is_int(value) or _is_finite(value) or isinstance(value, str)):
-                raise BudgetError(f"scorer option {name!r} must be a finite number or a string; got {value!r}")
-            options[name] = int(value) if is_int(value) else value
-        object.__setattr__(self, "scorer_options", dict(sorted(options.items())))
-        object.__setattr__(self, "recent", None if self.recent is None else int(self.recent))
-        object.__setattr__(self, "sinks", int(self.sinks))
-
-    def __hash__(self) -> int:
-        return hash((self.scorer, tuple(self.scorer_options.items()), self.eviction, self.recent, self.sinks))
-
-    def recent_for(self, capacity: int) -> int:
-        """How many of the newest tokens a layer of `capacity` slots always keeps."""
-        if self.recent is None:
-            return min(64, max(1, capacity // 4))
-        return min(self.recent, capacity)
-
-    def sinks_for(self, capacity: int) -> int:
-        """How many of the first tokens a layer of `capacity` slots always keeps, after its recent ones."""
-        return min(self.sinks, capacity - self.recent_for(capacity))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Policy:
-        """The policy that a file holds, every field of it: one that is left out would quietly be today's default."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(data, dict):
-            raise FileFormatError(f"a policy must be a JSON object, not {type(data).__name__}")
-        unknown = sorted(set(data) - names)
-        if unknown:
-            names_of_unknown = ", ".join(map(repr, unknown))
-            raise FileFormatError(f"unknown policy fields {names_of_unknown}; is the file of a newer xkv_fx?")
-        policy = cls(**data)
-        missing = sorted(names - set(data))
-        if missing:
-            raise FileFormatError(f"the policy lacks {', '.join(map(repr, missing))}; a file states every field of it")
-        return policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +54,7 @@ class Provenance:
         for name in ("constraint", "held_out"):
             self._check(name, isinstance(getattr(self, name), Mapping))
         for name in ("expected_retention", "expected_kl"):
-            self._check(name, is_int(getattr(self, name)) or _is_finite(getattr(self, name)))
+            self._check(name, is_int(getattr(self, name)) or is_finite(getattr(self, name)))
         self._check("context", is_int(self.context))
         if self.context is not None:
             if self.context < 1:
@@ -235,7 +94,7 @@ class Budgets:
     """
 
     capacities: tuple[int, ...]
-    policy: Policy = Policy()
+    policy: Policy = dataclasses.field(default_factory=Policy)
     provenance: Provenance = Provenance()
 
     def __post_init__(self) -> None:
@@ -400,25 +259,3 @@ class Budgets:
             Policy.from_dict(data.get("policy")),
             Provenance.from_dict(data.get("provenance", {})),
         )
-
-
-ModelReader = Callable[[Any], tuple[LayerSpec, ...]]
-_model_reader: ModelReader | None = None
-
-
-def set_model_reader(reader: ModelReader) -> None:
-    """Tell this module how to find the layers of a model. The package's face does so once; see `xkv_fx/__init__`."""
-    global _model_reader
-    _model_reader = reader
-
-
-def layers_of(model: Any) -> tuple[LayerSpec, ...]:
-    """The layers of a model that own a KV cache, in execution order; `model` may be that tuple itself."""
-    if isinstance(model, Sequence) and all(isinstance(spec, LayerSpec) for spec in model):
-        return tuple(model)
-    layers = getattr(model, "layers", None)
-    if isinstance(layers, tuple) and layers and all(isinstance(spec, LayerSpec) for spec in layers):
-        return layers
-    if _model_reader is None:
-        raise BudgetError("give the model's LayerSpecs, or import xkv_fx, which knows how to read models")
-    return _model_reader(model)

@@ -168,6 +168,11 @@ def _finite(text: str) -> float:
     return value
 
 
+def is_finite(value: object) -> TypeGuard[float]:
+    """True for a float that is neither infinite nor NaN."""
+    return isinstance(value, float) and math.isfinite(value)
+
+
 def is_int(value: object) -> TypeGuard[int]:
     """True for a whole number, numpy's and torch's included, and False for a bool of any of them."""
     bool_of_torch = str(getattr(value, "dtype", "")) == "torch.bool"  # torch, which is not imported here, indexes by it

@@ -29,10 +29,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from xkv_fx.budgets import LayerSpec
 from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.hf.capture import capture, layers_of_model
 from xkv_fx.hf.inspect import fingerprint
+from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.graph import calls, placeholders
 

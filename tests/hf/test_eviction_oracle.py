@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from xkv_fx import Budgets, Policy
-from xkv_fx.budgets import Eviction
 from xkv_fx.hf.cache import SessionCache
 from xkv_fx.hf.generation import BudgetedLM
+from xkv_fx.policy import Eviction
 
 HEADS, GROUP = 2, 2
 STEPS = 12

@@ -6,7 +6,7 @@ import pytest
 import torch
 from latent_models import ABSORBED, HEADS, LEFT, NOPE, RANK, ROPE, VALUE, VOCABULARY, LatentDecoder
 
-from xkv_fx.budgets import LayerSpec
+from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.capture_module import capture_module
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.expand_latents import ExpandLatents

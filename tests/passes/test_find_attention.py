@@ -8,8 +8,8 @@ from graph_checks import export
 from ready_models import captured
 from tiny_models import WINDOW
 
-from xkv_fx.budgets import LayerSpec
 from xkv_fx.errors import UnsupportedModelError
+from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.find_attention import attention_sites
 from xkv_fx.passes.graph import calls
 

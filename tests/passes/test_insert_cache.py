@@ -17,12 +17,12 @@ from tiny_models import random_ids
 from torch import Tensor
 from torch.fx import GraphModule
 
-from xkv_fx.budgets import Eviction, Policy
 from xkv_fx.errors import PassError
 from xkv_fx.passes.clean_graph import CleanGraph
 from xkv_fx.passes.graph import calls, placeholders
 from xkv_fx.passes.insert_cache import InsertDecodeCache, InsertPrefillCache
 from xkv_fx.passes.pipeline import decode_pipeline, extend_pipeline, prefill_pipeline, run_pipeline
+from xkv_fx.policy import Eviction, Policy
 from xkv_fx.runtime.scorers import PromptView, SnapKV
 from xkv_fx.runtime.state import CachePlan, State
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from xkv_fx.budgets import Policy
 from xkv_fx.errors import BudgetError
 from xkv_fx.planning.curves import checked_curves, concave_gains, rescale, retention_curve
+from xkv_fx.policy import Policy
 
 Array = NDArray[Any]
 

@@ -12,13 +12,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from xkv_fx.budgets import Budgets, LayerSpec, Policy
+from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BudgetError
+from xkv_fx.layers import LayerSpec
 from xkv_fx.planning.allocators import allocator
 from xkv_fx.planning.curves import retention_curve
 from xkv_fx.planning.plan import solve
 from xkv_fx.planning.profile_data import Profile
 from xkv_fx.planning.solve import capacities_for_retention, capacities_for_total
+from xkv_fx.policy import Policy
 
 Array = NDArray[Any]
 

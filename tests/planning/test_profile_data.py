@@ -13,11 +13,12 @@ import pytest
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from xkv_fx.budgets import LayerSpec, Policy
 from xkv_fx.errors import BudgetError, FileFormatError
+from xkv_fx.layers import LayerSpec
 from xkv_fx.planning import profile_data as module
 from xkv_fx.planning.curves import rescale, retention_curve
 from xkv_fx.planning.profile_data import Profile
+from xkv_fx.policy import Policy
 
 Array = NDArray[Any]
 

@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xkv_fx.budgets import EVICTIONS, Budgets, Eviction, LayerSpec, Policy
+from xkv_fx.budgets import Budgets
+from xkv_fx.layers import LayerSpec
+from xkv_fx.policy import EVICTIONS, Eviction, Policy
 from xkv_fx.runtime import any_length, ops, reference
 from xkv_fx.runtime.attention import distance_bias
 from xkv_fx.runtime.slots import EMPTY, SlotPlan, slot_plans

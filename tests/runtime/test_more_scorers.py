@@ -19,8 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from xkv_fx.budgets import Policy
 from xkv_fx.errors import BudgetError
+from xkv_fx.policy import Policy
 from xkv_fx.runtime import scorers
 from xkv_fx.runtime.reference import snapkv_scores_reference
 from xkv_fx.runtime.scorers import (

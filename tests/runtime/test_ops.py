@@ -10,7 +10,9 @@ import torch
 from runtime_inputs import HEADS, empty_buffers, named_tokens, random_qkv
 from torch import Tensor
 
-from xkv_fx.budgets import EVICTIONS, Budgets, LayerSpec
+from xkv_fx.budgets import Budgets
+from xkv_fx.layers import LayerSpec
+from xkv_fx.policy import EVICTIONS
 from xkv_fx.runtime import ops, reference
 from xkv_fx.runtime.slots import SlotPlan, slot_plans
 

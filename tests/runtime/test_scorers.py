@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from runtime_inputs import HEADS, before_rotation, random_qkv
 from torch import Tensor
 
-from xkv_fx.budgets import Policy
 from xkv_fx.errors import BudgetError
+from xkv_fx.policy import Policy
 from xkv_fx.runtime.reference import snapkv_scores_reference
 from xkv_fx.runtime.scorers import (
     PromptView,

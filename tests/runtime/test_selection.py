@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from runtime_inputs import assert_tokens, empty_buffers, named_tokens
 from torch import Tensor
 
-from xkv_fx.budgets import EVICTIONS
+from xkv_fx.policy import EVICTIONS
 from xkv_fx.runtime import reference
 from xkv_fx.runtime.reference import reference_ordinals, reference_slot
 from xkv_fx.runtime.selection import select_survivors, write_survivors

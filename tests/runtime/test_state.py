@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from xkv_fx.budgets import Budgets, Eviction, LayerSpec, Policy
+from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BudgetError
+from xkv_fx.layers import LayerSpec
+from xkv_fx.policy import Eviction, Policy
 from xkv_fx.runtime.slots import EMPTY, slot_plans
 from xkv_fx.runtime.state import CachePlan, State
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import xkv_fx
-from xkv_fx.budgets import Budgets, layers_of
+from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BackendError, BudgetError
 from xkv_fx.evaluation.allocated import peak_bytes
 from xkv_fx.evaluation.bench_result import Bench, Run
@@ -24,6 +24,7 @@ from xkv_fx.evaluation.peers import PEERS, run_peer
 from xkv_fx.evaluation.quantized import QUANTIZED
 from xkv_fx.evaluation.weights import weight_bytes, with_int8_weights
 from xkv_fx.hf.generation import BudgetedLM
+from xkv_fx.layers import layers_of
 
 OURS = ("ours-full", "ours", "ours-int8", "ours-plain", "ours-equal-bytes")
 PLAIN = ("ours-plain", "static-plain")

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from xkv_fx.budgets import Budgets, layers_of
+from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BackendError, BudgetError
 from xkv_fx.hf.models import load_model
+from xkv_fx.layers import layers_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -8,13 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 import xkv_fx
-from xkv_fx.budgets import Budgets, LayerSpec, Policy
+from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BudgetError
+from xkv_fx.layers import LayerSpec
 from xkv_fx.planning.calibration_data import Calibration
 from xkv_fx.planning.limits import make_limits
 from xkv_fx.planning.plan import capacities_within_bytes
 from xkv_fx.planning.profile_data import Profile
 from xkv_fx.planning.verify import uniform_like
+from xkv_fx.policy import Policy
 
 UNIFORM = "uniform"
 

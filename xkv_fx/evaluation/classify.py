@@ -66,7 +66,7 @@ def _judge(entry: Registered) -> tuple[Outcome, str]:
     try:
         if expected is None:
             xkv_fx.transform(
-                model, xkv_fx.Budgets.full(len(xkv_fx.budgets.layers_of(model)), PROMPT + STEPS), backend="eager"
+                model, xkv_fx.Budgets.full(len(xkv_fx.layers.layers_of(model)), PROMPT + STEPS), backend="eager"
             )
             return "refused", f"no reference: transformers' own cached generation fails: {broken}"
         outcome, reason = compare(model, prompt, expected)
@@ -100,7 +100,7 @@ def compare(model: PreTrainedModel, prompt: Tensor, expected: tuple[Tensor, Tens
     Raises:
         UnsupportedModelError: the model is refused.
     """
-    specs = xkv_fx.budgets.layers_of(model)
+    specs = xkv_fx.layers.layers_of(model)
     layers = len(specs)
     tokens = prompt.shape[1] + expected[0].shape[0]
     llm = xkv_fx.transform(model, xkv_fx.Budgets.full(layers, tokens), backend="eager")

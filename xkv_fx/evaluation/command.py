@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from xkv_fx.budgets import Budgets, LayerSpec, layers_of
+from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BudgetError
 from xkv_fx.evaluation.candidates import (
     Candidate,
@@ -24,6 +24,7 @@ from xkv_fx.evaluation.smallest import smallest_shares
 from xkv_fx.evaluation.tasks import NEEDLES, check_task
 from xkv_fx.evaluation.texts import cut_prompts, source_code
 from xkv_fx.files import write_json
+from xkv_fx.layers import LayerSpec, layers_of
 from xkv_fx.planning.calibration_data import Calibration
 from xkv_fx.planning.profile_data import Profile
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 import xkv_fx
-from xkv_fx.budgets import Budgets, Policy, layers_of
+from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BudgetError, PromptError
 from xkv_fx.evaluation.answering import (
     BudgetedReader,
@@ -32,6 +32,8 @@ from xkv_fx.evaluation.results import CONTINUATION, FULL, Evaluation, Row
 from xkv_fx.evaluation.shared_prefill import Recorded, Recorder, can_record
 from xkv_fx.evaluation.tasks import Instance, make_instances
 from xkv_fx.evaluation.texts import cut_prompts, source_code
+from xkv_fx.layers import layers_of
+from xkv_fx.policy import Policy
 
 Progress = Callable[[int, int], None]
 

@@ -25,13 +25,14 @@ import typer
 from transformers import PreTrainedModel
 
 import xkv_fx
-from xkv_fx.budgets import Budgets, LayerSpec, layers_of
+from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BackendError, BudgetError
 from xkv_fx.evaluation.bench_result import Run
 from xkv_fx.evaluation.contestants import Contestant, Ours, dynamic, static
 from xkv_fx.evaluation.machine import available_bytes, describe_machine, seconds
 from xkv_fx.evaluation.presets import PRESETS, random_model
 from xkv_fx.evaluation.timing import medians_in_turns
+from xkv_fx.layers import LayerSpec, layers_of
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 
 NOT_MEASURED = "not measured"

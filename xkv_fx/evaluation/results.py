@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xkv_fx.budgets import Policy
 from xkv_fx.evaluation.candidates import UNIFORM, Candidate
 from xkv_fx.planning.verify import Difference, difference_of_means
+from xkv_fx.policy import Policy
 
 FULL = "full"
 CONTINUATION = "continuation"

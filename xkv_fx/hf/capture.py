@@ -19,13 +19,13 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from xkv_fx.budgets import LayerSpec
 from xkv_fx.errors import UnsupportedModelError, XkvError
 from xkv_fx.hf.attention_entry import NAME
 from xkv_fx.hf.inspect import check_model, ends_early, fingerprint, has_latents, max_positions, shadow
 from xkv_fx.hf.masks import FARTHEST, OutOfSightError, check_masks, recording_masks
 from xkv_fx.hf.rotary import changing_rotary
 from xkv_fx.hf.tensor_parallel import shards_of, use_shards
+from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.absorb_latents import AbsorbLatents
 from xkv_fx.passes.capture_module import PROBE_LENGTH
 from xkv_fx.passes.captured import WHOLE, CapturedModel

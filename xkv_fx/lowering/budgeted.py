@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from xkv_fx.budgets import Budgets, LayerSpec
+from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BackendError, SessionError
+from xkv_fx.layers import LayerSpec
 from xkv_fx.lowering.program import CompiledProgram, compile_program
 from xkv_fx.runtime.choose_tokens import token_chooser
 from xkv_fx.runtime.decode_steps import decode_steps

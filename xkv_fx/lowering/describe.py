@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xkv_fx.budgets import Budgets, LayerSpec
+from xkv_fx.budgets import Budgets
+from xkv_fx.layers import LayerSpec
 from xkv_fx.runtime.scorers import Scorer
 from xkv_fx.runtime.session import Kind
 from xkv_fx.runtime.state import CachePlan

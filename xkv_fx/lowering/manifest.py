@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from xkv_fx.budgets import Budgets, LayerSpec, layer_specs
+from xkv_fx.budgets import Budgets
 from xkv_fx.errors import FileFormatError, XkvError
 from xkv_fx.files import is_int, read_sealed_json, write_sealed_json
+from xkv_fx.layers import LayerSpec, layer_specs
 from xkv_fx.lowering.manifest_records import (
     DTYPES,
     LENGTH,

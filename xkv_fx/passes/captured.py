@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from xkv_fx.budgets import LayerSpec, Policy
 from xkv_fx.errors import PassError
+from xkv_fx.layers import LayerSpec
+from xkv_fx.policy import Policy
 from xkv_fx.runtime.scorers import Scorer, check_independent_heads, scorer_of
 
 

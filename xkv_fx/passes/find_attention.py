@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch.fx import GraphModule, Node
 
-from xkv_fx.budgets import LayerSpec
 from xkv_fx.errors import BudgetError, UnsupportedModelError
+from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.graph import arguments, calls
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch.fx import GraphModule
 
-from xkv_fx.budgets import LayerSpec
+from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.add_statistics import AddStatistics
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.check_cache import CheckCache

@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xkv_fx.budgets import Budgets, LayerSpec, Policy
+from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BudgetError, PromptError, UnsupportedModelError
 from xkv_fx.files import SEAL, is_int, written_whole
+from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.cut_at_attention import CutModel
 from xkv_fx.planning.calibration_data import Calibration, check_grid
@@ -28,6 +29,7 @@ from xkv_fx.planning.continuation import FullRun, LayerPlans, cut_model, kl_dive
 from xkv_fx.planning.prompts import check_tokens
 from xkv_fx.planning.team import ALONE, Arrays, Progress, Team
 from xkv_fx.planning.weights import digest_of_weights
+from xkv_fx.policy import Policy
 from xkv_fx.runtime.scorers import Scorer, scorer_of
 from xkv_fx.runtime.slots import SlotPlan, slot_plans
 

@@ -16,12 +16,13 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from xkv_fx.budgets import LayerSpec, Policy, layer_specs
 from xkv_fx.errors import BudgetError, FileFormatError
 from xkv_fx.files import check_safetensors_size, is_int, written_whole
+from xkv_fx.layers import LayerSpec, layer_specs
 from xkv_fx.planning.hull import gain_curve
 from xkv_fx.planning.measured_file import HEADER, read_header, reading
 from xkv_fx.planning.profile_data import check_context
+from xkv_fx.policy import Policy
 
 FORMAT = "xkv_fx.calibration"
 FORMAT_VERSION = 1

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from xkv_fx.budgets import Policy
 from xkv_fx.errors import BudgetError
 from xkv_fx.files import is_int
+from xkv_fx.policy import Policy
 
 
 def retention_curve(scores: NDArray[np.floating[Any]], policy: Policy) -> NDArray[np.float64]:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xkv_fx.budgets import Budgets, HasItemSize, Provenance
+from xkv_fx.budgets import Budgets, Provenance
 from xkv_fx.errors import BudgetError
 from xkv_fx.files import is_int
+from xkv_fx.layers import HasItemSize
 from xkv_fx.planning import allocators, peer_allocators  # noqa: F401  (registers the peers)
 from xkv_fx.planning.allocators import Allocator
 from xkv_fx.planning.calibration_data import Calibration

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from xkv_fx.budgets import Policy
 from xkv_fx.errors import BudgetError, PromptError
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.passes.pipeline import profile_pipeline, run_pipeline
@@ -20,6 +19,7 @@ from xkv_fx.planning.profile_data import Profile
 from xkv_fx.planning.prompts import check_tokens
 from xkv_fx.planning.team import ALONE, Arrays, Progress, Team
 from xkv_fx.planning.weights import digest_of_weights
+from xkv_fx.policy import Policy
 from xkv_fx.runtime.scorers import Scorer, check_measures_attention, scorer_of
 
 

@@ -17,12 +17,13 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from xkv_fx.budgets import LayerSpec, Policy, layer_specs
 from xkv_fx.errors import BudgetError, FileFormatError
 from xkv_fx.files import check_safetensors_size, is_int, written_whole
+from xkv_fx.layers import LayerSpec, layer_specs
 from xkv_fx.planning.curves import rescale
 from xkv_fx.planning.measured_file import HEADER, read_header, reading
 from xkv_fx.planning.solve import mean_retention
+from xkv_fx.policy import Policy
 
 FORMAT = "xkv_fx.profile"
 FORMAT_VERSION = 1

@@ -11,13 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xkv_fx.budgets import Budgets, LayerSpec, Policy
+from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BudgetError, PromptError
+from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.planning.calibrate import check_measurable, check_prompt, cut_checked
 from xkv_fx.planning.continuation import run_full
 from xkv_fx.planning.limits import make_limits
 from xkv_fx.planning.plan import capacities_within_bytes
+from xkv_fx.policy import Policy
 from xkv_fx.runtime.slots import slot_plans
 
 Progress = Callable[[int, int], None]

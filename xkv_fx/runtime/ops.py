@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xkv_fx.budgets import EVICTIONS
+from xkv_fx.policy import EVICTIONS
 from xkv_fx.runtime.attention import apply_sinks as _apply_sinks
 from xkv_fx.runtime.attention import (
     causal_attention,
@@ -113,7 +113,7 @@ def _keep(
         length: int64 `[rows]`, valid ones among the S new tokens; they come first.
         seen, base: int64 `[rows]`, tokens seen before these, and by the last prefill.
         capacity, recent, sinks, sliding_window: as in `SlotPlan`.
-        eviction: index into `xkv_fx.budgets.EVICTIONS`.
+        eviction: index into `xkv_fx.policy.EVICTIONS`.
         fresh: the buffers count as empty, whatever they hold.
 
     Returns:

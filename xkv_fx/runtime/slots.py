@@ -21,7 +21,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from xkv_fx.budgets import Budgets, Eviction, LayerSpec
+from xkv_fx.budgets import Budgets
+from xkv_fx.layers import LayerSpec
+from xkv_fx.policy import Eviction
 
 EMPTY = -1
 

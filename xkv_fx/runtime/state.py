@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xkv_fx.budgets import LayerSpec
 from xkv_fx.errors import BudgetError
+from xkv_fx.layers import LayerSpec
 from xkv_fx.runtime.slots import SlotPlan
 
 COUNTERS = ("seen", "base")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xkv_fx.budgets import EVICTIONS
+from xkv_fx.policy import EVICTIONS
 from xkv_fx.runtime.reference.slots import reference_ordinals
 from xkv_fx.runtime.slots import EMPTY, SlotPlan
 

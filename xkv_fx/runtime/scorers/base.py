@@ -9,9 +9,9 @@ from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from xkv_fx.budgets import Policy
 from xkv_fx.errors import BudgetError
 from xkv_fx.files import is_int
+from xkv_fx.policy import Policy
 from xkv_fx.runtime.attention import values_of
 from xkv_fx.runtime.scorers.prompt import PromptView
 from xkv_fx.runtime.slots import SlotPlan

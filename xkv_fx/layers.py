@@ -1,0 +1,92 @@
+"""The layers of a model that own a KV cache: the shape of what each caches.
+
+Like the plan, this needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from xkv_fx.errors import BudgetError, FileFormatError
+from xkv_fx.files import is_int
+
+
+class HasItemSize(Protocol):
+    """A dtype: anything with its size in bytes, such as `torch.float16`."""
+
+    @property
+    def itemsize(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """The shape of what one layer caches, as found in the captured graph.
+
+    Attributes:
+        query_heads: attention heads of the queries.
+        kv_heads: heads of the cached keys and values (fewer than `query_heads` under GQA).
+        key_dim, value_dim: head sizes of keys and values. With a `value_dim` of 0 the values are the keys themselves,
+            stored once (multi-head latent attention: the latent, and its rotary key).
+        itemsize: bytes of one cached element in the model's own dtype.
+        sliding_window: the number of newest tokens that the layer attends to, or None for all of them.
+    """
+
+    query_heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    itemsize: int
+    sliding_window: int | None = None
+
+    def slot_bytes(self, dtype: HasItemSize | None = None) -> int:
+        """Bytes that one slot takes over all KV heads, keys and values together, for one row."""
+        itemsize = self.itemsize if dtype is None else dtype.itemsize
+        return self.kv_heads * (self.key_dim + self.value_dim) * itemsize
+
+    def effective_capacity(self, capacity: int) -> int:
+        """`capacity`, clamped to the sliding window: older tokens are never attended to."""
+        return capacity if self.sliding_window is None else min(capacity, self.sliding_window)
+
+
+def layer_specs(layers: list[Any]) -> tuple[LayerSpec, ...]:
+    """LayerSpecs from JSON objects, every number a whole one of at least 1, `value_dim` of at least 0.
+
+    Raises:
+        FileFormatError: they are not; the message does not name the file.
+    """
+    names = {field.name for field in dataclasses.fields(LayerSpec)}
+    for layer, fields in enumerate(layers):
+        if not isinstance(fields, dict) or set(fields) != names:
+            raise FileFormatError(f"the fields of layer {layer} are not {', '.join(sorted(names))}")
+        for name, value in fields.items():
+            absent = name == "sliding_window" and value is None
+            least = 0 if name == "value_dim" else 1
+            if not absent and (not is_int(value) or value < least):
+                raise FileFormatError(
+                    f"{name} of layer {layer} is not a whole number of at least {least}: {value!r:.100}"
+                )
+    return tuple(LayerSpec(**fields) for fields in layers)
+
+
+ModelReader = Callable[[Any], tuple[LayerSpec, ...]]
+_model_reader: ModelReader | None = None
+
+
+def set_model_reader(reader: ModelReader) -> None:
+    """Tell this module how to find the layers of a model. The package's face does so once; see `xkv_fx/__init__`."""
+    global _model_reader
+    _model_reader = reader
+
+
+def layers_of(model: Any) -> tuple[LayerSpec, ...]:
+    """The layers of a model that own a KV cache, in execution order; `model` may be that tuple itself."""
+    if isinstance(model, Sequence) and all(isinstance(spec, LayerSpec) for spec in model):
+        return tuple(model)
+    layers = getattr(model, "layers", None)
+    if isinstance(layers, tuple) and layers and all(isinstance(spec, LayerSpec) for spec in layers):
+        return layers
+    if _model_reader is None:
+        raise BudgetError("give the model's LayerSpecs, or import xkv_fx, which knows how to read models")
+    return _model_reader(model)
