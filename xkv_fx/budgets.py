@@ -1,7 +1,7 @@
 """The plan that every part shares: how many K/V slots each layer owns, and the policy that fills them.
 
-This module sits below every other room of the package. It needs neither torch nor transformers to be read,
-written or checked.
+This module sits below every room of the package. A plan needs neither torch nor transformers to be read, written or
+checked.
 """
 
 from __future__ import annotations
