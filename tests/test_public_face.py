@@ -32,6 +32,7 @@ def run_python(code: str) -> str:
         "dir(xkv_fx)",
         "xkv_fx.Budgets.uniform(4, 16).kv_bytes([xkv_fx.LayerSpec(2, 1, 8, 8, 2)] * 4)",
         "xkv_fx.Policy, xkv_fx.XkvError",
+        "xkv_fx.budgets.Provenance",
     ],
 )
 def test_import_and_plans_load_neither_torch_nor_transformers(use: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import xkv_fx.budgets  # noqa: F401  (so that `xkv_fx.budgets.Provenance` is there at once)
 from xkv_fx.layers import set_model_reader as _set_model_reader
 from xkv_fx.register_attention import register_attention as _register_attention
 
