@@ -125,3 +125,26 @@ def test_profile_measures_statistics_on_demand(tmp_path: Path, text: Path) -> No
     invoke("profile", "--out", out, "--prompts", text, "--length", "30", "--statistics", "preference")
     assert set(xkv_fx.Profile.load(out).layer_means) == {"preference"}
     invoke("solve", out, "--out", tmp_path / "plan.json", "--fraction", "0.5", "--allocator", "entropy")
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *((name, "--out") for name in ("profile", "calibrate", "solve", "verify", "eval", "bench")),
+        ("bench", "--picture"),
+    ],
+)
+def test_a_file_that_could_not_be_written_is_refused_before_anything_is_measured(
+    command: str, option: str, text: Path, tmp_path: Path
+) -> None:
+    needed = {
+        "profile": ["--prompts", text],
+        "calibrate": ["--prompts", text],
+        "solve": [text],
+        "verify": [text, "--prompts", text],
+    }
+    for place, said in ((tmp_path, "is a folder"), (tmp_path / "missing" / "result", "there is no folder")):
+        arguments = [command, *needed.get(command, ()), option, place]
+        result = RUN.invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "400"})
+        assert result.exit_code == 2
+        assert said in result.output

@@ -27,6 +27,20 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
+
+def _writable(path: Path | None) -> Path | None:
+    if path is not None and path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder; give the name of a file in it")
+    if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent}; make it first")
+    return path
+
+
+def out_file(help: str) -> Any:
+    """An option for a file that is written at the end: what cannot be one is refused before anything is measured."""
+    return typer.Option(help=help, callback=_writable)
+
+
 Model = Annotated[str, typer.Option(help="A model folder, a .gguf file, or the alias smollm2.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Plan = Annotated[Path, typer.Argument(help="A budgets file.")]

@@ -8,7 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
-from xkv_fx.cli.common import Json, Model, app, console, errors, interruptible, load, names, numbers, progress, show
+from xkv_fx.cli.common import (
+    Json,
+    Model,
+    app,
+    console,
+    errors,
+    interruptible,
+    load,
+    names,
+    numbers,
+    out_file,
+    progress,
+    show,
+)
 from xkv_fx.files import write_json
 from xkv_fx.planning.load_measured import load_measured
 
@@ -36,7 +49,7 @@ def eval_(
         str | None, typer.Option(help="transformers' quantized caches: int8, int4, fp8; by default those installed.")
     ] = None,
     backend: Annotated[str, typer.Option(help="eager or inductor, which compiles every plan.")] = "eager",
-    out: Annotated[Path | None, typer.Option(help="Write the result as JSON here, its tables beside it.")] = None,
+    out: Annotated[Path | None, out_file("Write the result as JSON here, its tables beside it.")] = None,
     pictures: Annotated[Path | None, typer.Option(help="Write pictures into this folder.")] = None,
     smallest: Annotated[
         bool, typer.Option(help="Also find the smallest shares that are enough: by needles, and by held-out KL.")
@@ -103,8 +116,8 @@ def bench(
     ] = None,
     kvpress_python: Annotated[Path | None, typer.Option(help="The Python that has kvpress.")] = None,
     openvino_python: Annotated[Path | None, typer.Option(help="The Python that has openvino-genai.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw the steps here (.png, .svg, .pdf).")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
+    picture: Annotated[Path | None, out_file("Draw the steps here (.png, .svg, .pdf).")] = None,
+    out: Annotated[Path | None, out_file("Write the result as JSON here.")] = None,
     json_: Json = False,
 ) -> None:
     """Measure our decode beside transformers' caches and other engines, in turns."""

@@ -18,6 +18,7 @@ from xkv_fx.cli.common import (
     interruptible,
     is_first,
     load,
+    out_file,
     processes,
     progress,
     read,
@@ -39,7 +40,7 @@ Continuation = Annotated[int, typer.Option(help="Last tokens of each prompt, fed
 
 @app.command()
 def profile(
-    out: Annotated[Path, typer.Option(help="Where to write the profile.")],
+    out: Annotated[Path, out_file("Where to write the profile.")],
     prompts: Texts,
     model: Model = "smollm2",
     length: Length = None,
@@ -78,7 +79,7 @@ def profile(
 
 @app.command()
 def calibrate(
-    out: Annotated[Path, typer.Option(help="Where to write the calibration.")],
+    out: Annotated[Path, out_file("Where to write the calibration.")],
     prompts: Texts,
     model: Model = "smollm2",
     length: Length = None,
@@ -132,7 +133,7 @@ def _summary(measured: Profile | Calibration) -> dict[str, Any]:
 @app.command()
 def solve(
     measured: Annotated[Path, typer.Argument(help="A profile or a calibration.")],
-    out: Annotated[Path, typer.Option(help="Where to write the budgets.")],
+    out: Annotated[Path, out_file("Where to write the budgets.")],
     fraction: Annotated[float | None, typer.Option(help="Share of layers x context to keep.")] = None,
     total_tokens: Annotated[int | None, typer.Option(help="Sum of the capacities.")] = None,
     retention: Annotated[float | None, typer.Option(help="Mean share of attention mass to keep.")] = None,
@@ -194,7 +195,7 @@ def verify(
     model: Model = "smollm2",
     length: Length = None,
     continuation: Continuation = 48,
-    out: Annotated[Path | None, typer.Option(help="Write the plan with the result in it here.")] = None,
+    out: Annotated[Path | None, out_file("Write the plan with the result in it here.")] = None,
     json_: Json = False,
 ) -> None:
     """Measure a plan on held-out texts, against a uniform plan of equal bytes."""

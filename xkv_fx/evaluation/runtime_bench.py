@@ -1,6 +1,7 @@
 """What the runtime promises, measured: `python -m xkv_fx.evaluation.runtime_bench COMMAND`.
 
 prefill-memory   live bytes of a long prefill, beside the same forward without any cache
+starting         transform with nothing compiled, and once more by a new process: processor seconds
 first-token      time to the first token, beside transformers' own prefill, in turns
 profiling        a prompt of a profile, beside a plain prefill of it
 long-session     one session far past its budget: speed, memory, recompiles, NaN
@@ -16,9 +17,12 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -124,6 +128,45 @@ def first_token(prompt: Prompt = 3500, capacity: Capacity = 1344, rounds: int = 
         median_ms=medians,
         ratio=medians["budgeted"] / medians["transformers_prefill"],
     )
+
+
+@app.command()
+def starting(capacity: Capacity = 512, dtype: Dtype = "float32") -> None:
+    """What `transform` takes a process where nothing is compiled yet, and another one after it, of the processors: how
+    long that is depends on who else uses them."""
+    with tempfile.TemporaryDirectory() as cache:
+        starts = {name: _start_seconds(capacity, dtype, cache) for name in ("first", "second")}
+    _report(capacity=capacity, dtype=dtype, processor_s=starts, ratio=starts["second"] / starts["first"])
+
+
+_START = """
+import sys, torch, xkv_fx
+from xkv_fx.evaluation.runtime_bench import LAYERS, processor_seconds, smollm2_shape
+
+capacity, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
+model = smollm2_shape(8192, dtype)
+before = processor_seconds()
+llm = xkv_fx.transform(model, xkv_fx.Budgets.uniform(LAYERS, capacity))
+llm.generate(torch.ones(1, 20, dtype=torch.long), max_new_tokens=2)
+print(processor_seconds() - before)
+"""
+
+
+def _start_seconds(capacity: int, dtype: str, cache: str) -> float:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _START, str(capacity), dtype],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout.splitlines()[-1])
+
+
+def processor_seconds() -> float:
+    """What this process and those that it waited for have used of the processors."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 @app.command()

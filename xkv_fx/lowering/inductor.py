@@ -15,6 +15,10 @@ from xkv_fx.lowering.cuda_graph import RecordedSteps
 from xkv_fx.lowering.lift_weights import lift_weights
 from xkv_fx.passes.graph import output_node
 
+# On CPU, C++ makes the calls of a step: a layer takes some ten short ones, felt with one row if Python makes them.
+# Built apart from the kernels, that code takes hardly longer to compile; in one file with them, several times as long.
+CALLS_FROM_CPP = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
+
 
 def lower_inductor(module: GraphModule) -> tuple[Callable[..., Tensor], str]:
     """Compile `module` with its weights as inputs; on a GPU its steps are recorded as CUDA graphs besides.
@@ -48,9 +52,13 @@ def compile_lifted(lifted: GraphModule) -> tuple[Callable[..., Tensor], str]:
     output.args = ((output.args[0],),)
     lifted.recompile()
     examples = [node.meta["val"] for node in lifted.graph.nodes if node.op == "placeholder"]
+    on_cpu = all(example.device.type == "cpu" for example in examples)
+    options = {"config_patches": CALLS_FROM_CPP} if on_cpu else {}
     try:
         with torch.no_grad():
-            compiled = torch._inductor.standalone_compile(lifted, examples, dynamic_shapes="from_graph")
+            compiled = torch._inductor.standalone_compile(
+                lifted, examples, dynamic_shapes="from_graph", options=options
+            )
     except Exception as error:
         raise BackendError(
             f"Inductor could not compile the decode graph ({first_line(error)}); it needs a C++ compiler on CPU and "
