@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +17,7 @@ import torch
 import typer
 
 import xkv_fx
-from xkv_fx.evaluation.timing import medians_in_turns
+from xkv_fx.evaluation.timing import medians_in_turns, process_seconds
 
 app = typer.Typer(add_completion=False, help="What an engine promises, measured.")
 Engine = Annotated[Path, typer.Argument(help="A folder that xkv-fx export wrote.")]
@@ -65,18 +61,8 @@ def start(engine: Engine, model: Model = "smollm2", prompt: Prompt = 128, repeat
 
 
 def _seconds(program: str, engine: Path, model: str, prompt: int) -> dict[str, float]:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with tempfile.TemporaryDirectory() as cache:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", program, str(engine), model, str(prompt)],
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": float(done.stdout.splitlines()[-1]), "processor_seconds": used}
+    with tempfile.TemporaryDirectory() as nothing:
+        return process_seconds(program, engine, model, prompt, compiled=nothing)
 
 
 @app.command()

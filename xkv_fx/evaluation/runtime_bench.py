@@ -1,7 +1,7 @@
 """What the runtime promises, measured: `python -m xkv_fx.evaluation.runtime_bench COMMAND`.
 
 prefill-memory   live bytes of a long prefill, beside the same forward without any cache
-starting         transform with nothing compiled, and once more by a new process: processor seconds
+starting         a process from its start to the second token, with nothing compiled, and the next one
 first-token      time to the first token, beside transformers' own prefill, in turns
 profiling        a prompt of a profile, beside a plain prefill of it
 long-session     one session far past its budget: speed, memory, recompiles, NaN
@@ -17,10 +17,8 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,7 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import xkv_fx
 from xkv_fx.evaluation.allocated import peak_bytes
 from xkv_fx.evaluation.machine import seconds
-from xkv_fx.evaluation.timing import medians_in_turns
+from xkv_fx.evaluation.timing import medians_in_turns, process_seconds
 from xkv_fx.planning.solve import fill_by_gain
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.kernels import decode_cpu
@@ -130,43 +128,25 @@ def first_token(prompt: Prompt = 3500, capacity: Capacity = 1344, rounds: int = 
     )
 
 
-@app.command()
-def starting(capacity: Capacity = 512, dtype: Dtype = "float32") -> None:
-    """What `transform` takes a process where nothing is compiled yet, and another one after it, of the processors: how
-    long that is depends on who else uses them."""
-    with tempfile.TemporaryDirectory() as cache:
-        starts = {name: _start_seconds(capacity, dtype, cache) for name in ("first", "second")}
-    _report(capacity=capacity, dtype=dtype, processor_s=starts, ratio=starts["second"] / starts["first"])
-
-
 _START = """
+import time; start = time.perf_counter()
 import sys, torch, xkv_fx
-from xkv_fx.evaluation.runtime_bench import LAYERS, processor_seconds, smollm2_shape
-
-capacity, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
-model = smollm2_shape(8192, dtype)
-before = processor_seconds()
-llm = xkv_fx.transform(model, xkv_fx.Budgets.uniform(LAYERS, capacity))
+from xkv_fx.evaluation.runtime_bench import LAYERS, smollm2_shape
+model = smollm2_shape(8192, getattr(torch, sys.argv[2]))
+llm = xkv_fx.transform(model, xkv_fx.Budgets.uniform(LAYERS, int(sys.argv[1])))
 llm.generate(torch.ones(1, 20, dtype=torch.long), max_new_tokens=2)
-print(processor_seconds() - before)
+print(time.perf_counter() - start)
 """
 
 
-def _start_seconds(capacity: int, dtype: str, cache: str) -> float:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _START, str(capacity), dtype],
-        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return float(done.stdout.splitlines()[-1])
-
-
-def processor_seconds() -> float:
-    """What this process and those that it waited for have used of the processors."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+@app.command()
+def starting(capacity: Capacity = 512, dtype: Dtype = "float32") -> None:
+    """From the start of a process to the second token of a transformed model, where nothing is compiled yet, and once
+    more by another process."""
+    with tempfile.TemporaryDirectory() as compiled:
+        first, second = (process_seconds(_START, capacity, dtype, compiled=compiled) for _ in range(2))
+    ratios = {what: second[what] / first[what] for what in first}
+    _report(capacity=capacity, dtype=dtype, first=first, second=second, ratios=ratios)
 
 
 @app.command()

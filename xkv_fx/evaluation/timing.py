@@ -1,8 +1,12 @@
-"""Timing from outside: a generation, through the streamer that every `generate` takes, and calls in turns."""
+"""Timing from outside: a generation, through the streamer that `generate` takes, calls in turns, and processes."""
 
 from __future__ import annotations
 
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -54,3 +58,23 @@ def medians_in_turns(
         for name, run in runs.items():
             times[name].append(seconds(run, where))
     return {name: statistics.median(taken[1:]) * 1e3 for name, taken in times.items()}
+
+
+def process_seconds(program: str, *arguments: object, compiled: str) -> dict[str, float]:
+    """Run a program in a process of its own, which finds again what Inductor compiled into the folder `compiled`.
+
+    Returns:
+        `seconds`, the number on the last line that it prints, and `processor_seconds`, what it and the processes that
+        it started have used.
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": compiled},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": float(done.stdout.splitlines()[-1]), "processor_seconds": used}
