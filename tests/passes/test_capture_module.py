@@ -8,6 +8,7 @@ from collections.abc import Callable
 import plain_models as plain
 import pytest
 import torch
+from exhaustive import exhaustive
 from plain_models import HEAD_DIM, HEADS, POSITIONS, SLIDING_WINDOW, Attend, Decoder, decoder, example, random_ids
 from torch import Tensor, nn
 
@@ -252,6 +253,7 @@ def test_what_generate_refuses() -> None:
         llm.with_budgets(Budgets((8, 8))).generate(random_ids(1, 90), 20)
 
 
+@exhaustive
 def test_inductor() -> None:
     model = decoder(plain.sdpa_alibi, kv_heads=2).eval()
     ids = random_ids(1, 20)

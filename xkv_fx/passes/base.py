@@ -38,9 +38,14 @@ class GraphPass:
         """Change `module.graph` in place."""
         raise PassError(f"the pass {type(self).__name__} does not implement run()")
 
-    def __call__(self, module: GraphModule) -> PassRecord:
+    def rewrite(self, module: GraphModule) -> PassRecord:
+        """Run on `module.graph` and clean it up; the module computes what it did before until it is recompiled."""
         record = self.run(module)
         module.graph.eliminate_dead_code()
         module.graph.lint()
+        return record
+
+    def __call__(self, module: GraphModule) -> PassRecord:
+        record = self.rewrite(module)
         module.recompile()
         return record

@@ -77,5 +77,7 @@ def profile_pipeline(
 
 
 def run_pipeline(module: GraphModule, passes: Sequence[GraphPass]) -> TransformedGraph:
-    """Run passes in order on `module`, in place."""
-    return TransformedGraph(module, tuple(graph_pass(module) for graph_pass in passes))
+    """Run passes in order on `module`, in place; it is recompiled once, after the last."""
+    records = tuple(graph_pass.rewrite(module) for graph_pass in passes)
+    module.recompile()
+    return TransformedGraph(module, records)

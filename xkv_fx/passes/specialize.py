@@ -19,7 +19,7 @@ def one_token_graph(prompt: GraphModule, rows: int) -> GraphModule:
         prompt: a graph of `(input_ids, position_ids)` `[rows, S]`.
     """
     module = GraphModule(prompt, copy.deepcopy(prompt.graph))
-    CleanGraph()(module)
+    CleanGraph().rewrite(module)
     graph = module.graph
     for node in placeholders(graph).values():
         with fake_mode(graph):
