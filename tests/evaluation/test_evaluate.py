@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantized_caches import FP8, needs_fp8
 from ready_models import remember_programs
 from tiny_models import llama, random_ids
 from transformers import PreTrainedModel
@@ -84,7 +85,7 @@ def _captured_once(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def found(ready: Ready) -> Evaluation:
-    return ready.evaluate(ready.plans(0.25, 1.0), quantized=("fp8",))
+    return ready.evaluate(ready.plans(0.25, 1.0), quantized=FP8)
 
 
 def rows(evaluation: Evaluation, task: str = "needle_single", form: str = "inside") -> dict[tuple[str, str], Row]:
@@ -123,9 +124,9 @@ def test_the_forms_differ_once_tokens_are_evicted(found: Evaluation) -> None:
 
 def test_text_is_compared_with_the_full_cache(found: Evaluation) -> None:
     by_plan = rows(found, CONTINUATION)
-    assert set(by_plan) == {(FULL, FULL), ("uniform", "25.0%"), ("uniform", "100.0%"), ("fp8", "fp8")}
+    assert set(by_plan) == {(FULL, FULL), ("uniform", "25.0%"), ("uniform", "100.0%"), *((name, name) for name in FP8)}
     assert by_plan[FULL, FULL].values == {"kl": (0.0, 0.0), "nll_change": (0.0, 0.0), "agreement": (1.0, 1.0)}
-    assert by_plan["fp8", "fp8"].mean < by_plan["uniform", "25.0%"].mean
+    assert all(by_plan[name, name].mean < by_plan["uniform", "25.0%"].mean for name in FP8)
 
 
 @pytest.mark.usefixtures("_captured_once")
@@ -230,6 +231,7 @@ def test_a_profile_and_a_calibration_are_solved_by_their_own_allocators(ready: R
     check_equal_bytes(of_bytes, ready.llm.layers, 0)
 
 
+@needs_fp8
 def test_a_quantized_cache_is_counted_byte_by_byte(ready: Ready, found: Evaluation) -> None:
     row = rows(found)["fp8", "fp8"]
     tokens = LENGTH + SETTINGS.instances("needle_single", ready.tokenizer)[0].new_tokens - 1
@@ -241,6 +243,7 @@ def test_a_quantized_cache_is_counted_byte_by_byte(ready: Ready, found: Evaluati
     assert cache_bytes(cache) == 0
 
 
+@needs_fp8
 def test_what_a_quantized_cache_cannot_hold_is_said() -> None:
     cache = QUANTIZED["fp8"].new_cache(llama(2).config)
     states = torch.randn(1, 2, 6, 8)
@@ -307,7 +310,7 @@ def test_the_smallest_size_is_enough_from_there_on() -> None:
 def test_a_result_is_plain_json(found: Evaluation) -> None:
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert data["plans"][0]["name"] == FULL
-    assert len(data["rows"]) == 3 * 4
+    assert len(data["rows"]) == 3 * (3 + len(FP8))
     assert {row["form"] for row in data["rows"]} == {"inside", "after"}
 
 
@@ -319,7 +322,7 @@ class _Stop(Exception):
 
 
 def test_an_interrupted_run_goes_on_and_finds_the_same(ready: Ready, found: Evaluation, tmp_path: Path) -> None:
-    plans, options = ready.plans(0.25, 1.0), {"quantized": ("fp8",), "resume": tmp_path / "parts"}
+    plans, options = ready.plans(0.25, 1.0), {"quantized": FP8, "resume": tmp_path / "parts"}
 
     def stop(done: int, total: int) -> None:
         if done == total // 2:
@@ -328,7 +331,7 @@ def test_an_interrupted_run_goes_on_and_finds_the_same(ready: Ready, found: Eval
     with pytest.raises(_Stop):
         ready.evaluate(plans, **options, progress=stop)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
-    assert len(kept) == 1 + 4, "one form of the needle was finished"
+    assert len(kept) == 1 + 3 + len(FP8), "one form of the needle was finished"
 
     damaged = next(path for path in kept if path.name != "run.json")
     damaged.write_text("{")
@@ -336,7 +339,7 @@ def test_an_interrupted_run_goes_on_and_finds_the_same(ready: Ready, found: Eval
     steps: list[int] = []
     again = ready.evaluate(plans, **options, progress=lambda done, total: steps.append(done))
     assert again.to_dict() == found.to_dict()
-    assert steps == list(range(1, 3 * 4 * 2 + 1))
+    assert steps == list(range(1, 3 * (3 + len(FP8)) * 2 + 1))
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items()), "what was sound is taken"
 
     remove_parts(tmp_path / "parts")

@@ -205,9 +205,9 @@ def test_inspect(llm: Any, folder: Path) -> None:
     found = json.loads(result.stdout)
     assert found["checks"] == {"machine": "ok", "files": "ok", "packages": "ok"}
     assert (found["kv_bytes"], found["slots"], found["batch_size"]) == (llm.kv_bytes, list(CAPACITIES), 2)
-    other = edited(folder, set_at("machine", "torch", to="2.11.0"))
+    other = edited(folder, set_at("machine", "torch", to="2.1.0"))
     result = runner.invoke(cli.app, ["inspect", str(other)])
-    assert "built for torch 2.11.0" in " ".join(result.stdout.split())
+    assert "built for torch 2.1.0" in " ".join(result.stdout.split())
 
 
 def edited(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
@@ -246,7 +246,7 @@ def renamed(name: str) -> Callable[[dict[str, Any]], None]:
         (set_at("version", to=2), "format version 2 is older than 3"),
         (set_at("version", to="1"), "version"),
         (set_at("format", to="xkv_fx.budgets"), "not a xkv_fx.engine"),
-        (set_at("machine", "torch", to="2.11.0"), "built for torch 2.11.0"),
+        (set_at("machine", "torch", to="2.1.0"), "built for torch 2.1.0"),
         (set_at("machine", "instructions", to="AVX1024"), "instruction set AVX1024"),
         (set_at("machine", "architecture", to="vax"), "processor vax"),
         (set_at("machine", "device", to="tpu"), "device 'tpu'"),

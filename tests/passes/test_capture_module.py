@@ -32,9 +32,10 @@ MODELS: dict[str, Callable[[], Decoder]] = {
     "ALiBi, grouped": lambda: decoder(plain.sdpa_alibi, kv_heads=2),
     "positions counted": lambda: decoder(plain.sdpa, counted=True),
     "angles counted": lambda: decoder(plain.rotary_counted, kv_heads=4),
-    "MultiheadAttention": lambda: Decoder(lambda: plain.TorchAttention(need_weights=False)),
     "MultiheadAttention with weights": lambda: Decoder(lambda: plain.TorchAttention(need_weights=True)),
 }
+if torch.__version__ >= "2.12":  # torch 2.11 exports a view that cannot be, so that it is refused
+    MODELS["MultiheadAttention"] = lambda: Decoder(lambda: plain.TorchAttention(need_weights=False))
 
 
 def transform(model: nn.Module, budgets: Budgets, rows: int = 1, backend: str = "eager") -> BudgetedModule:

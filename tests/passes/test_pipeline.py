@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from ready_models import cache_plan, captured, model
+from tiny_models import llama
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xkv_fx.errors import PassError
+from xkv_fx.hf.capture import capture
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.check_cache import CheckCache
 from xkv_fx.passes.graph import calls, output_node
@@ -190,6 +192,19 @@ def test_a_pass_without_run_is_an_error() -> None:
 
     with pytest.raises(PassError, match=r"the pass Idle does not implement run\(\)"):
         run_pipeline(captured().graph("prompt"), (Idle(),))
+
+
+def test_a_pass_that_fixes_the_length_is_an_error() -> None:
+    class Fix(GraphPass):
+        name = "fix"
+
+        def run(self, module: GraphModule) -> PassRecord:
+            int(next(iter(module.graph.nodes)).meta["val"].shape[1])
+            return PassRecord(self.name, 0, 0)
+
+    graph = capture(llama(1)).graph("prompt")  # of its own, which this spoils
+    with pytest.raises(PassError, match="the pass 'fix' fixed dimension 1 of the input 'input_ids'"):
+        run_pipeline(graph, (Fix(),))
 
 
 @pytest.mark.parametrize("show", [repr, str], ids=["repr", "str"])

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runtime_inputs import HEADS, before_rotation, random_qkv
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -447,7 +448,7 @@ def test_length_stays_a_symbol_in_a_graph(name: str) -> None:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     only_length = StatelessSymbolicContext([DimDynamic.STATIC] * 2 + [DimDynamic.DUCK, DimDynamic.STATIC])
     q, k, v = (mode.from_tensor(tensor, symbolic_context=only_length) for tensor in random_qkv((4, 2), 24, DIMS))
-    with mode:
+    with mode, enable_python_dispatcher():
         _, k_cache, v_cache = random_qkv((4, 2), 1, DIMS, keys=6)
         positions, length = torch.zeros(2, 2, 6, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
         given = before_rotation(scorer, q)

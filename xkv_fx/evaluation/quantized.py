@@ -22,20 +22,24 @@ class Quantized:
     Attributes:
         backend: transformers' name of it.
         bits: of a key's or value's element; None for that of a backend that knows only one.
-        module: what must be importable for it; None for nothing besides transformers.
+        module: what must be importable for it.
         package: the name to install that by.
+        needs: what that module must have, where older ones lack it.
     """
 
     backend: str
-    bits: int | None = None
-    module: str | None = None
-    package: str = ""
+    bits: int | None
+    module: str
+    package: str
+    needs: str | None = None
 
     @property
     def installed(self) -> bool:
         try:
-            return self.module is None or importlib.util.find_spec(self.module) is not None
-        except ModuleNotFoundError:  # of a parent
+            if self.needs is not None:
+                return hasattr(importlib.import_module(self.module), self.needs)
+            return importlib.util.find_spec(self.module) is not None
+        except ModuleNotFoundError:  # of a parent, too
             return False
 
     def new_cache(self, config: Any) -> Any:
@@ -80,7 +84,7 @@ class _Cache(QuantizedCache):
 QUANTIZED = {
     "int8": Quantized("hqq", 8, "hqq", "hqq"),
     "int4": Quantized("hqq", 4, "hqq", "hqq"),
-    "fp8": Quantized("fp8"),
+    "fp8": Quantized("fp8", None, "transformers.cache_utils", "-U transformers", needs="Fp8QuantizedLayer"),
 }
 
 

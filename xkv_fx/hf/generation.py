@@ -148,7 +148,8 @@ class BudgetedLM(Budgeted, GenerationMixin):
             "attention_mask": attention_mask,
             "position_ids": None,  # transformers counts from the last column, which may be padding
             "logits_to_keep": 1,
-            "decoding": not is_first_iteration,
+            # Older versions of transformers do not say that a chunk is part of a prompt.
+            "decoding": not is_first_iteration and next_sequence_length is not None,
         }
 
     def _prepare_cache_for_generation(  # type: ignore[override]

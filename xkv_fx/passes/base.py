@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch.fx import GraphModule
 
 from xkv_fx.errors import PassError
+from xkv_fx.passes.graph import open_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,15 @@ class GraphPass:
         raise PassError(f"the pass {type(self).__name__} does not implement run()")
 
     def rewrite(self, module: GraphModule) -> PassRecord:
-        """Run on `module.graph` and clean it up; the module computes what it did before until it is recompiled."""
+        """Run on `module.graph` and clean it up; the module computes what it did before until it is recompiled.
+
+        Raises:
+            PassError: a size of an input was open and is a number now, so that the graph would be wrong for others.
+        """
+        before = open_sizes(module.graph)
         record = self.run(module)
+        if fixed := sorted(before - open_sizes(module.graph)):
+            raise PassError(f"the pass {self.name!r} fixed dimension {fixed[0][1]} of the input {fixed[0][0]!r}")
         module.graph.eliminate_dead_code()
         module.graph.lint()
         return record

@@ -8,9 +8,11 @@ from functools import reduce
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher  # without it, older torch settles on open sizes in products
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.node import map_arg
 
 from xkv_fx.errors import PassError
@@ -72,6 +74,16 @@ def placeholders(graph: Graph) -> dict[str, Node]:
     return {node.name: node for node in graph.nodes if node.op == "placeholder"}
 
 
+def open_sizes(graph: Graph) -> set[tuple[str, int]]:
+    """Input and dimension of each size that is not a number yet."""
+    return {
+        (name, dim)
+        for name, node in placeholders(graph).items()
+        for dim, size in enumerate(getattr(node.meta.get("val"), "shape", ()))
+        if not is_concrete_int(size)
+    }
+
+
 def fake_mode(graph: Graph) -> FakeTensorMode:
     """The mode under which the graph was captured."""
     for node in graph.nodes:
@@ -112,8 +124,7 @@ def inline(graph: Graph, function: Callable[..., Any], *args: Node, name: str | 
     Returns:
         the nodes that stand for what `function` returns, in the same structure.
     """
-    mode = fake_mode(graph)
-    with mode, torch.no_grad():
+    with fake_mode(graph), torch.no_grad(), enable_python_dispatcher():
         traced = make_fx(lambda *values: function(*values))(*(arg.meta["val"] for arg in args))
     copies: dict[Node, Node] = {}
     inputs = iter(args)
@@ -173,7 +184,7 @@ def run_fake(graph: Graph, target: Any, args: Any, kwargs: Any) -> Any:
     mode = fake_mode(graph)
     # Numbers read off tensors become new symbols; a later trace would take those for its own and miss them.
     fresh = nullcontext() if mode.shape_env is None else mode.shape_env.ignore_fresh_unbacked_symbols()
-    with mode, torch.no_grad(), fresh:
+    with mode, torch.no_grad(), enable_python_dispatcher(), fresh:
         return getattr(target, "fake", target)(*values[0], **values[1])
 
 
