@@ -9,6 +9,7 @@ import torch
 from ready_models import captured
 from tiny_models import random_ids
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule
 
 from xkv_fx.errors import UnsupportedModelError
@@ -71,7 +72,8 @@ def test_a_value_of_token_pairs_cannot_cross() -> None:
     first, second = attention_sites(module)
     with module.graph.inserting_before(first.node):
         pairs = module.graph.call_function(torch.matmul, (first.q, first.q))
-        pairs.meta["val"] = torch.matmul(first.q.meta["val"], first.q.meta["val"].transpose(-1, -2))
+        with enable_python_dispatcher():  # without it, older torch settles on the length, for all who share the model
+            pairs.meta["val"] = torch.matmul(first.q.meta["val"], first.q.meta["val"].transpose(-1, -2))
     with module.graph.inserting_before(second.node):
         mixed = module.graph.call_function(torch.matmul, (pairs, second.q))
         mixed.meta["val"] = second.q.meta["val"]
