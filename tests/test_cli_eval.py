@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_caches import needs_fp8
+from old_versions import needs_fp8
 from ready_models import remember_programs
 from tiny_models import llama, mistral, random_ids
 from typer.testing import CliRunner

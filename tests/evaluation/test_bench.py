@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from exhaustive import exhaustive
-from quantized_caches import needs_fp8
+from old_versions import needs_fp8
 from tiny_models import llama
 from typer.testing import CliRunner
 

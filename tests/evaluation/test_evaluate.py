@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_caches import FP8, needs_fp8
+from old_versions import FP8, needs_fp8
 from ready_models import remember_programs
 from tiny_models import llama, random_ids
 from transformers import PreTrainedModel

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from exhaustive import exhaustive
 from tiny_models import gemma2, llama, random_ids
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -64,20 +63,18 @@ def test_with_room_for_all_tokens_they_are_the_models() -> None:
     assert torch.equal(big("inductor").generate(ids, **GREEDY), big_model().generate(ids, **GREEDY))
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=exhaustive), torch.bfloat16], ids=str)
-def test_rows_with_soft_cap_and_sliding_window(dtype: torch.dtype) -> None:
-    """Judged by the logits of forced tokens: rounding may turn a close call between two greedy ones."""
-    ids, valid = random_ids(2, 50), torch.ones(2, 30, dtype=torch.bool)
-    valid[0, :13] = False
-
-    def logits(dtype: torch.dtype, backend: str) -> Tensor:
-        source, budgets = gemma2(1).to(dtype), Budgets((5,), Policy(sinks=1))  # its one layer has a sliding window
-        session = xkv_fx.transform(source, budgets, batch_size=2, backend=backend, check=False).new_session()
-        first = session.feed(ids[:, :30], None, valid, all_logits=False)
-        return torch.cat([first, *(session.step(ids[:, at : at + 1], None) for at in range(30, 50))], 1).float()
-
-    exact, graphs, compiled = logits(torch.float32, "eager"), logits(dtype, "eager"), logits(dtype, "inductor")
-    assert (compiled - exact).abs().mean() < 1.5 * (graphs - exact).abs().mean() + 1e-6
+def test_rows_with_soft_cap_and_sliding_window() -> None:
+    source, budgets = gemma2(1), Budgets((5,), Policy(sinks=1))  # its one layer has a sliding window
+    compiled, graphs = (
+        xkv_fx.transform(source, budgets, batch_size=2, backend=backend, check=False)
+        for backend in ("inductor", "eager")
+    )
+    ids, mask = random_ids(2, 30), torch.ones(2, 30, dtype=torch.int64)
+    mask[0, :13] = 0
+    options = {**GREEDY, "attention_mask": mask, "return_dict_in_generate": True, "output_logits": True}
+    got, expected = compiled.generate(ids, **options), graphs.generate(ids, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("backend", ["inductor", "eager"])

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from exhaustive import exhaustive
+from old_versions import OLD_TORCH
 
 TESTS = Path(__file__).parents[2]
 ROOT = TESTS.parent
@@ -29,7 +29,7 @@ def run(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(torch.__version__ < "2.12", reason="wrap_triton of torch 2.11 takes no interpreted kernels")
+@pytest.mark.skipif(OLD_TORCH, reason="wrap_triton of torch 2.11 takes no interpreted kernels")
 def test_under_the_interpreter_they_are_the_references() -> None:
     out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_cases.py", TRITON_INTERPRET="1")
     assert re.search(r"^\d+ passed in", out, re.MULTILINE), out
