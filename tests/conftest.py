@@ -51,5 +51,7 @@ def seed() -> int:
     """Seeds every global random generator before each test, and is the seed."""
     random.seed(SEED)
     np.random.seed(SEED)
-    torch.manual_seed(SEED)
+    torch.default_generator.manual_seed(SEED)
+    if torch.cuda.is_initialized():  # before, torch.manual_seed would only note it down, slowly, for later
+        torch.cuda.manual_seed_all(SEED)
     return SEED

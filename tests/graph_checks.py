@@ -92,3 +92,11 @@ def _assert_promise(node: Node, promised: Any, real: Any, sizes: dict[Any, int])
 
 def _size(promised: Any, sizes: dict[Any, int]) -> int:
     return int(promised.node.expr.subs(sizes)) if isinstance(promised, torch.SymInt) else promised
+
+
+def doubled_plus(x: Tensor, y: Tensor) -> Tensor:
+    return x * 2 + y
+
+
+def graph_of_sum() -> GraphModule:
+    return export(doubled_plus, torch.randn(2, 7, 3), torch.randn(2, 7, 3))

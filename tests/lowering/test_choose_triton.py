@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import unittest
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -111,15 +112,13 @@ def test_eviction_by_score_is_served() -> None:
     ],
     ids=["float64", "latent"],
 )
-def test_what_is_not_served_is_announced(
-    values: Callable[[], list[torch.Tensor]], reason: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_not_served_is_announced(values: Callable[[], list[torch.Tensor]], reason: str) -> None:
     module = graph(decode, *values())
-    with caplog.at_level(logging.WARNING):
+    with unittest.TestCase().assertLogs("xkv_fx", logging.WARNING) as log:
         chosen = choose_attention(module)
     assert chosen.startswith("1 layers by torch ops (")
     assert reason in chosen
-    assert reason in caplog.text
+    assert reason in "".join(log.output)
 
 
 def test_without_triton_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

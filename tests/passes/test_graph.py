@@ -6,8 +6,7 @@ import operator
 
 import pytest
 import torch
-from graph_checks import assert_meta_is_true, export, record
-from torch import Tensor
+from graph_checks import assert_meta_is_true, export, graph_of_sum, record
 from torch.fx import Graph, GraphModule, Node
 
 from xkv_fx.errors import PassError
@@ -19,7 +18,6 @@ from xkv_fx.passes.graph import (
     calls,
     emit,
     fake_mode,
-    inline,
     named,
     output_node,
     placeholders,
@@ -29,14 +27,6 @@ from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 
 aten = torch.ops.aten
 LENGTHS = (2, 5, 11)
-
-
-def doubled_plus(x: Tensor, y: Tensor) -> Tensor:
-    return x * 2 + y
-
-
-def graph_of_sum() -> GraphModule:
-    return export(doubled_plus, torch.randn(2, 7, 3), torch.randn(2, 7, 3))
 
 
 def node_of(module: GraphModule, target: object) -> Node:
@@ -112,49 +102,6 @@ def test_emit_computes_the_fake_value(length: int) -> None:
     x, y = torch.randn(2, length, 3), torch.randn(2, length, 3)
     torch.testing.assert_close(module(x, y), torch.cat([2 * x + y] * 2, 1))
     assert_meta_is_true(module, x, y)
-
-
-def centre(x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    mean = x.mean(1, keepdim=True)
-    order = torch.arange(x.shape[1])[None, :, None] + torch.zeros_like(y)
-    return x - mean, {"order": order, "none": y}
-
-
-@pytest.mark.parametrize("length", LENGTHS)
-def test_inline_adds_the_ops_of_a_function_in_its_own_structure(length: int) -> None:
-    module = graph_of_sum()
-    x, y = placeholders(module.graph).values()
-    output = output_node(module.graph)
-    with at_start(module.graph):
-        centred, others = inline(module.graph, centre, x, y)
-    assert others["none"] is y
-    output.args = ((output.args[0], centred, others["order"]),)
-    module.graph.lint()
-    module.recompile()
-    assert all("val" in node.meta for node in module.graph.nodes if node.op == "call_function")
-    real = torch.randn(2, length, 3), torch.randn(2, length, 3)
-    expected = doubled_plus(*real), centre(*real)[0], centre(*real)[1]["order"]
-    for got, want in zip(module(*real), expected, strict=True):
-        torch.testing.assert_close(got, want)
-    assert_meta_is_true(module, *real)
-
-
-def test_inline_names_a_single_result() -> None:
-    module = graph_of_sum()
-    x = next(iter(placeholders(module.graph).values()))
-    with at_end(module.graph):
-        node = inline(module.graph, torch.exp, x, name="grown")
-    assert node.name == "grown"
-    assert node.target is aten.exp.default
-    assert "grown" in module.graph.python_code("self").src
-
-
-def test_inline_refuses_constants() -> None:
-    module = graph_of_sum()
-    x = next(iter(placeholders(module.graph).values()))
-    weight = torch.randn(3)
-    with pytest.raises(PassError, match="it needs the constant"), at_end(module.graph):
-        inline(module.graph, lambda value: value * weight, x)
 
 
 def test_propagate_corrects_what_depends_on_a_change_and_nothing_else() -> None:

@@ -15,7 +15,8 @@ from xkv_fx.errors import PassError
 from xkv_fx.passes.base import PassRecord
 from xkv_fx.passes.clean_graph import CleanGraph
 from xkv_fx.passes.compact_padding import CompactPadding
-from xkv_fx.passes.graph import at_end, calls, inline, output_node
+from xkv_fx.passes.graph import at_end, calls, output_node
+from xkv_fx.passes.inline import inline
 from xkv_fx.passes.pipeline import run_pipeline
 from xkv_fx.passes.select_last_logits import SelectLastLogits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -286,6 +287,7 @@ def make_layer(
     return Layer(q, k, v, length, seen, old_k, old_v, old_ordinals, attention, unrotated, rotation)
 
 
+@functools.cache
 def mean_rotation(newest: int, count: int) -> Tensor:
     """The mean over the next positions of the matrix that queries are multiplied by from the right: `[8, 8]`; it turns
     elements 2 i and 2 i + 1 by an angle of 10 ** -i for each position."""

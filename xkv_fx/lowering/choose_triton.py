@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from xkv_fx.errors import BackendError
-from xkv_fx.passes.graph import arguments, call_instead, inline
+from xkv_fx.passes.graph import arguments, call_instead
+from xkv_fx.passes.inline import inline
 
 _log = logging.getLogger(__name__)
 _PROCESSORS = 108  # of a GPU that is not there to be asked, as when its fake tensors stand for it

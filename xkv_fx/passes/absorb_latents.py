@@ -21,7 +21,8 @@ from torch.fx import Graph, GraphModule, Node
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.find_attention import attention_sites
 from xkv_fx.passes.find_latents import Latent, find_latent, written_in_place
-from xkv_fx.passes.graph import inline, run_fake
+from xkv_fx.passes.graph import run_fake
+from xkv_fx.passes.inline import inline
 from xkv_fx.passes.join_parts import join_parts
 
 

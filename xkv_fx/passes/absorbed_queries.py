@@ -14,7 +14,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from xkv_fx.passes.dependence import behind
 from xkv_fx.passes.find_attention import AttentionSite
-from xkv_fx.passes.graph import arguments, inline
+from xkv_fx.passes.graph import arguments
+from xkv_fx.passes.inline import inline
 
 aten = torch.ops.aten
 

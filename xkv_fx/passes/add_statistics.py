@@ -13,7 +13,8 @@ from xkv_fx.errors import BudgetError
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.find_attention import attention_sites
 from xkv_fx.passes.find_residual import residual_of
-from xkv_fx.passes.graph import at_end, emit, inline, named, output_node
+from xkv_fx.passes.graph import at_end, emit, named, output_node
+from xkv_fx.passes.inline import inline
 from xkv_fx.runtime.scorers import PromptView
 
 # Newest queries whose attention CAKE looks at; its reference code's default.

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from xkv_fx.passes.base import GraphPass, PassRecord
-from xkv_fx.passes.graph import add_input, at_end, at_start, inline, output_node, placeholders
+from xkv_fx.passes.graph import add_input, at_end, at_start, output_node, placeholders
+from xkv_fx.passes.inline import inline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +34,11 @@ class CompactPadding(GraphPass):
         valid = add_input(graph, "valid", value.shape, torch.bool, value.device)
         uses = {node: list(node.users) for node in (ids, positions)}
         with at_start(graph):
-            length, place = inline(graph, places, valid)
+            length, place, *moved = inline(graph, _to_the_front, valid, *uses)
             length._rename("length")
-            moved = {node: inline(graph, _move, node, place) for node in uses}
-        for node, users in uses.items():
+        for (node, users), front in zip(uses.items(), moved, strict=True):
             for user in users:
-                user.replace_input_with(node, moved[node])
+                user.replace_input_with(node, front)
         if self.restore_order:
             output = output_node(graph)
             logits: Any = output.args[0]
@@ -50,12 +50,15 @@ class CompactPadding(GraphPass):
 def places(valid: Tensor) -> tuple[Tensor, Tensor]:
     """How many tokens each row has `[rows]`, and where each goes `[rows, S]` when a row's tokens come first."""
     length = valid.sum(1)
-    place = torch.where(valid, valid.long().cumsum(1), length[:, None] + (~valid).long().cumsum(1)) - 1
-    return length, place
+    so_far = valid.cumsum(1)
+    padding_so_far = torch.arange(1, valid.shape[1] + 1, device=valid.device) - so_far
+    return length, torch.where(valid, so_far, length[:, None] + padding_so_far) - 1
 
 
-def _move(values: Tensor, place: Tensor) -> Tensor:
-    return torch.zeros_like(values).scatter(1, place, values)
+def _to_the_front(valid: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """What `places` says, and the inputs so arranged."""
+    length, place = places(valid)
+    return length, place, *(torch.zeros_like(values).scatter(1, place, values) for values in inputs)
 
 
 def _back(logits: Tensor, place: Tensor) -> Tensor:

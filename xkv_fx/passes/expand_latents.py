@@ -12,7 +12,8 @@ from torch.fx import GraphModule, Node
 from xkv_fx.passes.absorbed_queries import AbsorbedQueries
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.find_attention import AttentionSite, attention_sites
-from xkv_fx.passes.graph import arguments, calls, inline, run_fake
+from xkv_fx.passes.graph import arguments, calls, run_fake
+from xkv_fx.passes.inline import inline
 
 aten = torch.ops.aten
 

@@ -17,7 +17,8 @@ from torch.fx import GraphModule, Node
 from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.dependence import Evaluation, dependents, value_inputs
-from xkv_fx.passes.graph import constant, emit, inline, placeholders, propagate
+from xkv_fx.passes.graph import constant, emit, placeholders, propagate
+from xkv_fx.passes.inline import inline
 
 aten = torch.ops.aten
 LENGTHS = (2, 3, 17)

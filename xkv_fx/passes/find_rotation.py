@@ -24,7 +24,8 @@ from torch.fx.node import map_arg
 from xkv_fx.passes.absorbed_queries import AbsorbedQueries
 from xkv_fx.passes.dependence import READ_SIZES, dependents, value_inputs
 from xkv_fx.passes.find_attention import AttentionSite
-from xkv_fx.passes.graph import inline, named, placeholders
+from xkv_fx.passes.graph import named, placeholders
+from xkv_fx.passes.inline import inline
 from xkv_fx.passes.mean_rotation import CASTS, PlacedGraph, Turn, as_it_is, refusal
 from xkv_fx.runtime.scorers import Scorer, future_positions
 

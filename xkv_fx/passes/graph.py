@@ -11,7 +11,6 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher  # without it, older torch settles on open sizes in products
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.node import map_arg
 
@@ -115,36 +114,6 @@ def emit(graph: Graph, target: Callable[..., Any], *args: Any, name: str | None 
     return node
 
 
-def inline(graph: Graph, function: Callable[..., Any], *args: Node, name: str | None = None) -> Any:
-    """Trace a function of tensors to aten ops and add those at the insertion point.
-
-    Args:
-        name: what the resulting node is called, where it is a single one.
-
-    Returns:
-        the nodes that stand for what `function` returns, in the same structure.
-    """
-    with fake_mode(graph), torch.no_grad(), enable_python_dispatcher():
-        traced = make_fx(lambda *values: function(*values))(*(arg.meta["val"] for arg in args))
-    copies: dict[Node, Node] = {}
-    inputs = iter(args)
-    result: Any = None
-    for node in traced.graph.nodes:
-        if node.op == "placeholder":
-            copies[node] = next(inputs)
-        elif node.op == "output":
-            result = map_arg(node.args[0], copies.__getitem__)
-        elif node.op == "call_function":
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-        else:
-            raise PassError(
-                f"cannot inline {function}: it needs the constant {node.target!r}; build it from its inputs"
-            )
-    if name is not None:
-        result._rename(name)
-    return result
-
-
 def propagate(graph: Graph, changed: Node) -> None:
     """Recompute the fake values of everything that depends on `changed`."""
     stale = {changed}
@@ -180,7 +149,7 @@ def constant(module: GraphModule, name: str, value: torch.Tensor) -> Node:
 
 def run_fake(graph: Graph, target: Any, args: Any, kwargs: Any) -> Any:
     """What a call returns on the fake values of its arguments."""
-    values = map_arg(args, _value_of), map_arg(kwargs, _value_of)
+    values = map_arg(args, fake_value), map_arg(kwargs, fake_value)
     mode = fake_mode(graph)
     # Numbers read off tensors become new symbols; a later trace would take those for its own and miss them.
     fresh = nullcontext() if mode.shape_env is None else mode.shape_env.ignore_fresh_unbacked_symbols()
@@ -188,7 +157,14 @@ def run_fake(graph: Graph, target: Any, args: Any, kwargs: Any) -> Any:
         return getattr(target, "fake", target)(*values[0], **values[1])
 
 
-def _value_of(node: Node) -> Any:
-    if "val" not in node.meta:
-        raise PassError(f"the node {node.name!r} carries no fake value")
-    return node.meta["val"]
+def fake_value(value: Any) -> Any:
+    """What a node computes, on fake values; anything else is its own value.
+
+    Raises:
+        PassError: nobody has computed the node's.
+    """
+    if not isinstance(value, Node):
+        return value
+    if "val" not in value.meta:
+        raise PassError(f"the node {value.name!r} carries no fake value")
+    return value.meta["val"]

@@ -17,7 +17,8 @@ from xkv_fx.errors import PassError
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.find_attention import AttentionSite, attention_sites, cached_layers, check_borrowed
 from xkv_fx.passes.find_rotation import unrotated_inputs
-from xkv_fx.passes.graph import add_input, at_end, at_start, emit, inline, named
+from xkv_fx.passes.graph import add_input, at_end, at_start, emit, named
+from xkv_fx.passes.inline import inline
 from xkv_fx.policy import EVICTIONS
 from xkv_fx.runtime.attention import distance_bias
 from xkv_fx.runtime.scorers import Scorer, rescore_tokens, score_tokens

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from xkv_fx.passes.graph import arguments, inline
+from xkv_fx.passes.graph import arguments
+from xkv_fx.passes.inline import inline
 
 aten = torch.ops.aten
 

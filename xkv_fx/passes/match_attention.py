@@ -20,7 +20,8 @@ from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.clean_graph import remove_dead_code
 from xkv_fx.passes.dependence import dependents, value_inputs
-from xkv_fx.passes.graph import arguments, constant, emit, inline, placeholders
+from xkv_fx.passes.graph import arguments, constant, emit, placeholders
+from xkv_fx.passes.inline import inline
 from xkv_fx.passes.prove_reach import CASTS, Prover, Reach, WrittenAttention
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 

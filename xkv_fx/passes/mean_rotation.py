@@ -15,7 +15,8 @@ from torch.fx.node import map_arg
 from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.passes.dependence import Evaluation, behind, size_at
 from xkv_fx.passes.find_attention import AttentionSite
-from xkv_fx.passes.graph import arguments, at_length, emit, inline
+from xkv_fx.passes.graph import arguments, at_length, emit
+from xkv_fx.passes.inline import inline
 
 aten = torch.ops.aten
 CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xkv_fx.passes.base import GraphPass, PassRecord
-from xkv_fx.passes.graph import inline, named, output_node, propagate
+from xkv_fx.passes.graph import named, output_node, propagate
+from xkv_fx.passes.inline import inline
 
 aten = torch.ops.aten
 # Applied to each token by itself, so that choosing a token before or after them is the same.
