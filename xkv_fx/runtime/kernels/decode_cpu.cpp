@@ -182,7 +182,7 @@ extern "C" int xkv_decode(const scalar* q, const scalar* k, const scalar* v, sca
     }
   }
   const int64_t heads = rows * kv_heads, chunks = (slots + CHUNK - 1) / CHUNK;
-  const std::unique_ptr<Softmax[]> parts(new Softmax[heads * chunks * GROUP]);
+  const Buffer<Softmax> parts(heads * chunks * GROUP);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -197,11 +197,11 @@ extern "C" int xkv_decode(const scalar* q, const scalar* k, const scalar* v, sca
         }
       attend_chunk(scaled, k_cache + (head * slots + start) * KEY_DIM, v_cache + (head * slots + start) * VALUE_DIM,
                    mask + head / kv_heads * mask_row + head % kv_heads * mask_head + start, std::min(CHUNK, slots - start), softcap,
-                   parts.get() + task * GROUP);
+                   parts.at + task * GROUP);
     }
 #pragma omp for schedule(static)
     for (int64_t query = 0; query < heads * GROUP; ++query) {
-      const Softmax* part = parts.get() + query / GROUP * chunks * GROUP + query % GROUP;
+      const Softmax* part = parts.at + query / GROUP * chunks * GROUP + query % GROUP;
       const float sink = sinks == nullptr ? NOTHING : sinks[query % (kv_heads * GROUP)];
       float maximum = sink;
       for (int64_t c = 0; c < chunks; ++c) maximum = std::max(maximum, part[c * GROUP].maximum);

@@ -1,15 +1,15 @@
 // What the CPU kernels share: vectors of floats, and numbers of the cache's or the weights' dtype as such.
 //
-// Defined before this text: one of DTYPE_FLOAT32, DTYPE_BFLOAT16, DTYPE_FLOAT16. Arithmetic is float32 whatever the dtype.
+// Defined before this text: one of DTYPE_FLOAT32, DTYPE_BFLOAT16, DTYPE_FLOAT16, and WHOLE where there are whole numbers of
+// 8 bits. Arithmetic is float32 whatever the dtype.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
-#if defined(__AVX2__)
-#include <immintrin.h>  // compilers widen whole numbers one by one without it
+#if WHOLE && defined(__AVX2__)
+#include <immintrin.h>  // compilers widen whole numbers one by one without it; it takes longer to read than all the rest
 #endif
 
 namespace {
@@ -22,6 +22,15 @@ typedef int32_t vec_int __attribute__((vector_size(4 * LANES)));
 // the dtype: dimension d is float number `place(d)`. Of LANES neighbours `widen_lanes` keeps the order.
 struct Pair {
   vec first, second;
+};
+
+// Memory for some Ts, set to nothing. Compilers take as long to read <memory> as for a whole kernel.
+template <typename T>
+struct Buffer {
+  T* const at;
+  explicit Buffer(int64_t count) : at(new T[count]) {}
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { delete[] at; }
 };
 
 template <typename T, typename S>
@@ -89,7 +98,7 @@ inline Pair load(const scalar* from) { return {load_first(from), load_second(fro
 
 // Whole numbers keep the order, as `widen_lanes` does.
 inline vec load_first(const int8_t* from) {
-#if defined(__AVX2__)
+#if WHOLE && defined(__AVX2__)
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 #else
   typedef int8_t whole __attribute__((vector_size(LANES)));

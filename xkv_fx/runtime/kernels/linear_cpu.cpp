@@ -29,9 +29,7 @@ struct Rows {
 };
 
 // The input as vectors of floats: tile by tile, in each the steps, in each the first halves of its rows, then the second.
-std::unique_ptr<vec[]> widened(const scalar* x, const Rows& rows, int64_t steps) {
-  std::unique_ptr<vec[]> inputs(new vec[rows.all * steps * 2]);
-  vec* to = inputs.get();
+void widen_all(const scalar* x, const Rows& rows, int64_t steps, vec* to) {
   for (int64_t tile = 0; tile < rows.tiles; ++tile) {
     const int64_t count = rows.count(tile);
     for (int64_t d = 0; d < steps; ++d, to += 2 * count)
@@ -41,7 +39,6 @@ std::unique_ptr<vec[]> widened(const scalar* x, const Rows& rows, int64_t steps)
         to[count + m] = WHOLE ? widen_lanes(from + LANES) : load_second(from);
       }
   }
-  return inputs;
 }
 
 // What a block's steps ask for while they work: the block behind it, line by line.
@@ -93,7 +90,8 @@ extern "C" void xkv_linear(const scalar* x, const weight* const* weights, const 
   for (int64_t layer = 0; layer < layers; ++layer) blocks += blocks_of(layer);
 #pragma omp parallel num_threads(threads)
   {
-    const std::unique_ptr<vec[]> inputs = widened(x, rows, steps);  // each thread its own: quicker than to wait for one
+    const Buffer<vec> inputs(rows.all * steps * 2);  // each thread its own: quicker than to wait for one
+    widen_all(x, rows, steps, inputs.at);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
       int64_t layer = 0, number = block;
@@ -110,7 +108,7 @@ extern "C" void xkv_linear(const scalar* x, const weight* const* weights, const 
         const int64_t row = rows.start(of);
         for (int64_t n = start; n < end; n += OUTPUTS) {
           const auto made = n + OUTPUTS <= end ? tile_of<OUTPUTS> : tile_of<1>;
-          made(rows.count(of), inputs.get() + row * steps * 2, weights[layer] + n * depth, steps,
+          made(rows.count(of), inputs.at + row * steps * 2, weights[layer] + n * depth, steps,
                biases == nullptr ? nullptr : biases[layer] + n, to + row * width + n, width, ahead);
         }
       }
