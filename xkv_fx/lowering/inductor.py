@@ -14,10 +14,15 @@ from xkv_fx.lowering.choose_linear import choose_linear
 from xkv_fx.lowering.cuda_graph import RecordedSteps
 from xkv_fx.lowering.lift_weights import lift_weights
 from xkv_fx.passes.graph import output_node
+from xkv_fx.runtime.kernels.functions_cpu import FUNCTIONS
 
-# On CPU, C++ makes the calls of a step: a layer takes some ten short ones, felt with one row if Python makes them.
-# Built apart from the kernels, that code makes compiling half as long again; in one file with them, four times as long.
-CALLS_FROM_CPP = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
+# On CPU, C++ makes the calls of a step: a layer takes some ten short ones, felt with one row if Python makes them. That
+# code is built apart from the kernels, since in one file with them it takes several times as long.
+CALLS_FROM_CPP = {
+    "cpp_wrapper": True,
+    "cpp_wrapper_build_separate": True,
+    "aot_inductor.custom_ops_to_c_shims": FUNCTIONS,
+}
 
 
 def lower_inductor(module: GraphModule) -> tuple[Callable[..., Tensor], str]:

@@ -54,6 +54,7 @@ def build_kernel(
 @functools.cache
 def _operators() -> ctypes.CDLL:
     operators = _compiled(("ops_cpu.cpp",))
+    ctypes.CDLL(operators._name, ctypes.RTLD_GLOBAL)  # compiled code finds its functions by their names
     operators.xkv_hand_in.argtypes = [*[ctypes.c_int64] * 5, ctypes.c_void_p]
     operators.xkv_hand_in.restype = None
     return operators

@@ -8,6 +8,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <cstdio>
+#include <exception>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -94,12 +96,53 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& weights, const std::ve
   return out;
 }
 
+// A tensor of the caller's.
+Tensor lent(AtenTensorHandle of) {
+  AtenTensorHandle another = nullptr;
+  STD_TORCH_CHECK(aoti_torch_new_tensor_handle(of, &another) == AOTI_TORCH_SUCCESS, "a tensor could not be taken");
+  return Tensor(another);
+}
+
+std::vector<Tensor> lent(const AtenTensorHandle* of, int64_t count) {
+  std::vector<Tensor> tensors;
+  for (int64_t i = 0; i < count; ++i) tensors.push_back(lent(of[i]));
+  return tensors;
+}
+
+// The result of `compute`, which is the caller's from now on.
+template <typename Compute>
+AOTITorchError made(AtenTensorHandle* out, Compute compute) {
+  try {
+    return aoti_torch_new_tensor_handle(compute().get(), out);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "xkv_fx: %s\n", error.what());
+    return AOTI_TORCH_FAILURE;
+  }
+}
+
 }  // namespace
 
 extern "C" void xkv_hand_in(int64_t dtype, int64_t group, int64_t key_dim, int64_t value_dim, int64_t whole,
                             void* made) {
   const std::lock_guard<std::mutex> lock(guard);
   kernels[{dtype, group, key_dim, value_dim, whole}] = made;
+}
+
+extern "C" AOTITorchError aoti_torch_cpu_decode_attention_cpu(
+    AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle k_cache, AtenTensorHandle v_cache,
+    AtenTensorHandle slot, AtenTensorHandle mask, double scale, double* softcap, AtenTensorHandle* sinks,
+    AtenTensorHandle* out) {
+  return made(out, [&] {
+    return decode_attention(lent(q), lent(k), lent(v), lent(k_cache), lent(v_cache), lent(slot), lent(mask), scale,
+                            softcap == nullptr ? std::nullopt : std::optional<double>(*softcap),
+                            sinks == nullptr ? std::nullopt : std::optional<Tensor>(lent(*sinks)));
+  });
+}
+
+extern "C" AOTITorchError aoti_torch_cpu_linear_cpu(AtenTensorHandle x, const AtenTensorHandle* weights,
+                                                    int64_t layers, const AtenTensorHandle* biases, int64_t biased,
+                                                    AtenTensorHandle* out) {
+  return made(out, [&] { return linear(lent(x), lent(weights, layers), lent(biases, biased)); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(xkv, CPU, library) {

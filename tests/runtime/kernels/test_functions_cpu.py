@@ -1,0 +1,25 @@
+"""The CPU operators as functions of C: found by their operators, and kept by Inductor's cache on disk."""
+
+from __future__ import annotations
+
+import pickle
+
+import torch
+
+from xkv_fx.runtime.kernels.functions_cpu import FUNCTIONS
+
+OPERATORS = torch.ops.xkv.decode_attention_cpu.default, torch.ops.xkv.linear_cpu.default
+
+
+def test_each_operator_is_found() -> None:
+    found: dict[object, list[str]] = {**FUNCTIONS}
+    for operator in OPERATORS:
+        (declared,) = found[operator]
+        assert f"aoti_torch_cpu_{operator.name().split('::')[1]}(" in declared
+    assert torch.ops.xkv.attention.default not in found
+
+
+def test_settings_are_written_alike_each_time_and_read_again() -> None:
+    written = pickle.dumps(FUNCTIONS)
+    assert pickle.dumps(pickle.loads(written)) == written
+    assert pickle.loads(written) == FUNCTIONS
