@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -94,7 +95,11 @@ class State:
     tensors: tuple[Tensor, ...]
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[self.plan.names().index(name)]
+        return self.tensors[self._numbers[name]]
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.plan.names())}
 
     @property
     def kv_bytes(self) -> int:

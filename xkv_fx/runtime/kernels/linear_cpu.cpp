@@ -61,8 +61,9 @@ void tile(const vec* x, const weight* weights, int64_t steps, const scalar* bias
     ahead.fetch_next();
     add_step<ROWS, WIDE>(x, weights + d * STEP, steps * STEP, sums);
   }
-  vec all[LANES] = {};
-  for (int i = 0; i < ROWS * WIDE; ++i) all[i] = sums[i / ROWS][i % ROWS];
+  vec all[LANES];
+#pragma GCC unroll 8
+  for (int i = 0; i < LANES; ++i) all[i] = i < ROWS * WIDE ? sums[i / ROWS][i % ROWS] : vec{};
   vec added = sums_of(all);
   if (bias != nullptr)
     for (int i = 0; i < ROWS * WIDE; ++i) added[i] += widen(bias[i / ROWS]);
