@@ -24,7 +24,7 @@ struct Pair {
   vec first, second;
 };
 
-// Memory for some Ts, set to nothing. Compilers take as long to read <memory> as for a whole kernel.
+// Memory for some Ts, none of them set yet. Compilers take as long to read <memory> as for a whole kernel.
 template <typename T>
 struct Buffer {
   T* const at;
