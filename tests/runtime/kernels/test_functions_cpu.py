@@ -6,6 +6,7 @@ import pickle
 
 import torch
 
+from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.kernels.functions_cpu import FUNCTIONS
 
 OPERATORS = torch.ops.xkv.decode_attention_cpu.default, torch.ops.xkv.linear_cpu.default
