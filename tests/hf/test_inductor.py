@@ -88,6 +88,16 @@ def test_a_step_allocates_nothing_of_a_caches_size(backend: str) -> None:
     assert max(sizes) < HALF_A_BUFFER
 
 
+def test_layers_of_the_same_capacity_share_a_mask() -> None:
+    llm = xkv_fx.transform(llama(2, head_dim=32), Budgets((777, 777)), backend="inductor", check=False)
+    session = llm.new_session()
+    logits = session.feed(random_ids(1, 30), None, None, all_logits=False)
+    ids = logits.argmax(-1)
+    session.step(ids, None)
+    sizes = allocations(lambda: session.step(ids, None))
+    assert sizes.count(777 * 4) == 1
+
+
 def test_the_profiler_would_see_a_copy() -> None:
     cache = prefilled().session.state["k_1"]
     assert max(allocations(cache.clone)) >= 2 * HALF_A_BUFFER

@@ -20,6 +20,8 @@ _SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 
 _building = threading.Lock()
 library = torch.library.Library("xkv", "FRAGMENT")
+TAGS = (torch.Tag.flexible_layout,)
+"""Operators take inputs as they lie. Without this Inductor makes a mask of its own for every layer that reads one."""
 
 
 def build_kernel(

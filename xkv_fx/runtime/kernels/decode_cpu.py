@@ -11,11 +11,12 @@ import functools
 import torch
 from torch import Tensor
 
-from xkv_fx.runtime.kernels.build_cpu import build_kernel, library
+from xkv_fx.runtime.kernels.build_cpu import TAGS, build_kernel, library
 
 library.define(
     "decode_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot, "
-    "Tensor mask, float scale, float? softcap=None, Tensor? sinks=None) -> Tensor"
+    "Tensor mask, float scale, float? softcap=None, Tensor? sinks=None) -> Tensor",
+    tags=TAGS,
 )
 
 

@@ -11,12 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xkv_fx.runtime.kernels.build_cpu import build_kernel, library
+from xkv_fx.runtime.kernels.build_cpu import TAGS, build_kernel, library
 
 MOST_ROWS = 64
 """Above this many rows a matrix product is bound by arithmetic."""
 
-library.define("linear_cpu(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
+library.define(
+    "linear_cpu(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor",
+    tags=TAGS,
+)
 
 
 @functools.cache

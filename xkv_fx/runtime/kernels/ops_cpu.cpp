@@ -13,9 +13,9 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <utility>
 #include <vector>
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
@@ -30,90 +30,137 @@ using Linear = void (*)(const void*, const void* const*, const void* const*, voi
 std::mutex guard;
 std::map<Shape, void*> kernels;
 
-void* kernel(const Tensor& like, int64_t group, int64_t key_dim, int64_t value_dim, bool whole) {
+void check(AOTITorchError error, const char* what) { STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, what); }
+
+// A tensor of the caller's, not counted as used: a decode step looks at some thousand.
+struct Lent {
+  AtenTensorHandle handle;
+  Lent(AtenTensorHandle of) : handle(of) {}
+  Lent(const Tensor& of) : handle(of.get()) {}
+  template <typename Value, typename Ask>
+  Value told(Ask ask) const {
+    Value value{};
+    check(ask(handle, &value), "a tensor cannot be read");
+    return value;
+  }
+  void* data() const { return told<void*>(aoti_torch_get_data_ptr); }
+  const int64_t* sizes() const { return told<int64_t*>(aoti_torch_get_sizes); }
+  const int64_t* strides() const { return told<int64_t*>(aoti_torch_get_strides); }
+  int64_t dim() const { return told<int64_t>(aoti_torch_get_dim); }
+  int64_t numel() const { return told<int64_t>(aoti_torch_get_numel); }
+  int32_t dtype() const { return told<int32_t>(aoti_torch_get_dtype); }
+  bool is_contiguous() const { return told<bool>(aoti_torch_is_contiguous); }
+};
+
+// A tensor as kernels read it, copied where it does not lie so.
+struct Dense {
+  std::optional<Tensor> copy;
+  Lent seen;
+  Dense(Lent x, bool as_it_lies) : seen(x) {
+    if (as_it_lies) return;
+    AtenTensorHandle another = nullptr;
+    check(aoti_torch_new_tensor_handle(x.handle, &another), "a tensor cannot be taken");
+    copy = torch::stable::contiguous(Tensor(another));
+    seen = Lent(*copy);
+  }
+  explicit Dense(Lent x) : Dense(x, x.is_contiguous()) {}
+};
+
+// A result, the caller's once released. Made by a call that does not go through the dispatcher.
+class Made {
+  AtenTensorHandle handle = nullptr;
+
+ public:
+  template <size_t DIM>
+  Made(int32_t dtype, const std::array<int64_t, DIM>& sizes) {
+    std::array<int64_t, DIM> strides;
+    strides.back() = 1;
+    for (size_t i = DIM; i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+    check(aoti_torch_empty_strided(DIM, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle),
+          "an output cannot be allocated");
+  }
+  Made(Made&& other) : handle(other.release()) {}
+  ~Made() {
+    if (handle != nullptr) aoti_torch_delete_tensor_object(handle);
+  }
+  void* data() const { return Lent(handle).data(); }
+  AtenTensorHandle release() { return std::exchange(handle, nullptr); }
+};
+
+void* kernel(int32_t dtype, int64_t group, int64_t key_dim, int64_t value_dim, bool whole) {
   const std::lock_guard<std::mutex> lock(guard);
-  const auto found = kernels.find({static_cast<int64_t>(like.scalar_type()), group, key_dim, value_dim, whole});
+  const auto found = kernels.find({dtype, group, key_dim, value_dim, whole});
   STD_TORCH_CHECK(found != kernels.end(), "no CPU kernel was built for this dtype and shape");
   return found->second;
 }
 
-// By a call that does not go through the dispatcher: a decode step makes some hundred outputs.
-Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
-  int32_t dtype = 0;
-  AtenTensorHandle made = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_dtype(like.get(), &dtype) == AOTI_TORCH_SUCCESS &&
-                      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                                               aoti_torch_device_type_cpu(), 0, &made) == AOTI_TORCH_SUCCESS,
-                  "an output could not be allocated");
-  return Tensor(made);
-}
+int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
-Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
-Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
-                        const Tensor& slot, const Tensor& mask, double scale, std::optional<double> softcap,
-                        const std::optional<Tensor>& sinks) {
-  const int64_t kv_heads = k_cache.size(1), slots = k_cache.size(2);
-  const auto decode = reinterpret_cast<Decode>(kernel(q, q.size(1) / kv_heads, k_cache.size(3), v_cache.size(3), false));
+Made decode_attention(Lent q, Lent k, Lent v, Lent k_cache, Lent v_cache, Lent slot, Lent mask, double scale,
+                      std::optional<double> softcap, std::optional<Lent> sinks) {
+  const int64_t *asked = q.sizes(), *kept = k_cache.sizes();
+  const int64_t rows = asked[0], heads = asked[1], kv_heads = kept[1], slots = kept[2], value_dim = v_cache.sizes()[3];
+  const auto decode = reinterpret_cast<Decode>(kernel(q.dtype(), heads / kv_heads, kept[3], value_dim, false));
   STD_TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous(), "the caches must be contiguous");
-  const Tensor queries = dense(q), keys = dense(k), values = dense(v);
-  const Tensor shown = mask.stride(3) == 1 ? mask : torch::stable::contiguous(mask);
-  const std::optional<Tensor> extra = sinks.has_value() ? std::optional<Tensor>(dense(*sinks)) : std::nullopt;
-  Tensor out = empty(q, {q.size(0), q.size(1), q.size(2), v_cache.size(3)});
-  const int wrong = decode(
-      queries.data_ptr(), keys.data_ptr(), values.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
-      static_cast<const int64_t*>(slot.data_ptr()), shown.data_ptr(),
-      extra.has_value() ? static_cast<const float*>(extra->data_ptr()) : nullptr, out.data_ptr(), q.size(0), kv_heads,
-      slots, shown.stride(0), shown.size(1) == 1 ? 0 : shown.stride(1), static_cast<float>(scale),
-      static_cast<float>(softcap.value_or(0.0)), static_cast<int>(torch::stable::get_num_threads()));
+  const Dense queries(q), keys(k), values(v), shown(mask, mask.strides()[3] == 1);
+  const std::optional<Dense> extra = sinks.has_value() ? std::optional<Dense>(*sinks) : std::nullopt;
+  const int64_t* apart = shown.seen.strides();
+  Made out(q.dtype(), std::array{rows, heads, asked[2], value_dim});
+  const int wrong = decode(queries.seen.data(), keys.seen.data(), values.seen.data(), k_cache.data(), v_cache.data(),
+                           static_cast<const int64_t*>(slot.data()), shown.seen.data(),
+                           extra.has_value() ? static_cast<const float*>(extra->seen.data()) : nullptr, out.data(), rows,
+                           kv_heads, slots, apart[0], mask.sizes()[1] == 1 ? 0 : apart[1], static_cast<float>(scale),
+                           static_cast<float>(softcap.value_or(0.0)), threads());
   STD_TORCH_CHECK(wrong == 0, "a slot lies outside the ", slots, " slots of the cache");
   return out;
 }
 
-Tensor linear(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
-  const auto dtype = weights.at(0).scalar_type();
-  const auto apply = reinterpret_cast<Linear>(kernel(x, 0, 0, 0, dtype != x.scalar_type()));
-  const int64_t depth = x.size(-1), rows = x.numel() / depth;
-  std::vector<const void*> matrices, added;
-  std::vector<int64_t> widths;
+// `Each` is a handle, or has one.
+template <typename Each>
+Made linear(Lent x, const Each* weights, size_t layers, const Each* biases, size_t biased) {
+  STD_TORCH_CHECK(layers > 0, "there is no layer to apply");
+  STD_TORCH_CHECK(biased == 0 || biased == layers, "either every layer has a bias, or none");
+  const int32_t dtype = x.dtype(), of_weights = Lent(weights[0]).dtype();
+  const auto apply = reinterpret_cast<Linear>(kernel(dtype, 0, 0, 0, of_weights != dtype));
+  const int64_t depth = x.sizes()[x.dim() - 1], rows = x.numel() / depth;
+  thread_local std::vector<const void*> matrices, added;
+  thread_local std::vector<int64_t> widths;
+  matrices.clear(), added.clear(), widths.clear();
   int64_t width = 0;
-  for (const Tensor& weight : weights) {
-    STD_TORCH_CHECK(weight.is_contiguous() && weight.size(1) == depth, "weights must be contiguous, and as deep as x");
-    STD_TORCH_CHECK(weight.scalar_type() == dtype && (dtype == x.scalar_type() || dtype == ScalarType::Char),
+  for (size_t i = 0; i < layers; ++i) {
+    const Lent weight(weights[i]);
+    const int64_t* sizes = weight.sizes();
+    STD_TORCH_CHECK(weight.is_contiguous() && sizes[1] == depth, "weights must be contiguous, and as deep as x");
+    STD_TORCH_CHECK(weight.dtype() == of_weights && (of_weights == dtype || of_weights == aoti_torch_dtype_int8()),
                     "weights must all be of the dtype of x, or all int8");
-    matrices.push_back(weight.data_ptr());
-    widths.push_back(weight.size(0));
-    width += weight.size(0);
+    matrices.push_back(weight.data());
+    widths.push_back(sizes[0]);
+    width += sizes[0];
+    if (biased > 0) added.push_back(Lent(biases[i]).data());
   }
-  STD_TORCH_CHECK(biases.empty() || biases.size() == weights.size(), "either every layer has a bias, or none");
-  for (const Tensor& bias : biases) added.push_back(bias.data_ptr());
-  const Tensor inputs = dense(x);
-  Tensor out = empty(x, {rows * width});
-  apply(inputs.data_ptr(), matrices.data(), added.empty() ? nullptr : added.data(), out.data_ptr(), widths.data(),
-        static_cast<int64_t>(widths.size()), rows, depth, static_cast<int>(torch::stable::get_num_threads()));
+  const Dense inputs(x);
+  Made out(dtype, std::array{rows * width});
+  apply(inputs.seen.data(), matrices.data(), biased == 0 ? nullptr : added.data(), out.data(), widths.data(),
+        static_cast<int64_t>(layers), rows, depth, threads());
   return out;
 }
 
-// A tensor of the caller's.
-Tensor lent(AtenTensorHandle of) {
-  AtenTensorHandle another = nullptr;
-  STD_TORCH_CHECK(aoti_torch_new_tensor_handle(of, &another) == AOTI_TORCH_SUCCESS, "a tensor could not be taken");
-  return Tensor(another);
+Tensor decode_attention_of_tensors(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                                   const Tensor& v_cache, const Tensor& slot, const Tensor& mask, double scale,
+                                   std::optional<double> softcap, const std::optional<Tensor>& sinks) {
+  const std::optional<Lent> extra = sinks.has_value() ? std::optional<Lent>(*sinks) : std::nullopt;
+  return Tensor(decode_attention(q, k, v, k_cache, v_cache, slot, mask, scale, softcap, extra).release());
 }
 
-std::vector<Tensor> lent(const AtenTensorHandle* of, int64_t count) {
-  std::vector<Tensor> tensors;
-  for (int64_t i = 0; i < count; ++i) tensors.push_back(lent(of[i]));
-  return tensors;
+Tensor linear_of_tensors(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
+  return Tensor(linear(x, weights.data(), weights.size(), biases.data(), biases.size()).release());
 }
 
-// The result of `compute`, which is the caller's from now on.
 template <typename Compute>
-AOTITorchError made(AtenTensorHandle* out, Compute compute) {
+AOTITorchError hand_over(AtenTensorHandle* out, Compute compute) {
   try {
-    return aoti_torch_new_tensor_handle(compute().get(), out);
+    *out = compute().release();
+    return AOTI_TORCH_SUCCESS;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "xkv_fx: %s\n", error.what());
     return AOTI_TORCH_FAILURE;
@@ -132,20 +179,22 @@ extern "C" AOTITorchError aoti_torch_cpu_decode_attention_cpu(
     AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle k_cache, AtenTensorHandle v_cache,
     AtenTensorHandle slot, AtenTensorHandle mask, double scale, double* softcap, AtenTensorHandle* sinks,
     AtenTensorHandle* out) {
-  return made(out, [&] {
-    return decode_attention(lent(q), lent(k), lent(v), lent(k_cache), lent(v_cache), lent(slot), lent(mask), scale,
+  return hand_over(out, [&] {
+    return decode_attention(q, k, v, k_cache, v_cache, slot, mask, scale,
                             softcap == nullptr ? std::nullopt : std::optional<double>(*softcap),
-                            sinks == nullptr ? std::nullopt : std::optional<Tensor>(lent(*sinks)));
+                            sinks == nullptr ? std::nullopt : std::optional<Lent>(*sinks));
   });
 }
 
 extern "C" AOTITorchError aoti_torch_cpu_linear_cpu(AtenTensorHandle x, const AtenTensorHandle* weights,
                                                     int64_t layers, const AtenTensorHandle* biases, int64_t biased,
                                                     AtenTensorHandle* out) {
-  return made(out, [&] { return linear(lent(x), lent(weights, layers), lent(biases, biased)); });
+  return hand_over(out, [&] {
+    return linear(x, weights, static_cast<size_t>(layers), biases, static_cast<size_t>(biased));
+  });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(xkv, CPU, library) {
-  library.impl("decode_attention_cpu", TORCH_BOX(&decode_attention));
-  library.impl("linear_cpu", TORCH_BOX(&linear));
+  library.impl("decode_attention_cpu", TORCH_BOX(&decode_attention_of_tensors));
+  library.impl("linear_cpu", TORCH_BOX(&linear_of_tensors));
 }
