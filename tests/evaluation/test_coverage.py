@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import ready_models
 import torch
 import typer
 from exhaustive import exhaustive
+from failing_work import crash, stall
 from old_versions import OLD_TRANSFORMERS
 from tiny_models import FAMILIES
 from typer.testing import CliRunner
@@ -20,7 +19,7 @@ from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.evaluation import classify as judging
 from xkv_fx.evaluation import coverage
 from xkv_fx.evaluation.classify import Verdict, classify, compare, greedy, random_prompt
-from xkv_fx.evaluation.tiny import Registered, registered, tiny_config, tiny_model
+from xkv_fx.evaluation.tiny import registered, tiny_config, tiny_model
 
 ENTRIES = {entry.model_type: entry for entry in registered()}
 # With the families of test_families, which are looked at more closely there, a sample of 25.
@@ -139,14 +138,6 @@ def test_a_reference_that_disagrees_with_itself_is_none(monkeypatch: pytest.Monk
     verdict = classify(ENTRIES["llama"])
     assert verdict.outcome == "refused"
     assert "are 0.5 away from those of its forward without a cache" in verdict.reason
-
-
-def stall(entry: Registered, sender: Any) -> None:
-    time.sleep(60)
-
-
-def crash(entry: Registered, sender: Any) -> None:
-    os._exit(3)
 
 
 @pytest.mark.parametrize(
