@@ -109,6 +109,17 @@ def test_a_slot_outside_the_cache_is_refused_before_anything_is_written() -> Non
     assert torch.equal(args[4], caches[1])
 
 
+def test_inputs_are_read_however_they_lie() -> None:
+    """All but the caches: compiled graphs hand them over as they are."""
+    args = inputs((4, 2), (16, 16), 8, torch.float32)
+    spread = [arg.repeat_interleave(2, -1)[..., ::2] if isinstance(arg, Tensor) else arg for arg in args]
+    spread[3:5] = args[3].clone(), args[4].clone()
+    assert not any(spread[number].is_contiguous() for number in (0, 1, 2, 5, 6))
+    assert torch.equal(attend(spread), attend(args))
+    assert torch.equal(spread[3], args[3])
+    assert torch.equal(spread[4], args[4])
+
+
 def test_registration_is_sound() -> None:
     args = tuple(inputs((4, 2), (16, 16), 8, torch.float32))
     decode_cpu.build(torch.float32, 2, 16, 16)

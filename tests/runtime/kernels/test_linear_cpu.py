@@ -125,6 +125,9 @@ def test_layers_that_do_not_belong_together_are_refused() -> None:
         torch.ops.xkv.linear_cpu(x, [weight, weight.to(torch.int8)], [])
     with pytest.raises(RuntimeError, match="has a bias, or none"):
         torch.ops.xkv.linear_cpu(x, [weight, weight], [bias])
+    for wrong in (bias[:-1], bias.repeat_interleave(2)[::2]):
+        with pytest.raises(RuntimeError, match="a number for each output"):
+            torch.ops.xkv.linear_cpu(x, [weight], [wrong])
 
 
 class Layers(nn.Module):

@@ -16,10 +16,7 @@ from xkv_fx.runtime.kernels.build_cpu import TAGS, build_kernel, library
 MOST_ROWS = 64
 """Above this many rows a matrix product is bound by arithmetic."""
 
-library.define(
-    "linear_cpu(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor",
-    tags=TAGS,
-)
+library.define("linear_cpu(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor", tags=TAGS)
 
 
 @functools.cache
@@ -27,8 +24,9 @@ def build(dtype: torch.dtype, whole: bool = False) -> None:
     """Make `torch.ops.xkv.linear_cpu` serve tensors of that dtype, with weights of the same dtype or, if `whole`, int8.
 
     It applies several layers to one input: it takes `x [..., depth]`, contiguous weights `[width, depth]` and as many
-    biases `[width]`, or none, and returns the outputs `[rows, width]`, the leading dimensions as one, one after another
-    in a flat tensor. `depth` is a multiple of `build_cpu.STEP`. int8 weights are numbers as they are: who calls scales.
+    contiguous biases `[width]`, or none, and returns the outputs `[rows, width]`, the leading dimensions as one, one
+    after another in a flat tensor. `depth` is a multiple of `build_cpu.STEP`. int8 weights are numbers as they are: who
+    calls scales.
 
     Args:
         dtype: one of `build_cpu.DTYPES`.

@@ -102,15 +102,16 @@ Made decode_attention(Lent q, Lent k, Lent v, Lent k_cache, Lent v_cache, Lent s
   const int64_t rows = asked[0], heads = asked[1], kv_heads = kept[1], slots = kept[2], value_dim = v_cache.sizes()[3];
   const auto decode = reinterpret_cast<Decode>(kernel(q.dtype(), heads / kv_heads, kept[3], value_dim, false));
   STD_TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous(), "the caches must be contiguous");
-  const Dense queries(q), keys(k), values(v), shown(mask, mask.strides()[3] == 1);
+  const Dense queries(q), keys(k), values(v), into(slot), shown(mask, mask.strides()[3] == 1);
   const std::optional<Dense> extra = sinks.has_value() ? std::optional<Dense>(*sinks) : std::nullopt;
   const int64_t* apart = shown.seen.strides();
   Made out(q.dtype(), std::array{rows, heads, asked[2], value_dim});
-  const int wrong = decode(queries.seen.data(), keys.seen.data(), values.seen.data(), k_cache.data(), v_cache.data(),
-                           static_cast<const int64_t*>(slot.data()), shown.seen.data(),
-                           extra.has_value() ? static_cast<const float*>(extra->seen.data()) : nullptr, out.data(), rows,
-                           kv_heads, slots, apart[0], mask.sizes()[1] == 1 ? 0 : apart[1], static_cast<float>(scale),
-                           static_cast<float>(softcap.value_or(0.0)), threads());
+  const int wrong = decode(
+      queries.seen.data(), keys.seen.data(), values.seen.data(), k_cache.data(), v_cache.data(),
+      static_cast<const int64_t*>(into.seen.data()), shown.seen.data(),
+      extra.has_value() ? static_cast<const float*>(extra->seen.data()) : nullptr, out.data(), rows, kv_heads, slots,
+      apart[0], mask.sizes()[1] == 1 ? 0 : apart[1], static_cast<float>(scale),
+      static_cast<float>(softcap.value_or(0.0)), threads());
   STD_TORCH_CHECK(wrong == 0, "a slot lies outside the ", slots, " slots of the cache");
   return out;
 }
@@ -136,7 +137,11 @@ Made linear(Lent x, const Each* weights, size_t layers, const Each* biases, size
     matrices.push_back(weight.data());
     widths.push_back(sizes[0]);
     width += sizes[0];
-    if (biased > 0) added.push_back(Lent(biases[i]).data());
+    if (biased == 0) continue;
+    const Lent bias(biases[i]);
+    STD_TORCH_CHECK(bias.is_contiguous() && bias.numel() == sizes[0],
+                    "biases must be contiguous, and of a number for each output");
+    added.push_back(bias.data());
   }
   const Dense inputs(x);
   Made out(dtype, std::array{rows * width});
