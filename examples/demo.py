@@ -20,8 +20,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import xkv_fx
-from xkv_fx.evaluation.metrics import divergence, forced_logits
-from xkv_fx.evaluation.needle import Needle, plant_needle
+from xkv_fx.evaluation.quality.metrics import divergence, forced_logits
+from xkv_fx.evaluation.quality.needle import Needle, plant_needle
 from xkv_fx.evaluation.texts import documentation
 from xkv_fx.evaluation.timing import Stopwatch
 from xkv_fx.hf.models import load_model

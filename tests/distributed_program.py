@@ -26,11 +26,11 @@ from transformers.distributed import DistributedConfig
 
 import xkv_fx
 from xkv_fx import Budgets, Policy
+from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import PromptError
 from xkv_fx.hf import capture as capturing
 from xkv_fx.hf.generation import BudgetedLM
-from xkv_fx.passes.captured import CapturedModel
-from xkv_fx.planning.team import Arrays, Progress, Team
+from xkv_fx.planning.measure.team import Arrays, Progress, Team
 
 PROMPTS = [random_ids(1, 60 + 7 * seed, seed) for seed in range(3)]
 STATISTICS = ("preference", "similarity")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.graph import CodeGen
 
-from xkv_fx.passes.graph import calls, output_node
+from xkv_fx.passes.tools.graph import calls, output_node
 
 
 def export(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:

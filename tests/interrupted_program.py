@@ -43,13 +43,13 @@ def export(folder: Path) -> None:
 
 
 def evaluate(folder: Path) -> None:
-    from xkv_fx.evaluation.candidates import candidates_of_fractions
-    from xkv_fx.evaluation.evaluate import Settings, evaluate
+    from xkv_fx.evaluation.quality.candidates import candidates_of_fractions
+    from xkv_fx.evaluation.quality.evaluate import EvaluationSettings, evaluate
     from xkv_fx.files import write_json
 
     llm: Any = xkv_fx.transform(llama(vocab_size=VOCABULARY), Budgets.full(2, 300), backend="eager", check=False)
     plans = candidates_of_fractions(llm.layers, 160, (0.25, 0.5))
-    settings = Settings(("needle_single", "needle_multi_key"), length=160, count=1)
+    settings = EvaluationSettings(("needle_single", "needle_multi_key"), length=160, count=1)
     found = evaluate(None, WordTokenizer(VOCABULARY), plans, settings, resume=folder / "parts", progress=step, llm=llm)
     write_json(folder / "result.json", found.to_dict())
 

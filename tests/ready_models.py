@@ -11,10 +11,10 @@ from tiny_models import FAMILIES
 from transformers import PreTrainedModel
 
 from xkv_fx import Budgets, Policy
+from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.hf.capture import capture
 from xkv_fx.hf.generation import BudgetedLM
 from xkv_fx.lowering.program import CompiledProgram, Graphs, compile_program
-from xkv_fx.passes.captured import CapturedModel
 from xkv_fx.runtime.scorers import scorer_of
 from xkv_fx.runtime.slots import slot_plans
 from xkv_fx.runtime.state import CachePlan

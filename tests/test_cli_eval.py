@@ -16,13 +16,13 @@ from word_tokenizer import WordTokenizer
 
 import xkv_fx
 from xkv_fx import Budgets, cli
+from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BackendError, BudgetError, PromptError, UnsupportedModelError
-from xkv_fx.evaluation import command
-from xkv_fx.evaluation.quantized import QUANTIZED, Quantized
-from xkv_fx.evaluation.smallest import smallest_shares
+from xkv_fx.evaluation.quality import command
+from xkv_fx.evaluation.quality.quantized import QUANTIZED, Quantized
+from xkv_fx.evaluation.quality.smallest import smallest_shares
 from xkv_fx.evaluation.texts import source_code
 from xkv_fx.hf.capture import capture
-from xkv_fx.passes.captured import CapturedModel
 
 RUN = CliRunner()
 MODEL = llama(2, vocab_size=500)
@@ -40,7 +40,7 @@ def _tiny_model(monkeypatch: pytest.MonkeyPatch, captured: CapturedModel) -> Non
     monkeypatch.setattr("xkv_fx.hf.capture.capture", lambda *args, **options: captured)
     remember_programs(monkeypatch)
     for module in ("evaluate", "command"):  # all of it takes seconds in a tokenizer of plain Python
-        monkeypatch.setattr(f"xkv_fx.evaluation.{module}.source_code", lambda: source_code()[:60_000])
+        monkeypatch.setattr(f"xkv_fx.evaluation.quality.{module}.source_code", lambda: source_code()[:60_000])
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,12 @@ from torch import Tensor
 import xkv_fx
 from xkv_fx import Budgets, Calibration, LayerSpec, Policy, Profile
 from xkv_fx.budgets import Provenance
+from xkv_fx.engines import engine, export
+from xkv_fx.engines.manifest import NAME, Manifest
+from xkv_fx.engines.pt2 import KEY_FILE
 from xkv_fx.errors import XkvError
 from xkv_fx.files import SEAL
-from xkv_fx.lowering import engine, export_engine
-from xkv_fx.lowering.manifest import NAME, Manifest
-from xkv_fx.lowering.portable import KEY_FILE
-from xkv_fx.planning.measured_file import HEADER
+from xkv_fx.planning.data.measured_file import HEADER
 from xkv_fx.runtime.session import Session
 from xkv_fx.runtime.session_file import load_session, save_session
 from xkv_fx.runtime.slots import slot_plans
@@ -184,8 +184,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("engines") / "engine"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_engine, "trace_program", lambda *args: (None, weights))
-        patch.setattr(export_engine, "save_program", without_graph)
+        patch.setattr(export, "trace_program", lambda *args: (None, weights))
+        patch.setattr(export, "save_program", without_graph)
         xkv_fx.export(llm, path, target="pt2")
     return path
 

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import xkv_fx
 from xkv_fx import cli
+from xkv_fx.capture.captured import CapturedModel
+from xkv_fx.engines import export as export_engine
 from xkv_fx.hf import capture as capturing
-from xkv_fx.lowering import export_engine
-from xkv_fx.passes.captured import CapturedModel
-from xkv_fx.planning import allocators
+from xkv_fx.planning.solve import allocators
 from xkv_fx.runtime.scorers import base
 
 ROOT = Path(__file__).resolve().parents[1]

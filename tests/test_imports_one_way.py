@@ -1,71 +1,48 @@
-"""Imports point one way: evaluation, cli -> api -> hf, lowering, planning -> passes -> runtime -> budgets -> layers,
-policy.
+"""Imports point one way: cli -> evaluation -> the face -> api -> compile_backend -> hf, engines -> planning,
+lowering -> capture -> passes -> runtime -> the plan's files.
 
-Every import counts, also one inside a function, under TYPE_CHECKING, or by `import_module("...")`.
+Every import counts, also one inside a function, under TYPE_CHECKING, or by the name of a module in a string.
 """
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
+from import_graph import (
+    FILES,
+    MODULES,
+    ROOT,
+    folder_of,
+    import_graph,
+    imported_modules,
+    imports_of,
+    module_name,
+    room_of,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "xkv_fx"
-
-# A room may import itself, those beside it on its level, and all below.
+# A room may import itself and all on lower levels, not those beside it.
 LEVELS = (
     ("errors",),
-    ("files", "engine_settings", "register_attention"),
-    ("layers", "policy"),
+    ("files",),
+    ("engine_settings", "formats", "layers", "policy"),
     ("budgets",),
     ("runtime",),
     ("passes",),
-    ("hf", "lowering", "planning"),
+    ("capture",),
+    ("lowering", "planning"),
+    ("hf", "engines"),
+    ("compile_backend",),
     ("api",),
+    ("register_attention",),
     ("",),  # the package's face
-    ("evaluation", "cli", "__main__"),
+    ("evaluation",),
+    ("cli", "__main__"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-MAY_IMPORT_TRANSFORMERS = {"hf", "evaluation"}
-WITHOUT_TORCH = {"errors", "files", "engine_settings", "register_attention", "layers", "policy", "budgets"}
-
-
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-FILES = sorted(PACKAGE.rglob("*.py"))
-MODULES = {module_name(path) for path in FILES}
-
-
-def room_of(module: str) -> str:
-    """`xkv_fx.passes.graph` -> `passes`; the face is ``."""
-    return [*module.split("."), ""][1]
-
-
-def imported_modules(source: str, package: str) -> Iterator[tuple[int, str]]:
-    """Line and full name of every module that a file of `package` imports, wherever in it the import stands."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
-            origin = ".".join([*above, *([node.module] if node.module else [])])
-            for alias in node.names:
-                submodule = f"{origin}.{alias.name}"
-                yield node.lineno, submodule if submodule in MODULES else origin
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
-            yield from ((node.lineno, str(name.value)) for name in node.args[:1] if isinstance(name, ast.Constant))
-
-
-def imports_of(path: Path) -> list[tuple[int, str]]:
-    name = module_name(path)
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    return list(imported_modules(path.read_text(encoding="utf-8"), package))
+MAY_IMPORT_TRANSFORMERS = {"hf", "compile_backend", "register_attention", "evaluation"}
+WITHOUT_TORCH = {"errors", "files", "engine_settings", "formats", "layers", "policy", "budgets", "register_attention"}
 
 
 def described(path: Path, found: list[tuple[int, str]]) -> list[str]:
@@ -85,19 +62,34 @@ def test_every_file_has_a_level(path: Path) -> None:
     assert room_of(module_name(path)) in LEVEL, "say on which level of the design's order it stands, in LEVELS above"
 
 
-@each_of([path for path in FILES if path != PACKAGE / "__init__.py"])  # the face names everybody's public names
+@each_of(FILES)
 def test_imports_point_down(path: Path) -> None:
-    level = LEVEL.get(room_of(module_name(path)), -1)
+    own = room_of(module_name(path))
     up = [
         (line, module)
         for line, module in imports_of(path)
-        if module.split(".")[0] == "xkv_fx" and LEVEL.get(room_of(module), len(LEVELS)) > level
+        if module in MODULES and room_of(module) != own and LEVEL[room_of(module)] >= LEVEL[own]
     ]
     assert not up, described(path, up)
 
 
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert not list(nx.simple_cycles(import_graph()))
+
+
+def test_no_folder_imports_itself_by_way_of_others() -> None:
+    folders = nx.DiGraph()
+    for source, target in import_graph().edges:
+        if folder_of(source) != folder_of(target):
+            folders.add_edge(folder_of(source), folder_of(target))
+    for room in [folder for folder in folders if "." in folder]:  # a room and a folder in it belong together
+        if folders.has_edge(room, room.rpartition(".")[0]) and folders.has_edge(room.rpartition(".")[0], room):
+            folders.remove_edge(room.rpartition(".")[0], room)
+    assert not list(nx.simple_cycles(folders))
+
+
 @each_of(files_in(set(LEVEL) - MAY_IMPORT_TRANSFORMERS))
-def test_only_hf_and_evaluation_import_transformers(path: Path) -> None:
+def test_only_rooms_above_the_core_import_transformers(path: Path) -> None:
     found = [(line, module) for line, module in imports_of(path) if module.split(".")[0] == "transformers"]
     assert not found, described(path, found)
 
@@ -134,6 +126,8 @@ def test_every_folder_is_a_package(folder: Path) -> None:
         ("from ..errors import XkvError", "xkv_fx.errors"),
         ("import_module('xkv_fx.api')", "xkv_fx.api"),
         ("importlib.import_module('transformers')", "transformers"),
+        ("HOME = 'xkv_fx.hf.capture'", "xkv_fx.hf.capture"),
+        ("HOMES = {'Budgets': 'xkv_fx.budgets'}", "xkv_fx.budgets"),
     ],
 )
 def test_every_form_of_import_is_seen(source: str, module: str) -> None:

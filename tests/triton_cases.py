@@ -7,6 +7,7 @@ import os
 from dataclasses import asdict
 from typing import Any
 
+import oracles as reference
 import pytest
 import torch
 from exhaustive import EXHAUSTIVE
@@ -15,7 +16,6 @@ from hypothesis import strategies as st
 from runtime_inputs import random_qkv
 from torch import Tensor
 
-from xkv_fx.runtime import reference
 from xkv_fx.runtime.kernels.decode_triton import Launch, _split_size
 
 xkv = torch.ops.xkv

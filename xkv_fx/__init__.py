@@ -15,6 +15,9 @@ from xkv_fx.register_attention import register_attention as _register_attention
 if TYPE_CHECKING:
     from xkv_fx.api import calibrate, export, fit_quality, load, profile, solve, transform, verify
     from xkv_fx.budgets import Budgets
+    from xkv_fx.compile_backend.backend import compiled_session
+    from xkv_fx.compile_backend.cache import Cache
+    from xkv_fx.engines.engine import Engine
     from xkv_fx.errors import (
         BackendError,
         BudgetError,
@@ -28,13 +31,10 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         XkvError,
     )
-    from xkv_fx.hf.compile_cache import Cache
     from xkv_fx.layers import LayerSpec
-    from xkv_fx.lowering.engine import Engine
-    from xkv_fx.lowering.torch_compile import compiled_session
-    from xkv_fx.planning.calibration_data import Calibration
-    from xkv_fx.planning.profile_data import Profile
-    from xkv_fx.planning.verify import Verification
+    from xkv_fx.planning.data.calibration_data import Calibration
+    from xkv_fx.planning.data.profile_data import Profile
+    from xkv_fx.planning.measure.verify import Verification
     from xkv_fx.policy import Policy
 
 __version__ = "0.1.0"
@@ -75,24 +75,24 @@ _HOMES = {
     "BackendError": "xkv_fx.errors",
     "BudgetError": "xkv_fx.errors",
     "Budgets": "xkv_fx.budgets",
-    "Cache": "xkv_fx.hf.compile_cache",
-    "Calibration": "xkv_fx.planning.calibration_data",
+    "Cache": "xkv_fx.compile_backend.cache",
+    "Calibration": "xkv_fx.planning.data.calibration_data",
     "CapacityError": "xkv_fx.errors",
-    "Engine": "xkv_fx.lowering.engine",
+    "Engine": "xkv_fx.engines.engine",
     "EngineError": "xkv_fx.errors",
     "FileFormatError": "xkv_fx.errors",
     "LayerSpec": "xkv_fx.layers",
     "ModelMismatchError": "xkv_fx.errors",
     "PassError": "xkv_fx.errors",
     "Policy": "xkv_fx.policy",
-    "Profile": "xkv_fx.planning.profile_data",
+    "Profile": "xkv_fx.planning.data.profile_data",
     "PromptError": "xkv_fx.errors",
     "SessionError": "xkv_fx.errors",
     "UnsupportedModelError": "xkv_fx.errors",
-    "Verification": "xkv_fx.planning.verify",
+    "Verification": "xkv_fx.planning.measure.verify",
     "XkvError": "xkv_fx.errors",
     "calibrate": "xkv_fx.api",
-    "compiled_session": "xkv_fx.lowering.torch_compile",
+    "compiled_session": "xkv_fx.compile_backend.backend",
     "export": "xkv_fx.api",
     "fit_quality": "xkv_fx.api",
     "load": "xkv_fx.api",

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any, overload
 from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BudgetError, UnsupportedModelError
 from xkv_fx.files import is_int
-from xkv_fx.planning.plan import solve
+from xkv_fx.planning.solve.plan import solve
 from xkv_fx.policy import Policy
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
+    from xkv_fx.capture.captured import CapturedModel
+    from xkv_fx.engines.engine import Engine
     from xkv_fx.hf.generation import BudgetedLM
-    from xkv_fx.lowering.engine import Engine
     from xkv_fx.lowering.plain import BudgetedModule
-    from xkv_fx.passes.captured import CapturedModel
-    from xkv_fx.planning.calibration_data import Calibration
-    from xkv_fx.planning.profile_data import Profile
-    from xkv_fx.planning.verify import Verification
+    from xkv_fx.planning.data.calibration_data import Calibration
+    from xkv_fx.planning.data.profile_data import Profile
+    from xkv_fx.planning.measure.verify import Verification
 
 __all__ = ["calibrate", "export", "fit_quality", "load", "profile", "solve", "transform", "verify"]
 
@@ -64,8 +64,8 @@ def profile(
     """
     from xkv_fx.hf.capture import capture
     from xkv_fx.hf.prompts import tokenize
-    from xkv_fx.planning.profile import measure_profile, profiling_scorer, sample_prompts
-    from xkv_fx.planning.team import team_of
+    from xkv_fx.planning.measure.profile import measure_profile, profiling_scorer, sample_prompts
+    from xkv_fx.planning.measure.team import team_of
 
     policy = Policy() if policy is None else policy
 
@@ -123,8 +123,8 @@ def calibrate(
     """
     from xkv_fx.hf.capture import capture
     from xkv_fx.hf.prompts import tokenize
-    from xkv_fx.planning.calibrate import check_measurable, measure_calibration
-    from xkv_fx.planning.team import team_of
+    from xkv_fx.planning.measure.calibrate import check_measurable, measure_calibration
+    from xkv_fx.planning.measure.team import team_of
 
     policy = Policy() if policy is None else policy
 
@@ -195,8 +195,8 @@ def verify(
     """
     from xkv_fx.hf.capture import capture
     from xkv_fx.hf.prompts import tokenize
-    from xkv_fx.planning.calibrate import check_measurable
-    from xkv_fx.planning.verify import verify_plans
+    from xkv_fx.planning.measure.calibrate import check_measurable
+    from xkv_fx.planning.measure.verify import verify_plans
 
     plans = (budgets,) if isinstance(budgets, Budgets) else budgets
     if not isinstance(plans, Sequence) or not plans or not all(isinstance(plan, Budgets) for plan in plans):
@@ -244,7 +244,7 @@ def fit_quality(
     """
     from xkv_fx.hf.capture import capture
     from xkv_fx.hf.prompts import tokenize
-    from xkv_fx.planning.calibration_data import Calibration
+    from xkv_fx.planning.data.calibration_data import Calibration
     from xkv_fx.planning.fit_quality import smallest_plan
 
     if not isinstance(calib, Calibration):
@@ -312,11 +312,11 @@ def transform(
         UnsupportedModelError: the model cannot be captured exactly.
         BackendError: an unknown backend, or one that lacks its compiler.
     """
+    from xkv_fx.capture.plain_module import capture_module
     from xkv_fx.hf.capture import capture
     from xkv_fx.hf.generation import BudgetedLM
     from xkv_fx.lowering.plain import BudgetedModule
     from xkv_fx.lowering.program import check_request, compile_program
-    from xkv_fx.passes.capture_module import capture_module
 
     if isinstance(model, BudgetedLM | BudgetedModule):
         raise UnsupportedModelError("this model was transformed already; transform the model that it was made from")
@@ -350,7 +350,7 @@ def export(
         UnsupportedModelError: not a transformed model, or one with weights that are no plain tensors.
         EngineError: the folder exists, or Torch-TensorRT is missing.
     """
-    from xkv_fx.lowering.export_engine import export_engine
+    from xkv_fx.engines.export import export_engine
 
     export_engine(llm, folder, target, tokenizer)
 
@@ -368,6 +368,6 @@ def load(folder: str | os.PathLike[str], trust: bool = False) -> Engine:
         EngineError: built for another torch, device, instruction set or TensorRT; or a target that `trust` is needed
             for.
     """
-    from xkv_fx.lowering.engine import load_engine
+    from xkv_fx.engines.engine import load_engine
 
     return load_engine(folder, trust)

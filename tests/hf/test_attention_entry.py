@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 import xkv_fx
 from xkv_fx import Budgets
 from xkv_fx.errors import BackendError, SessionError, UnsupportedModelError, XkvError
-from xkv_fx.runtime import compile_ops  # noqa: F401  (registers the ops)
+from xkv_fx.runtime import tracing_marks  # noqa: F401  (registers the ops)
 
 LENGTH = 20
 

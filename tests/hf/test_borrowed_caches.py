@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import xkv_fx
 from xkv_fx import Budgets, Policy
 from xkv_fx.errors import BudgetError
-from xkv_fx.evaluation.tiny import Registered, tiny_model
+from xkv_fx.evaluation.coverage.tiny import Registered, tiny_model
 from xkv_fx.hf.generation import BudgetedLM
 
 # Four layers: the last two read what the first two keep, of which one has a sliding window of 8.

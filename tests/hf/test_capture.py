@@ -29,12 +29,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.hf.capture import capture, layers_of_model
 from xkv_fx.hf.inspect import fingerprint
 from xkv_fx.layers import LayerSpec
-from xkv_fx.passes.captured import CapturedModel
-from xkv_fx.passes.graph import calls, placeholders
+from xkv_fx.passes.tools.graph import calls, placeholders
 
 attention = torch.ops.xkv.attention.default
 SIZES: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 import xkv_fx
 from xkv_fx.errors import PassError
-from xkv_fx.planning.continuation import cut_model, run_full
+from xkv_fx.planning.measure.continuation import cut_model, run_full
 from xkv_fx.runtime.scorers import scorer_of
 from xkv_fx.runtime.session import Session
 from xkv_fx.runtime.slots import slot_plans

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import xkv_fx
 from xkv_fx import Budgets
 from xkv_fx.hf.generation import BudgetedLM
-from xkv_fx.passes.graph import calls
+from xkv_fx.passes.tools.graph import calls
 
 SLIDING = {
     "llama": (None, None),

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import xkv_fx
 from xkv_fx import Budgets, Policy
 from xkv_fx.errors import BackendError
-from xkv_fx.evaluation.allocated import allocations
+from xkv_fx.evaluation.speed.allocated import allocations
 from xkv_fx.hf.cache import SessionCache
 from xkv_fx.hf.generation import BudgetedLM
 

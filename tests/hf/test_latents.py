@@ -15,10 +15,10 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 
 import xkv_fx
 from xkv_fx import Budgets, Policy
+from xkv_fx.compile_backend.dynamo_graph import _has_effects
 from xkv_fx.hf.capture import capture
 from xkv_fx.hf.generation import BudgetedLM
 from xkv_fx.layers import LayerSpec, layers_of
-from xkv_fx.lowering.dynamo_graph import _has_effects
 from xkv_fx.passes.pipeline import profile_pipeline, run_pipeline
 from xkv_fx.runtime.scorers.expected_attention import ExpectedAttention
 from xkv_fx.runtime.scorers.prompt import PromptView

@@ -18,8 +18,7 @@ from torch.fx import GraphModule, Node
 from xkv_fx.errors import PassError
 from xkv_fx.hf.capture import capture
 from xkv_fx.passes.base import GraphPass, PassRecord
-from xkv_fx.passes.check_cache import CheckCache
-from xkv_fx.passes.graph import calls, output_node
+from xkv_fx.passes.cache.check_cache import CheckCache
 from xkv_fx.passes.pipeline import (
     TransformedGraph,
     decode_pipeline,
@@ -28,6 +27,7 @@ from xkv_fx.passes.pipeline import (
     profile_pipeline,
     run_pipeline,
 )
+from xkv_fx.passes.tools.graph import calls, output_node
 from xkv_fx.runtime.scorers import SnapKV
 
 NAMES = ("prefill", "prefill of all logits", "extend", "extend of all logits", "decode", "profile")

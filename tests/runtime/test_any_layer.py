@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
+import oracles
 import pytest
 import torch
 from fuzzing import examples
@@ -17,7 +18,7 @@ from torch import Tensor
 from xkv_fx.budgets import Budgets
 from xkv_fx.layers import LayerSpec
 from xkv_fx.policy import EVICTIONS, Eviction, Policy
-from xkv_fx.runtime import any_length, ops, reference
+from xkv_fx.runtime import any_length, ops
 from xkv_fx.runtime.attention import distance_bias
 from xkv_fx.runtime.slots import EMPTY, SlotPlan, slot_plans
 
@@ -137,7 +138,7 @@ class Conversation:
         again = ops.DECOMPOSITIONS[xkv.keep.default](*forms[0], *numbers)
         assert torch.equal(again, self.scores)
         assert all(torch.equal(one, other) for one, other in zip(forms[0], before, strict=True))
-        reference.keep(*forms[1], *numbers)
+        oracles.keep(*forms[1], *numbers)
         self.seen = length if fresh else self.seen + length
         self.base = length if fresh else torch.where(length > 0, self.seen, self.base)
         kept = self.check()
@@ -145,7 +146,7 @@ class Conversation:
         for row, heads in enumerate(kept):
             reach = int(self.seen[row]) - (plan.sliding_window or self.seen.max() + 1)
             for head, now in enumerate(heads):
-                expected = reference.reference_ordinals(
+                expected = oracles.reference_ordinals(
                     by_loops[row, head].tolist(), int(self.seen[row]), int(self.base[row]), plan
                 )
                 useful = {token for token in expected if token > max(EMPTY, reach)}
@@ -197,7 +198,7 @@ class Conversation:
         """
         forms = [copied(arguments), copied(arguments)]
         out: Tensor = op(*arguments, **options)
-        for form, call in zip(forms, (decomposed, getattr(reference, op.default._schema.name[5:])), strict=True):
+        for form, call in zip(forms, (decomposed, getattr(oracles, op.default._schema.name[5:])), strict=True):
             other = call(*form, **options)
             for row in range(self.case.rows):
                 stop = None if lengths is None else lengths[row]
@@ -228,7 +229,7 @@ class Conversation:
             def bias(_: int, head: int, __: int, token: int, query: int = query) -> float:
                 return -float(slopes[head]) * (query - token) if slopes is not None else 0.0
 
-            expected, _ = reference.attend(
+            expected, _ = oracles.attend(
                 self.queries[row][None, :, query : query + 1],
                 self.keys[row][None],
                 self.values[row][None],

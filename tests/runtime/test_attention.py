@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import oracles
 import pytest
 import torch
 from fuzzing import examples
@@ -13,7 +14,6 @@ from runtime_inputs import HEADS, random_qkv
 from torch import Tensor
 
 from xkv_fx.runtime import attention as module
-from xkv_fx.runtime import reference
 from xkv_fx.runtime.attention import apply_sinks, causal_attention, merge_attention, slot_attention
 
 # For values drawn from a unit normal. The log-sum-exp is no narrower than float32, but flash kernels round logits.
@@ -32,12 +32,12 @@ def causal_by_loops(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Te
     def reach(_row: int, _head: int, query: int) -> list[int]:
         return [key for key in range(query + 1) if sliding_window is None or query - key < sliding_window]
 
-    return reference.attend(q, k, v, reach, SCALE, **options)
+    return oracles.attend(q, k, v, reach, SCALE, **options)
 
 
 def slots_by_loops(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
     allowed = mask.expand(q.shape[0], k.shape[1], q.shape[2], k.shape[2])
-    return reference.attend(q, k, v, lambda *at: allowed[at].nonzero().flatten().tolist(), SCALE, softcap)
+    return oracles.attend(q, k, v, lambda *at: allowed[at].nonzero().flatten().tolist(), SCALE, softcap)
 
 
 def mask_of(rows: int, heads: int, length: int, slots: int) -> Tensor:
@@ -235,7 +235,7 @@ def test_merged_halves_are_one_softmax(
         return slots + [old + n for n in range(query + 1) if sliding_window is None or query - n < sliding_window]
 
     together = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
-    expected, expected_lse = reference.attend(q, *together, reach, SCALE, softcap)
+    expected, expected_lse = oracles.attend(q, *together, reach, SCALE, softcap)
     assert_near(out, expected)
     assert_near(lse, expected_lse)
     torch.testing.assert_close(out[0], first[0][0], rtol=1e-6, atol=1e-6)  # the first row has no slot to read
@@ -249,7 +249,7 @@ def test_merging_keeps_the_dtype_and_its_precision(dtype: torch.dtype) -> None:
     halves = causal_attention(q, k, v, SCALE), slot_attention(q, old_k, old_v, mask, SCALE)
     out, lse = merge_attention(*halves)
     assert out.dtype == dtype
-    expected = reference.extend_attention(q.double(), k, v, old_k, old_v, mask, SCALE)
+    expected = oracles.extend_attention(q.double(), k, v, old_k, old_v, mask, SCALE)
     assert_near(out, expected, dtype)
     swapped, swapped_lse = merge_attention(*reversed(halves))
     assert_near(swapped, out, dtype)

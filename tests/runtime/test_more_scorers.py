@@ -15,6 +15,7 @@ import torch
 from fuzzing import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import snapkv_scores_reference
 from runtime_inputs import HEADS, before_rotation, random_qkv
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
@@ -24,7 +25,6 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from xkv_fx.errors import BudgetError
 from xkv_fx.policy import Policy
 from xkv_fx.runtime import scorers
-from xkv_fx.runtime.reference import snapkv_scores_reference
 from xkv_fx.runtime.scorers import (
     H2O,
     TOVA,

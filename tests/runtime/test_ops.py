@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import oracles
 import pytest
 import torch
 from runtime_inputs import HEADS, empty_buffers, named_tokens, random_qkv
@@ -13,7 +14,7 @@ from torch import Tensor
 from xkv_fx.budgets import Budgets
 from xkv_fx.layers import LayerSpec
 from xkv_fx.policy import EVICTIONS
-from xkv_fx.runtime import ops, reference
+from xkv_fx.runtime import ops
 from xkv_fx.runtime.slots import SlotPlan, slot_plans
 
 xkv = torch.ops.xkv
@@ -103,7 +104,7 @@ def keep_inputs(plan: SlotPlan, fresh: bool, new: int = 9, dtype: torch.dtype = 
         base = torch.tensor([10, 3, 10])
         k, v = named_tokens(torch.zeros_like(base), 10, 2)
         plan_numbers = (plan.capacity, plan.recent, plan.sinks, EVICTIONS.index(plan.eviction), plan.sliding_window)
-        reference.keep(k, v, torch.rand(3, 2, 10), base, seen, seen, *buffers, *plan_numbers, True)
+        oracles.keep(k, v, torch.rand(3, 2, 10), base, seen, seen, *buffers, *plan_numbers, True)
         seen = base + torch.tensor([2, 4, 2])
     k, v = named_tokens(seen, new, 2)
     scores = torch.rand(3, 2, new if fresh else plan.slots + new)
@@ -165,7 +166,7 @@ def test_schemas_take_no_strings_and_say_what_they_mutate(name: str) -> None:
     }
     assert mutated == buffers.get(name, set())
     assert "str" not in str(schema)
-    by_loops = getattr(reference, name)
+    by_loops = getattr(oracles, name)
     assert [argument.name for argument in schema.arguments] == list(by_loops.__annotations__)[:-1]
 
 
@@ -192,7 +193,7 @@ def test_fake_results_have_the_shape_and_dtype_of_real_ones() -> None:
 def test_attention(heads: tuple[int, int], sliding_window: int | None, softcap: float | None) -> None:
     for length, dims in ((1, (8, 8)), (7, (8, 8)), (7, (8, 5))):
         args = [*random_qkv(heads, length, dims), 0, SCALE, sliding_window, softcap, torch.randn(heads[0])]
-        tested, expected = run_both(xkv.attention, reference.attention, args)
+        tested, expected = run_both(xkv.attention, oracles.attention, args)
         assert_near(tested[0], expected[0])
         assert_unchanged(tested[1:], args)
 
@@ -204,7 +205,7 @@ def test_extend_attention(heads: tuple[int, int], sliding_window: int | None, so
     options = {"sliding_window": sliding_window, "softcap": softcap, "sinks": torch.randn(heads[0])}
     for length, dims in ((1, (8, 8)), (7, (8, 8)), (7, (8, 5))):
         args = extend_inputs(heads, length, dims)
-        tested, expected = run_both(xkv.extend_attention, reference.extend_attention, args, **options)
+        tested, expected = run_both(xkv.extend_attention, oracles.extend_attention, args, **options)
         assert_near(tested[0], expected[0])
         assert_unchanged(tested[1:], args)
 
@@ -213,12 +214,12 @@ def test_extend_attention(heads: tuple[int, int], sliding_window: int | None, so
 @pytest.mark.parametrize("options", [*OPTIONS, {"sliding_window": 3}], ids=str)
 def test_other_precisions(dtype: torch.dtype, options: dict[str, Any]) -> None:
     args: list[Any] = [*random_qkv((4, 2), 6, dtype=dtype), 0, SCALE]
-    tested, expected = run_both(xkv.attention, reference.attention, args, **options)
+    tested, expected = run_both(xkv.attention, oracles.attention, args, **options)
     assert_near(tested[0], expected[0])
-    tested, expected = run_both(xkv.extend_attention, reference.extend_attention, extend_inputs(dtype=dtype), **options)
+    tested, expected = run_both(xkv.extend_attention, oracles.extend_attention, extend_inputs(dtype=dtype), **options)
     assert_near(tested[0], expected[0])
     options = {name: value for name, value in options.items() if name != "sliding_window"}  # in decode, a mask
-    tested, expected = run_both(xkv.decode_attention, reference.decode_attention, decode_inputs(dtype=dtype), **options)
+    tested, expected = run_both(xkv.decode_attention, oracles.decode_attention, decode_inputs(dtype=dtype), **options)
     assert_near(tested[0], expected[0])
 
 
@@ -232,7 +233,7 @@ def test_decode_attention(
     options = {"softcap": softcap, "sinks": torch.randn(heads[0]) if use_sinks else None}
     for mask_heads in {1, heads[1]}:
         args = decode_inputs(heads, dims, mask_heads)
-        tested, expected = run_both(xkv.decode_attention, reference.decode_attention, args, **options)
+        tested, expected = run_both(xkv.decode_attention, oracles.decode_attention, args, **options)
         assert_near(tested[0], expected[0])
         for after, by_loops in zip(tested[4:6], expected[4:6], strict=True):
             assert torch.equal(after, by_loops)
@@ -254,7 +255,7 @@ def test_decode_attention_writes_one_slot_a_row() -> None:
 def test_decode_decomposition_is_the_op(options: dict[str, Any]) -> None:
     decomposed = ops.DECOMPOSITIONS[xkv.decode_attention.default]
     args = decode_inputs(dims=(8, 6))
-    tested, expected = run_both(decomposed, reference.decode_attention, args, **options)
+    tested, expected = run_both(decomposed, oracles.decode_attention, args, **options)
     assert_near(tested[0], expected[0])
     for after, by_loops in zip(tested[4:6], expected[4:6], strict=True):
         assert torch.equal(after, by_loops)
@@ -276,15 +277,15 @@ def test_decode_scored(heads: tuple[int, int], recent: int, sink_tokens: int, sl
     options = {"sliding_window": sliding_window, "softcap": 1.5, "sinks": torch.randn(heads[0])}
     for some, dims in ((options, (8, 5)), ({"sliding_window": sliding_window}, (8, 8))):
         args = scored_inputs(heads, dims, recent, sink_tokens)
-        assert_same_step(*run_both(xkv.decode_scored, reference.decode_scored, args, **some), args)
+        assert_same_step(*run_both(xkv.decode_scored, oracles.decode_scored, args, **some), args)
         decomposed = ops.DECOMPOSITIONS[xkv.decode_scored.default]
-        assert_same_step(*run_both(decomposed, reference.decode_scored, args, **some), args)
+        assert_same_step(*run_both(decomposed, oracles.decode_scored, args, **some), args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_decode_scored_in_other_precisions(dtype: torch.dtype) -> None:
     args = scored_inputs(dtype=dtype)
-    assert_same_step(*run_both(xkv.decode_scored, reference.decode_scored, args, sinks=SINKS), args)
+    assert_same_step(*run_both(xkv.decode_scored, oracles.decode_scored, args, sinks=SINKS), args)
 
 
 @pytest.mark.parametrize("sliding_window", [None, 9])
@@ -296,7 +297,7 @@ def test_decode_scored_step_by_step(sliding_window: int | None) -> None:
         seen = args[7] + step
         token = random_qkv((4, 2), 1, rows=4)
         before = tested[6].clone()
-        for state, op in ((tested, xkv.decode_scored), (expected, reference.decode_scored)):
+        for state, op in ((tested, xkv.decode_scored), (expected, oracles.decode_scored)):
             state[:3], state[7], kept = copies(token), seen.clone(), state[5].clone()
             out = op(*state, sliding_window=sliding_window)
             if state is tested:
@@ -328,7 +329,7 @@ def test_decode_scored_written_down() -> None:
 @pytest.mark.parametrize("new", [1, 9, 20])
 def test_keep(plan: SlotPlan, fresh: bool, new: int) -> None:
     args = keep_inputs(plan, fresh, new)
-    tested, expected = run_both(xkv.keep, reference.keep, args)
+    tested, expected = run_both(xkv.keep, oracles.keep, args)
     seen = args[3] if fresh else args[4] + args[3]
     base = args[3] if fresh else torch.where(args[3] > 0, seen, args[5])
     ordinals = plan.ordinals(tested[9], seen, base)
@@ -351,7 +352,7 @@ def test_keep_moves_half_precision_bits(dtype: torch.dtype) -> None:
     plan = KEEP_PLANS["ring"]
     args = keep_inputs(plan, fresh=False, dtype=dtype)
     args[0], args[1] = torch.randn(args[0].shape).to(dtype), torch.randn(args[1].shape).to(dtype)
-    tested, expected = run_both(xkv.keep, reference.keep, args)
+    tested, expected = run_both(xkv.keep, oracles.keep, args)
     for index in (7, 8, 9):
         assert torch.equal(tested[index][:2], expected[index][:2])
 
@@ -386,7 +387,7 @@ def test_nothing_evicted_is_plain_attention(plan: SlotPlan) -> None:
     q, k, v = random_qkv((4, 2), 20)
     prompt = 9 if plan.capacity >= 20 else plan.capacity
     outs = conversation(plan, q, k, v, layer_buffers(plan), prompt, steps=4)
-    assert_near(outs, reference.attention(q, k, v, 0, SCALE))
+    assert_near(outs, oracles.attention(q, k, v, 0, SCALE))
 
 
 @pytest.mark.parametrize("sliding_window", [1, 5, 7])
@@ -396,7 +397,7 @@ def test_whole_sliding_window_is_exact(sliding_window: int, steps: int) -> None:
     spec = LayerSpec(4, 2, 8, 8, 4, sliding_window)
     (plan,) = slot_plans(Budgets((100,)), (spec,))
     q, k, v = random_qkv((4, 2), 24)
-    expected = reference.attention(q, k, v, 0, SCALE, sliding_window)
+    expected = oracles.attention(q, k, v, 0, SCALE, sliding_window)
     for prompt in (3, 7, 12):
         assert_near(conversation(plan, q, k, v, layer_buffers(plan), prompt, steps, sliding_window), expected)
 
@@ -417,7 +418,7 @@ def test_decode_ring_keeps_prompt_entries() -> None:
         token = prompt + query
         return [*survivors[row, head].tolist(), *range(token - 2, token + 1)]
 
-    expected, _ = reference.attend(q[:, :, prompt:], k, v, reach, SCALE)
+    expected, _ = oracles.attend(q[:, :, prompt:], k, v, reach, SCALE)
     assert_near(outs[:, :, prompt:], expected.float())
 
 

@@ -11,12 +11,12 @@ import torch
 from fuzzing import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import snapkv_scores_reference
 from runtime_inputs import HEADS, before_rotation, random_qkv
 from torch import Tensor
 
 from xkv_fx.errors import BudgetError
 from xkv_fx.policy import Policy
-from xkv_fx.runtime.reference import snapkv_scores_reference
 from xkv_fx.runtime.scorers import (
     PromptView,
     Scorer,

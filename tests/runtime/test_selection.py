@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import oracles
 import pytest
 import torch
 from fuzzing import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import reference_ordinals, reference_slot
 from runtime_inputs import assert_tokens, empty_buffers, named_tokens
 from torch import Tensor
 
 from xkv_fx.policy import EVICTIONS
-from xkv_fx.runtime import reference
-from xkv_fx.runtime.reference import reference_ordinals, reference_slot
 from xkv_fx.runtime.selection import select_survivors, write_survivors
 from xkv_fx.runtime.slots import EMPTY, SlotPlan
 
@@ -63,7 +63,7 @@ class Layer:
         gained = write_survivors(k, v, scores.clone(), length, self.seen, self.base, *self.tested, self.plan, fresh)
         plan = self.plan
         numbers = (plan.capacity, plan.recent, plan.sinks, EVICTIONS.index(plan.eviction), plan.sliding_window)
-        expected = reference.keep(k, v, scores, length, self.seen, self.base, *self.expected, *numbers, fresh)
+        expected = oracles.keep(k, v, scores, length, self.seen, self.base, *self.expected, *numbers, fresh)
         if fresh:
             self.seen, self.base = length.clone(), length.clone()
         else:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from oracles import keep
 from torch import Tensor
 
 from xkv_fx.budgets import Budgets
 from xkv_fx.errors import CapacityError, PromptError, SessionError, XkvError
 from xkv_fx.layers import LayerSpec
 from xkv_fx.policy import EVICTIONS, Eviction, Policy
-from xkv_fx.runtime.reference import keep
 from xkv_fx.runtime.session import Session
 from xkv_fx.runtime.slots import slot_plans
 from xkv_fx.runtime.state import CachePlan

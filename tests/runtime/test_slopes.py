@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import oracles
 import pytest
 import torch
 from runtime_inputs import random_qkv
 from torch import Tensor
 
-from xkv_fx.runtime import ops, reference  # noqa: F401  (registers the ops)
+from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.scorers import make_scorer, rescore_tokens, score_tokens
 from xkv_fx.runtime.slots import SlotPlan
 
@@ -45,7 +46,7 @@ def assert_same(op: Any, by_loops: Any, args: list[Any], **options: Any) -> None
 @each_heads
 def test_attention(heads: tuple[int, int], options: dict[str, Any]) -> None:
     args = [*random_qkv(heads, 7, (8, 6)), 0, SCALE]
-    assert_same(xkv.attention, reference.attention, args, slopes=slopes_of(heads), **options)
+    assert_same(xkv.attention, oracles.attention, args, slopes=slopes_of(heads), **options)
     torch.library.opcheck(xkv.attention.default, tuple(args), {"slopes": slopes_of(heads), **options})
 
 
@@ -69,7 +70,7 @@ def test_extend_attention(heads: tuple[int, int], options: dict[str, Any]) -> No
     ages = torch.randint(1, 40, (2, heads[1], 6))
     args = [q, k, v, k_cache, v_cache, mask, SCALE]
     slopes = slopes_of(heads)
-    assert_same(xkv.extend_attention, reference.extend_attention, args, slopes=slopes, ages=ages, **options)
+    assert_same(xkv.extend_attention, oracles.extend_attention, args, slopes=slopes, ages=ages, **options)
     torch.library.opcheck(xkv.extend_attention.default, tuple(args), {"slopes": slopes, "ages": ages, **options})
 
 
@@ -88,7 +89,7 @@ def test_decode_attention_with_a_biased_mask(
     options = {name: torch.ones(heads[0]) if name == "sinks" else value for name, value in options.items()}
     args = [q, k, v, k_cache, v_cache, slot, mask, SCALE]
     tested, expected = copies(args), copies(args)
-    got, wanted = xkv.decode_attention(*tested, **options), reference.decode_attention(*expected, **options)
+    got, wanted = xkv.decode_attention(*tested, **options), oracles.decode_attention(*expected, **options)
     tolerance = 3e-6 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
     torch.library.opcheck(xkv.decode_attention.default, tuple(args), options)
@@ -104,7 +105,7 @@ def test_decode_scored(heads: tuple[int, int], options: dict[str, Any]) -> None:
     positions[2] = torch.tensor([0, 28, 11, 29, 7, 20], dtype=torch.int32)
     scores = torch.rand(3, heads[1], 6) * (torch.arange(6) < seen[:, None])[:, None]
     args = [q, k, v, k_cache, v_cache, positions, scores, seen, SCALE, 2, 1]
-    assert_same(xkv.decode_scored, reference.decode_scored, args, slopes=slopes_of(heads), **options)
+    assert_same(xkv.decode_scored, oracles.decode_scored, args, slopes=slopes_of(heads), **options)
 
 
 @pytest.mark.parametrize("eviction", ["ring", "append", "none", "scored"])

@@ -9,13 +9,13 @@ import torch
 from fuzzing import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import reference_ordinals, reference_slot
 from torch import Tensor
 
 from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BudgetError, CapacityError
 from xkv_fx.layers import LayerSpec
 from xkv_fx.policy import Eviction, Policy
-from xkv_fx.runtime.reference import reference_ordinals, reference_slot
 from xkv_fx.runtime.slots import EMPTY, SlotPlan, slot_plans
 
 HEADS = 2

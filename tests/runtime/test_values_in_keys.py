@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import oracles
 import pytest
 import torch
 from torch import Tensor
 
-from xkv_fx.runtime import any_length, ops, reference
+from xkv_fx.runtime import any_length, ops
 
 ROWS, HEADS, DIM, SLOTS, NEW = 2, 4, 6, 5, 3
 SCALE = 0.3
@@ -48,12 +49,12 @@ def keep(op: Callable[..., Tensor], k_cache: Tensor, v_cache: Tensor) -> Tensor:
 
 
 CASES = [
-    (decode, ops.decode_attention, reference.decode_attention),
-    (decode_capped, ops.decode_attention, reference.decode_attention),
-    (decode_scored, ops.decode_scored, reference.decode_scored),
-    (extend, ops.extend_attention, reference.extend_attention),
-    (extend, any_length.extend_attention, reference.extend_attention),
-    (keep, ops.keep, reference.keep),
+    (decode, ops.decode_attention, oracles.decode_attention),
+    (decode_capped, ops.decode_attention, oracles.decode_attention),
+    (decode_scored, ops.decode_scored, oracles.decode_scored),
+    (extend, ops.extend_attention, oracles.extend_attention),
+    (extend, any_length.extend_attention, oracles.extend_attention),
+    (keep, ops.keep, oracles.keep),
 ]
 
 

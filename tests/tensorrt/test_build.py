@@ -11,10 +11,10 @@ import torch
 
 import xkv_fx
 from xkv_fx import Budgets, Policy
+from xkv_fx.engines.records import TensorRTBuild
+from xkv_fx.engines.tensorrt.build import build_engine, caches_of, written_in_place
+from xkv_fx.engines.tensorrt.graph import trace_for_tensorrt
 from xkv_fx.hf.models import load_model
-from xkv_fx.lowering.manifest_records import TensorRTBuild
-from xkv_fx.lowering.tensorrt import build_engine, caches_of, written_in_place
-from xkv_fx.lowering.tensorrt_graph import trace_for_tensorrt
 
 CAPABILITIES = ("sm_80", "sm_89", "sm_120")
 LAYERS = 30

@@ -23,7 +23,7 @@ from xkv_fx.cli.common import (
     show,
 )
 from xkv_fx.files import write_json
-from xkv_fx.planning.load_measured import load_measured
+from xkv_fx.planning.data.load_measured import load_measured
 
 
 @app.command("eval")
@@ -58,10 +58,10 @@ def eval_(
     json_: Json = False,
 ) -> None:
     """Put tasks to the full cache and to plans of equal bytes. Goes on where it was interrupted, if given --out."""
-    from xkv_fx.evaluation import command
-    from xkv_fx.evaluation.evaluate import Settings
-    from xkv_fx.evaluation.parts import remove_parts
-    from xkv_fx.evaluation.results import CONTINUATION
+    from xkv_fx.evaluation.quality import command
+    from xkv_fx.evaluation.quality.evaluate import EvaluationSettings
+    from xkv_fx.evaluation.quality.parts import remove_parts
+    from xkv_fx.evaluation.quality.results import CONTINUATION
     from xkv_fx.evaluation.tasks import task_names
 
     named = (*task_names(), CONTINUATION) if tasks is None else names(tasks)
@@ -72,7 +72,7 @@ def eval_(
         fractions=numbers(fractions),
         scorers=names(scorers),
         quantized=None if quantized is None else names(quantized),
-        settings=Settings(named, names(forms), length, instances, seed),
+        settings=EvaluationSettings(named, names(forms), length, instances, seed),
         backend=backend,
     )
     loaded, tokenizer = load(model)
@@ -121,14 +121,14 @@ def bench(
     json_: Json = False,
 ) -> None:
     """Measure our decode beside transformers' caches and other engines, in turns."""
-    from xkv_fx.evaluation.bench import Settings, run_bench
-    from xkv_fx.evaluation.bench_command import model_and_plan
+    from xkv_fx.evaluation.speed.bench import BenchSettings, run_bench
+    from xkv_fx.evaluation.speed.bench_command import model_and_plan
     from xkv_fx.hf.models import locate
 
     loaded, plan = model_and_plan(model, dtype, device, budgets, fraction, context)
     folder, gguf = locate(model)
     pythons = {"kvpress": kvpress_python, "openvino": openvino_python}
-    settings = Settings(
+    settings = BenchSettings(
         context,
         batch,
         plan,

@@ -26,9 +26,9 @@ from xkv_fx.cli.common import (
     show_plan,
 )
 from xkv_fx.errors import BudgetError
-from xkv_fx.planning.calibration_data import Calibration
-from xkv_fx.planning.load_measured import load_measured
-from xkv_fx.planning.profile_data import Profile
+from xkv_fx.planning.data.calibration_data import Calibration
+from xkv_fx.planning.data.load_measured import load_measured
+from xkv_fx.planning.data.profile_data import Profile
 
 Texts = Annotated[list[Path], typer.Option(help="Text files, each of them a prompt; may be given repeatedly.")]
 Length = Annotated[int | None, typer.Option(help="Cut each text into prompts of so many tokens.", min=2)]
@@ -97,7 +97,7 @@ def calibrate(
 
     Goes on where it was interrupted. Under torchrun, processes share the prompts.
     """
-    from xkv_fx.planning.calibrate import remove_parts
+    from xkv_fx.planning.measure.calibrate import remove_parts
 
     policy = xkv_fx.Policy(scorer=scorer, eviction=eviction, recent=recent, sinks=sinks)  # type: ignore[arg-type]
     parts = out.with_name(f"{out.name}.parts")

@@ -93,7 +93,7 @@ def inspect(
 
 
 def show_engine(folder: Path, as_json: bool) -> None:
-    from xkv_fx.lowering.engine_files import inspect_engine
+    from xkv_fx.engines.folder import inspect_engine
 
     found = inspect_engine(folder)
     if as_json:

@@ -16,9 +16,9 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from xkv_fx.errors import SessionError, UnsupportedModelError, XkvError
 from xkv_fx.hf.masks import padding_mask
-from xkv_fx.passes.compact_padding import places
+from xkv_fx.passes.prepare.compact_padding import places
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
-from xkv_fx.runtime.compile_ops import FOREIGN_CACHE
+from xkv_fx.runtime.tracing_marks import FOREIGN_CACHE
 
 NAME = "xkv"
 # Arguments that say nothing about the mathematics of attention once the mask is causal.

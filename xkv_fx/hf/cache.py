@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from xkv_fx.errors import SessionError
-from xkv_fx.runtime.compile_ops import FOREIGN_CACHE
 from xkv_fx.runtime.session import Program, Session
 from xkv_fx.runtime.session_file import load_session, save_session
+from xkv_fx.runtime.tracing_marks import FOREIGN_CACHE
 
 
 class SessionCache(Cache):

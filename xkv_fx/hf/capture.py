@@ -19,6 +19,10 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from xkv_fx.capture.captured import WHOLE, CapturedModel
+from xkv_fx.capture.check import check_capture
+from xkv_fx.capture.export import check_alone, export_graph, reason_of
+from xkv_fx.capture.plain_module import PROBE_LENGTH
 from xkv_fx.errors import UnsupportedModelError, XkvError
 from xkv_fx.hf.attention_entry import NAME
 from xkv_fx.hf.inspect import check_model, ends_early, fingerprint, has_latents, max_positions, shadow
@@ -26,17 +30,13 @@ from xkv_fx.hf.masks import FARTHEST, OutOfSightError, check_masks, recording_ma
 from xkv_fx.hf.rotary import changing_rotary
 from xkv_fx.hf.tensor_parallel import shards_of, use_shards
 from xkv_fx.layers import LayerSpec
-from xkv_fx.passes.absorb_latents import AbsorbLatents
-from xkv_fx.passes.capture_module import PROBE_LENGTH
-from xkv_fx.passes.captured import WHOLE, CapturedModel
-from xkv_fx.passes.check_capture import check_capture
-from xkv_fx.passes.clean_graph import CleanGraph
-from xkv_fx.passes.export_graph import check_alone, export_graph, reason_of
-from xkv_fx.passes.find_attention import attention_sites, cached_layers
-from xkv_fx.passes.find_positions import FindPositions
-from xkv_fx.passes.graph import output_node
-from xkv_fx.passes.match_attention import MatchAttention
-from xkv_fx.passes.specialize import one_token_graph
+from xkv_fx.passes.analyses.find_attention import attention_sites, cached_layers
+from xkv_fx.passes.prepare.absorb_latents import AbsorbLatents
+from xkv_fx.passes.prepare.clean_graph import CleanGraph
+from xkv_fx.passes.prepare.find_positions import FindPositions
+from xkv_fx.passes.prepare.match_attention import MatchAttention
+from xkv_fx.passes.prepare.specialize import one_token_graph
+from xkv_fx.passes.tools.graph import output_node
 
 
 class _Entry(nn.Module):

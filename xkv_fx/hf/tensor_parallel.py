@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from xkv_fx.capture.captured import Shard
 from xkv_fx.errors import UnsupportedModelError
-from xkv_fx.passes.captured import Shard
 
 c10d = torch.ops._c10d_functional
 _KEYS = re.compile(r"(k_proj|qkv_proj|query_key_value)$")

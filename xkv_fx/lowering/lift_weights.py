@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from xkv_fx.passes.graph import attribute
+from xkv_fx.passes.tools.graph import attribute
 
 
 def lift_weights(module: GraphModule) -> tuple[GraphModule, dict[str, Tensor]]:

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from xkv_fx.budgets import Budgets
+from xkv_fx.capture.captured import WHOLE, CapturedModel, Shard
 from xkv_fx.errors import BackendError, BudgetError, UnsupportedModelError
+from xkv_fx.lowering.backends.eager import lower_eager
+from xkv_fx.lowering.backends.inductor import lower_inductor
 from xkv_fx.lowering.describe import LOWERED, describe_layers, describe_passes, describe_plan, describe_shard
-from xkv_fx.lowering.eager import lower_eager
-from xkv_fx.lowering.inductor import lower_inductor
-from xkv_fx.passes.captured import WHOLE, CapturedModel, Shard
 from xkv_fx.passes.pipeline import (
     TransformedGraph,
     decode_pipeline,

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch.fx import GraphModule
 
 from xkv_fx.errors import PassError
-from xkv_fx.passes.graph import open_sizes
+from xkv_fx.passes.tools.graph import open_sizes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from torch.fx import GraphModule
 
 from xkv_fx.layers import LayerSpec
-from xkv_fx.passes.add_statistics import AddStatistics
+from xkv_fx.passes.analyses.find_attention import any_latent
 from xkv_fx.passes.base import GraphPass, PassRecord
-from xkv_fx.passes.check_cache import CheckCache
-from xkv_fx.passes.clean_graph import CleanGraph
-from xkv_fx.passes.compact_padding import CompactPadding
-from xkv_fx.passes.expand_latents import ExpandLatents
-from xkv_fx.passes.find_attention import any_latent
-from xkv_fx.passes.insert_cache import InsertDecodeCache, InsertExtendCache, InsertPrefillCache
-from xkv_fx.passes.score_outputs import ScoreOutputs
-from xkv_fx.passes.select_last_logits import SelectLastLogits
+from xkv_fx.passes.cache.check_cache import CheckCache
+from xkv_fx.passes.cache.insert_cache import InsertDecodeCache, InsertExtendCache, InsertPrefillCache
+from xkv_fx.passes.measure.add_statistics import AddStatistics
+from xkv_fx.passes.measure.score_outputs import ScoreOutputs
+from xkv_fx.passes.prepare.clean_graph import CleanGraph
+from xkv_fx.passes.prepare.compact_padding import CompactPadding
+from xkv_fx.passes.prepare.expand_latents import ExpandLatents
+from xkv_fx.passes.prepare.select_last_logits import SelectLastLogits
 from xkv_fx.runtime.scorers import Scorer
 from xkv_fx.runtime.state import CachePlan
 

@@ -11,11 +11,11 @@ import numpy as np
 from torch import Tensor
 
 from xkv_fx.budgets import Budgets
+from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, ModelMismatchError
-from xkv_fx.passes.captured import CapturedModel
-from xkv_fx.planning.calibration_data import Calibration
-from xkv_fx.planning.plan import solve
-from xkv_fx.planning.verify import CONTINUATION, divergence_of_plans, held_out_summary
+from xkv_fx.planning.data.calibration_data import Calibration
+from xkv_fx.planning.measure.verify import CONTINUATION, divergence_of_plans, held_out_summary
+from xkv_fx.planning.solve.plan import solve
 
 Progress = Callable[[int, int], None]
 

@@ -1,7 +1,7 @@
 """The budgeted ops, under the `torch.library` namespace `xkv`; importing this module registers them.
 
 Every op declares what it mutates, takes no strings and has a fake kernel. Its kernel is plain torch, so that a lowering
-may trace through it (`DECOMPOSITIONS`); `reference.py` holds an independent, slow statement of each.
+may trace through it (`DECOMPOSITIONS`); `tests/oracles` holds an independent, slow statement of each.
 
 Shapes: new tokens `q [rows, query_heads, S, key_dim]`, `k [rows, kv_heads, S, key_dim]`,
 `v [rows, kv_heads, S, value_dim]`; a layer's buffers `k_cache [rows, kv_heads, slots, key_dim]`,

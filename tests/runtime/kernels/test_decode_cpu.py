@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import oracles as reference
 import pytest
 import torch
 from exhaustive import exhaustive
@@ -12,7 +13,6 @@ from torch import Tensor
 from torch._inductor.codecache import CppCodeCache
 
 from xkv_fx.errors import BackendError
-from xkv_fx.runtime import reference
 from xkv_fx.runtime.kernels import decode_cpu
 
 SCALE = 0.2

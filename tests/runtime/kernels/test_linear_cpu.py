@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.functional import linear as linear_of_torch
 
-from xkv_fx.lowering.choose_linear import choose_linear
-from xkv_fx.passes.graph import calls
+from xkv_fx.lowering.kernels.linear import choose_linear
+from xkv_fx.passes.tools.graph import calls
 from xkv_fx.runtime.kernels import linear_cpu
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

@@ -1,0 +1,173 @@
+"""What decode attention becomes on a GPU, chosen on fake tensors: no GPU is needed to choose."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import unittest
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from xkv_fx.errors import BackendError
+from xkv_fx.lowering.kernels.attention import choose_attention
+from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
+
+xkv = torch.ops.xkv
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.fixture(autouse=True)
+def mode() -> Iterator[FakeTensorMode]:
+    with FakeTensorMode() as fake:
+        yield fake
+
+
+def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def graph(attend: Callable[..., Any], *values: torch.Tensor) -> GraphModule:
+    module = make_fx(attend)(*values)
+    for node, value in zip(module.graph.nodes, values, strict=False):
+        node.meta["val"] = value
+    return module
+
+
+def layer(
+    heads: tuple[int, int] = (32, 8), dims: tuple[int, int] = (128, 128), slots: int = 1000, dtype: Any = torch.bfloat16
+) -> list[torch.Tensor]:
+    """q, k, v and the two buffers of two rows."""
+    (queries, keys), (key_dim, value_dim) = heads, dims
+    sizes = [(queries, 1, key_dim), (keys, 1, key_dim), (keys, 1, value_dim), (keys, slots, key_dim)]
+    return [on_gpu(2, *size, dtype=dtype) for size in (*sizes, (keys, slots, value_dim))]
+
+
+def decode(*values: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = xkv.decode_attention(*values[:7], 0.1)
+    return out
+
+
+def masked(slots: int = 1000, heads: int = 1, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    return [on_gpu(2, dtype=torch.int64), on_gpu(2, heads, 1, slots, dtype=dtype)]
+
+
+def targets(module: GraphModule) -> list[Any]:
+    return [node.target for node in module.graph.nodes if node.op == "call_function"]
+
+
+def triton_nodes(module: GraphModule) -> list[Node]:
+    return [node for node in module.graph.nodes if "triton" in str(node.target)]
+
+
+@needs_triton
+def test_layers_that_share_a_mask_share_its_count() -> None:
+    def two_layers(*values: torch.Tensor) -> torch.Tensor:
+        slot, mask = values[10:]
+        short = torch.ops.aten.slice.Tensor(mask, 3, 0, 600)
+        first = xkv.decode_attention(*values[:5], slot, mask, 0.1)
+        return first + xkv.decode_attention(*values[5:10], slot, short, 0.1, softcap=30.0)
+
+    module = graph(two_layers, *layer(), *layer(slots=600), *masked())
+    assert choose_attention(module) == "2 layers by Triton kernel"
+    first, second = triton_nodes(module)
+    assert first.target is second.target is xkv.decode_attention_triton.default
+    assert first.args[7] is second.args[7]
+    assert second.args[9] == 30.0
+    assert targets(module).count(torch.ops.aten.amax.default) == 1
+    module.graph.lint()
+
+
+def scored(*values: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = xkv.decode_scored(*values, 0.1, 64, 4)
+    return out
+
+
+def scored_layer(slots: int) -> list[torch.Tensor]:
+    state = [on_gpu(2, 8, slots, dtype=dtype) for dtype in (torch.int32, torch.float32)]
+    return [*layer(slots=slots), *state, on_gpu(2, dtype=torch.int64)]
+
+
+@needs_triton
+def test_eviction_by_score_is_served() -> None:
+    values = scored_layer(1000)
+    module = graph(scored, *values)
+    assert choose_attention(module) == "1 layers by Triton kernel"
+    assert triton_nodes(module)[0].target is xkv.decode_scored_triton.default
+    module.graph.lint()
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (lambda: [*layer(dtype=torch.float64), *masked(dtype=torch.float64)], "dtype torch.float64"),
+        (lambda: [*layer((128, 1), (576, 512)), *masked()], "128 queries a KV head of head sizes 576 and 512"),
+    ],
+    ids=["float64", "latent"],
+)
+def test_what_is_not_served_is_announced(values: Callable[[], list[torch.Tensor]], reason: str) -> None:
+    module = graph(decode, *values())
+    with unittest.TestCase().assertLogs("xkv_fx", logging.WARNING) as log:
+        chosen = choose_attention(module)
+    assert chosen.startswith("1 layers by torch ops (")
+    assert reason in chosen
+    assert reason in "".join(log.output)
+
+
+def test_without_triton_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match="Triton is missing"):
+        choose_attention(graph(decode, *layer(), *masked()))
+
+
+class Hopper:
+    """All that torch asks Triton's driver when it reads off a kernel which of its arguments it changes."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import driver  # of a GPU that is not there
+
+    monkeypatch.setattr(driver, "_active", Hopper())
+
+
+def decode_by_kernel(*values: torch.Tensor) -> tuple[torch.Tensor]:
+    count = torch.ones_like(values[5])
+    return (xkv.decode_attention_triton(*values[:7], count, 0.1, None, None, 4, 64, 4, 3),)
+
+
+def scored_by_kernel(*values: torch.Tensor) -> tuple[torch.Tensor]:
+    return (xkv.decode_scored_triton(*values, 0.1, 64, 4, None, None, None, None, 4, 64, 4, 3),)
+
+
+@needs_triton
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("eviction", ["ring", "scored"])
+def test_inductor_is_given_the_kernels_themselves(eviction: str) -> None:
+    """Traced as Inductor and AOTInductor do it, the op is not opaque: its launches are nodes, and what they change in
+    place are a session's buffers and nothing else. Fake tensors on CPU, since this torch may know of no GPU at all."""
+    scores = eviction == "scored"
+    attend, buffers, launches = (scored_by_kernel, {3, 4, 5, 6}, 3) if scores else (decode_by_kernel, {3, 4}, 2)
+    given = scored_layer(4096) if scores else [*layer(slots=4096), *masked(4096)]
+    values = [torch.empty_like(value, device="cpu") for value in given]
+    traced, signature = aot_export_module(graph(attend, *values), values, trace_joint=False)
+    nodes = [node for node in traced.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    assert len(nodes) == launches
+    assert not any("decode" in str(target) for target in targets(traced))
+    changed = {int(name.split("_")[0].removeprefix("arg")) for name in signature.user_inputs_to_mutate.values()}
+    assert changed == buffers
+    written = {name for node in nodes for name in node.kwargs["tensors_to_clone"]}
+    kept = {"k_cache", "v_cache", "positions", "scores"} if scores else {"k_cache", "v_cache"}
+    assert written - {"out", "parts", "lse", "logits", "whole_lse"} == kept

@@ -1,0 +1,248 @@
+"""A calibration's data: what is refused, its curves, and its file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from fuzzing import examples
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import xkv_fx
+from xkv_fx import Budgets, Calibration, LayerSpec, Policy
+from xkv_fx.errors import BudgetError, FileFormatError
+from xkv_fx.planning.data.hull import gain_curve
+from xkv_fx.planning.data.load_measured import load_measured
+from xkv_fx.planning.data.measured_file import HEADER
+from xkv_fx.planning.data.profile_data import Profile
+
+GRID = (0.125, 0.25, 0.5)
+SPEC = LayerSpec(4, 2, 8, 8, 4)
+SLIDING = LayerSpec(4, 2, 8, 8, 4, sliding_window=16)
+KL = np.array([[[0.8, 0.4, 0.1], [0.02, 0.01, 0.0]], [[0.6, 0.2, 0.1], [0.04, 0.01, 0.0]]], dtype=np.float32)
+
+
+def made(**options: Any) -> Calibration:
+    fields: dict[str, Any] = {
+        "kl": KL, "grid": GRID, "lengths": (64, 48), "continuation": 4, "policy": Policy(eviction="append"),
+        "layers": (SPEC, SPEC), "model": "some model",
+    }  # fmt: skip
+    return Calibration(**{**fields, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl": KL[:, :1]}, r"\[prompts, layers, grid\] = \[2, 2, 3\]"),
+        ({"kl": KL.astype(np.int64)}, "must be float32"),
+        ({"kl": -KL}, "prompt 0 hold NaN, an infinity or a negative value"),
+        ({"kl": np.where(KL[1, 0, 0] == KL, np.nan, KL)}, "prompt 1 hold NaN"),
+        ({"grid": (0.5, 0.25, 0.75)}, "ascending"),
+        ({"lengths": (64,)}, "prompts, layers, grid"),
+        ({"lengths": (64, 0)}, "at least 1"),
+        ({"continuation": 0}, "continuation"),
+        ({"policy": None}, "policy must be"),
+        ({"layers": ()}, "layers must be"),
+        ({"model": ""}, "fingerprint"),
+    ],
+)
+def test_bad_values_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        made(**options)
+
+
+def test_curves_are_those_of_the_mean_over_prompts() -> None:
+    curves = made().mean_curve(80)
+    for curve, kl in zip(curves, KL.mean(0, dtype=np.float64), strict=True):
+        np.testing.assert_allclose(curve, gain_curve(np.array(GRID), kl, 80))
+
+
+def test_a_sliding_layer_gains_nothing_beyond_its_window() -> None:
+    curve = made(layers=(SPEC, SLIDING)).mean_curve(80)[1]
+    assert (curve[16:] == curve[16]).all()
+    assert curve[4] < curve[16]
+
+
+def test_expected_kl_adds_up_what_was_measured() -> None:
+    assert made().expected_kl((16, 16)) == pytest.approx(0.3 + 0.01, rel=1e-5)
+    assert made().expected_kl((64, 1000)) == pytest.approx(0.0, abs=1e-9)
+    with pytest.raises(BudgetError, match="3 capacities"):
+        made().expected_kl((1, 2, 3))
+    with pytest.raises(BudgetError, match="at least 1"):
+        made().expected_kl((1, 0))
+
+
+def test_solve_takes_it_by_default_with_its_own_allocator() -> None:
+    budgets = xkv_fx.solve(made(), fraction=0.25, multiple=1)
+    assert budgets.total_tokens == 32
+    assert budgets.capacities[0] > budgets.capacities[1] >= 4, "no layer is below a quarter of the mean"
+    assert budgets.policy == made().policy
+    provenance = budgets.provenance
+    assert (provenance.allocator, provenance.context, provenance.model) == ("calibrated", 64, "some model")
+    assert provenance.expected_retention is None
+    assert provenance.expected_kl == pytest.approx(made().expected_kl(budgets.capacities))
+    assert provenance.source == made().digest()
+
+
+def concave(curve: NDArray[np.float64]) -> list[float]:
+    """The least concave curve above: at each point the highest of all straight lines between two others."""
+    places = range(len(curve))
+    return [
+        max(float(np.interp(at, (a, b), curve[[a, b]])) for a in places[: at + 1] for b in places[at:]) for at in places
+    ]
+
+
+@examples(40)
+@given(st.data())
+def test_the_plan_is_the_best_of_all(data: Any) -> None:
+    """Brute force over all plans of three layers, by concave curves; a quarter of the total is shared alike."""
+    kl = np.sort(np.array(data.draw(st.lists(st.floats(0, 1), min_size=9, max_size=9))).reshape(1, 3, 3))[..., ::-1]
+    calibration = made(kl=kl.astype(np.float32), lengths=(12,), layers=(SPEC,) * 3)
+    total = data.draw(st.integers(3, 36))
+    curves = [concave(curve) for curve in calibration.mean_curve(12)]
+
+    def best_from(low: int) -> float:
+        plans = ((a, b, total - a - b) for a in range(low, 13) for b in range(low, 13) if low <= total - a - b <= 12)
+        return max(sum(curve[slots] for curve, slots in zip(curves, plan, strict=True)) for plan in plans)
+
+    # A shared quarter that is no multiple of three gives some layers one slot more than others.
+    fewest, most = (max(1, total // 4 // 3), max(1, -(-(total // 4) // 3)))
+    found = xkv_fx.solve(calibration, total_tokens=total, multiple=1).capacities
+    value = sum(curve[slots] for curve, slots in zip(curves, found, strict=True))
+    assert min(found) >= fewest
+    assert best_from(most) - 1e-9 <= value <= best_from(fewest) + 1e-9
+
+
+def test_bytes_over_unequal_layers_keep_the_floor() -> None:
+    wide = LayerSpec(4, 4, 16, 16, 4)
+    budgets = xkv_fx.solve(
+        made(layers=(SPEC, wide)), kv_bytes=32 * SPEC.slot_bytes() + 32 * wide.slot_bytes(), multiple=1
+    )
+    assert min(budgets.capacities) >= 8
+    assert budgets.kv_bytes((SPEC, wide)) <= 32 * SPEC.slot_bytes() + 32 * wide.slot_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"retention": 0.5}, "holds no retention"),
+        ({"fraction": 0.5, "allocator": "xkv"}, "'xkv' needs an xkv_fx.Profile"),
+        ({"fraction": 0.5, "allocator": "maxmin"}, "'maxmin' needs an xkv_fx.Profile"),
+        ({"fraction": 0.5, "allocator": "entropy"}, "was not measured here"),
+    ],
+)
+def test_what_a_calibration_cannot_do_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        xkv_fx.solve(made(), **options)
+
+
+def test_a_profile_cannot_be_solved_as_a_calibration() -> None:
+    curve = np.linspace(0, 1, 65, dtype=np.float32)
+    profile = Profile((np.stack([curve, curve]),), Policy(), (SPEC, SPEC), "some model")
+    with pytest.raises(BudgetError, match="'calibrated' needs"):
+        xkv_fx.solve(profile, fraction=0.5, allocator="calibrated")
+    assert xkv_fx.solve(made(), fraction=0.5, allocator="uniform").capacities == (32, 32)
+
+
+def test_permuted_layers_give_a_permuted_plan() -> None:
+    straight = xkv_fx.solve(made(), fraction=0.3, multiple=1).capacities
+    turned = xkv_fx.solve(made(kl=KL[:, ::-1]), fraction=0.3, multiple=1).capacities
+    assert turned == straight[::-1]
+
+
+def test_scaled_divergences_give_the_same_plan() -> None:
+    plans = {xkv_fx.solve(made(kl=KL * scale), fraction=0.3).capacities for scale in (1.0, 8.0, 0.125)}
+    assert len(plans) == 1
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 16])
+def test_above_a_floor_more_tokens_are_never_expected_to_stray_further(multiple: int) -> None:
+    """A floor that stays: a quarter of the context is never below a quarter of the mean."""
+    layers = 5
+    rng = np.random.default_rng(3)
+    for _ in range(4):
+        kl = np.sort(rng.exponential(size=(1, layers, 3)) * 10.0 ** rng.integers(-4, 1, size=(1, layers, 1)))[..., ::-1]
+        calibration = made(kl=kl.astype(np.float32), lengths=(64,), layers=(SPEC,) * layers)
+        plans = [
+            xkv_fx.solve(calibration, total_tokens=total, multiple=multiple, floor=16)
+            for total in range(16 * layers, 64 * layers + 1, 7)
+        ]
+        assert min(min(plan.capacities) for plan in plans) == 16
+        expected = np.array([plan.provenance.expected_kl for plan in plans], dtype=np.float64)
+        assert np.diff(expected).max() <= 1e-9
+
+
+def test_file_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.safetensors"
+    made().save(path)
+    assert Calibration.load(path) == made()
+    assert load_measured(path) == made()
+    curve = np.linspace(0, 1, 65, dtype=np.float32)
+    profile = Profile((np.stack([curve, curve]),), Policy(), (SPEC, SPEC), "some model")
+    profile.save(path)
+    assert load_measured(path) == profile
+    with pytest.raises(FileFormatError, match=r"not a xkv_fx\.calibration file"):
+        Calibration.load(path)
+
+
+def rewritten(path: Path, tensors: dict[str, Any] | None = None, **changes: Any) -> Path:
+    made().save(path)
+    with safetensors.safe_open(path, framework="np") as file:
+        header = json.loads(file.metadata()[HEADER])
+        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header |= changes
+    safetensors.numpy.save_file(tensors or held, path, {HEADER: json.dumps(header)})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 99}, "newer"),
+        ({"grid": [0.1, 0.2, 0.9]}, "checksum"),
+        ({"grid": [0.2, 0.1, 0.9]}, "ascending"),
+        ({"grid": "all"}, "wrong type"),
+        ({"lengths": [1]}, "prompts, layers, grid"),
+        ({"lengths": ["a", "b"]}, "whole number"),
+        ({"surprise": 1}, "its fields are"),
+        ({"layers": [{}, {}]}, "fields of layer 0"),
+        ({"tensors": {"kl": KL.astype(np.float64)}}, "float32"),
+        ({"tensors": {"other": KL}}, "one array 'kl'"),
+        ({"tensors": {"kl": KL * 2}}, "checksum"),
+        ({"tensors": {"kl": KL * np.nan}}, "NaN"),
+    ],
+)
+def test_a_tampered_file_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = rewritten(tmp_path / "c.safetensors", **changes)
+    with pytest.raises(FileFormatError, match=message) as caught:
+        Calibration.load(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 40, b"\x08" + b"\0" * 7 + b'{"a": 1}'])
+def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(content)
+    for load in (Calibration.load, load_measured):
+        with pytest.raises(FileFormatError):
+            load(path)
+
+
+def test_a_cut_off_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    made().save(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(FileFormatError, match="cut off"):
+        Calibration.load(path)
+
+
+def test_expected_kl_survives_the_plans_file(tmp_path: Path) -> None:
+    budgets = xkv_fx.solve(made(), fraction=0.5)
+    budgets.save(tmp_path / "plan.json")
+    assert Budgets.load(tmp_path / "plan.json") == budgets

@@ -1,0 +1,97 @@
+"""Continuations that are run again in one pass, against decoding them one by one with the transformed model."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from ready_models import captured, model, transformed
+from tiny_models import FAMILIES, random_ids
+from torch import Tensor
+
+from xkv_fx import Budgets, Policy
+from xkv_fx.errors import PromptError
+from xkv_fx.passes.measure.cut_at_attention import CutModel
+from xkv_fx.planning.measure.continuation import FullRun, cut_model, kl_divergence, run_full
+from xkv_fx.runtime.scorers import SnapKV
+from xkv_fx.runtime.slots import SlotPlan, slot_plans
+
+IDS = random_ids(1, 60, seed=1)
+NEW = 12
+EVICTIONS = ("append", "ring", "scored")
+PLANS = ((20, 9), (50, 60), (48, 13))
+
+
+@functools.cache
+def cut(family: str) -> CutModel:
+    return cut_model(captured(family, 2, 1))
+
+
+@functools.cache
+def full(family: str) -> FullRun:
+    return run_full(cut(family), SnapKV(), IDS, NEW)
+
+
+def slots(family: str, capacities: tuple[int, ...], eviction: str) -> tuple[SlotPlan, ...]:
+    return slot_plans(Budgets(capacities, Policy(eviction=eviction)), captured(family, 2, 1).layers, NEW)  # type: ignore[arg-type]
+
+
+def decoded(family: str, capacities: tuple[int, ...], eviction: str) -> Tensor:
+    """KL of each continuation token, from a session that decodes one after another, to transformers' own logits."""
+    llm = transformed(Budgets(capacities, Policy(eviction=eviction)), family=family, max_new_tokens=NEW)  # type: ignore[arg-type]
+    session = llm.new_session()
+    llm(IDS[:, :-NEW], past_key_values=session, logits_to_keep=1)
+    logits = [
+        llm(token, past_key_values=session, decoding=True).logits[0, -1] for token in IDS[:, -NEW:].split(1, dim=1)
+    ]
+    with torch.no_grad():
+        reference = model(family)(IDS).logits[0, -NEW:].double().log_softmax(-1)
+    log_q = torch.stack(logits).detach().double().log_softmax(-1)
+    kl: Tensor = (reference.exp() * (reference - log_q)).sum(-1)
+    return kl
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_one_pass_is_decoding_one_by_one(family: str, eviction: str) -> None:
+    plans = PLANS if family == "llama" else PLANS[:1]
+    kl = full(family).divergence([slots(family, capacities, eviction) for capacities in plans])
+    for found, capacities in zip(kl, plans, strict=True):
+        torch.testing.assert_close(found, decoded(family, capacities, eviction), atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_budgets_change_nothing(family: str) -> None:
+    layers = captured(family, 2, 1).layers
+    assert float(full(family).divergence([(None,) * len(layers)] * 2).max()) < 1e-8
+
+
+def test_plans_of_any_order_are_measured_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = slots("llama", (20, 9), "append"), slots("llama", (15, 30), "append")
+    plans = [(None, first[1]), first, (None, None), (second[0], None), (None, second[1]), second]
+    run = full("llama")
+    together = run.divergence(plans)
+    alone = torch.cat([run.divergence([plan]) for plan in plans])
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-4)
+    monkeypatch.setattr("xkv_fx.planning.measure.continuation._TOKENS_AT_ONCE", 2 * NEW)
+    monkeypatch.setattr("xkv_fx.planning.measure.continuation._LOGIT_BYTES", 1)
+    torch.testing.assert_close(run.divergence(plans), alone, atol=1e-6, rtol=1e-4)
+
+
+def test_kl_of_close_distributions_keeps_its_digits_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(4, 1000, generator=generator)
+    moved = logits + 1e-4 * torch.randn(4, 1000, generator=generator)
+    log_p, log_q = logits.double().log_softmax(-1), moved.double().log_softmax(-1)
+    exact = (log_p.exp() * (log_p - log_q)).sum(-1)
+    found = kl_divergence(logits.log_softmax(-1), moved)
+    assert found.dtype == torch.float64
+    assert (found >= 0).all()
+    np.testing.assert_allclose(found, exact, rtol=2e-2)
+
+
+def test_a_prompt_that_is_all_continuation_is_refused() -> None:
+    with pytest.raises(PromptError, match="leaves none before its continuation"):
+        run_full(cut("llama"), SnapKV(), IDS[:, :NEW], NEW)

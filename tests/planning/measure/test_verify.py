@@ -1,0 +1,192 @@
+"""Held-out reports: what is compared with what, how certain it is, and the smallest plan that holds a bound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fuzzing import examples
+from hypothesis import given
+from hypothesis import strategies as st
+from ready_models import captured, model, remember_captures
+from tiny_models import random_ids
+
+import xkv_fx
+from xkv_fx import Budgets, Calibration, LayerSpec, Policy, Verification
+from xkv_fx.budgets import Provenance
+from xkv_fx.errors import BudgetError, ModelMismatchError, PromptError
+from xkv_fx.planning.measure.continuation import cut_model, run_full
+from xkv_fx.planning.measure.verify import Ratio, ratio_of_means, uniform_like
+from xkv_fx.runtime.scorers import SnapKV
+from xkv_fx.runtime.slots import slot_plans
+
+PROMPTS = [random_ids(1, 40, seed=seed)[0] for seed in range(4)]
+NEW = 6
+APPEND = Policy(eviction="append")
+SKEWED = Budgets((20, 6), APPEND)
+
+
+@pytest.fixture(autouse=True)
+def _captures_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    remember_captures(monkeypatch)
+
+
+def test_a_plan_beside_uniform_at_equal_bytes() -> None:
+    report = xkv_fx.verify(model(), SKEWED, PROMPTS, continuation=NEW)
+    assert report.uniform == (13, 13)
+    layers = captured("llama", 2, 1).layers
+    cut = cut_model(captured("llama", 2, 1))
+    for prompt, ids in enumerate(PROMPTS):
+        run = run_full(cut, SnapKV(), ids[None], NEW)
+        ours, even = (slot_plans(Budgets(c, APPEND), layers, NEW) for c in (SKEWED.capacities, (13, 13)))
+        expected = run.divergence([ours, even]).mean(1)
+        assert report.kl[prompt] == pytest.approx(float(expected[0]), rel=1e-3)
+        assert report.uniform_kl[prompt] == pytest.approx(float(expected[1]), rel=1e-3)
+    assert report.ratio.value == pytest.approx(np.mean(report.kl) / np.mean(report.uniform_kl))
+
+
+def test_several_plans_share_one_pass_and_report_alike() -> None:
+    others = Budgets((6, 20), APPEND)
+    reports = xkv_fx.verify(model(), (SKEWED, others), PROMPTS, continuation=NEW)
+    alone = xkv_fx.verify(model(), SKEWED, PROMPTS, continuation=NEW)
+    np.testing.assert_allclose(reports[0].kl, alone.kl, rtol=1e-3)
+    assert reports[1].uniform == alone.uniform
+    assert len(reports) == 2
+
+
+def test_a_uniform_plan_is_exactly_as_good_as_itself() -> None:
+    report = xkv_fx.verify(model(), Budgets.uniform(2, 12, APPEND), PROMPTS, continuation=NEW)
+    assert report.ratio == Ratio(1.0, 1.0, 1.0)
+    assert not report.better
+
+
+def test_the_report_is_stored_in_the_plan(tmp_path: Any) -> None:
+    report = xkv_fx.verify(model(), SKEWED, PROMPTS, continuation=NEW)
+    stored = report.stored_in(SKEWED)
+    stored.save(tmp_path / "plan.json")
+    assert Budgets.load(tmp_path / "plan.json") == stored
+    held_out = stored.provenance.held_out
+    assert held_out is not None
+    assert held_out["prompts"] == 4
+    assert held_out["ratio"] == report.ratio.value
+    even = report.uniform_plan(SKEWED)
+    assert even.capacities == (13, 13)
+    assert even.provenance.allocator == "uniform"
+
+
+@examples(20)
+@given(st.lists(st.floats(0.01, 10), min_size=2, max_size=12), st.floats(0.1, 3))
+def test_the_interval_is_paired(values: list[float], factor: float) -> None:
+    theirs = np.array(values)
+    ratio = ratio_of_means(theirs * factor, theirs, resamples=500)
+    assert ratio.value == pytest.approx(factor)
+    assert ratio.low == pytest.approx(factor)
+    assert ratio.high == pytest.approx(factor), "what both plans share leaves no doubt about their ratio"
+
+
+def test_the_interval_is_that_of_a_bootstrap_over_prompts() -> None:
+    generator = np.random.default_rng(3)
+    ours, theirs = generator.gamma(1, 1, 30), generator.gamma(1, 2, 30)
+    found = ratio_of_means(ours, theirs)
+    assert found == ratio_of_means(ours, theirs), "the seed is fixed"
+    draws = [generator.integers(30, size=30) for _ in range(20_000)]
+    low, high = np.percentile([ours[d].mean() / theirs[d].mean() for d in draws], (2.5, 97.5))
+    assert found.low == pytest.approx(low, rel=0.03)
+    assert found.high == pytest.approx(high, rel=0.03)
+
+
+def test_nothing_lost_by_either_is_a_tie() -> None:
+    assert ratio_of_means(np.zeros(3), np.zeros(3)) == Ratio(1.0, 1.0, 1.0)
+
+
+def test_uniform_takes_no_more_bytes_whatever_the_layers_are() -> None:
+    layers = (LayerSpec(4, 2, 8, 8, 4), LayerSpec(4, 4, 16, 16, 4), LayerSpec(4, 2, 8, 8, 4, sliding_window=8))
+    plan = Budgets((40, 10, 30), APPEND)
+    even = uniform_like(plan, layers)
+    assert even.kv_bytes(layers) <= plan.kv_bytes(layers)
+    assert even.capacities[2] <= 8
+    more = Budgets(tuple(c + 1 for c in even.capacities), APPEND)
+    assert more.kv_bytes(layers) > plan.kv_bytes(layers)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "options", "error", "message"),
+    [
+        (Budgets.full(2, 100), {}, BudgetError, "never evicts"),
+        (Budgets((4, 4, 4), APPEND), {}, BudgetError, "3 capacities"),
+        (Budgets((4, 4), APPEND, Provenance(model="another")), {}, ModelMismatchError, "made for the model"),
+        ("plan", {}, BudgetError, "must be an xkv_fx"),
+        ((), {}, BudgetError, "must be an xkv_fx"),
+        ((SKEWED, Budgets(SKEWED.capacities)), {}, BudgetError, "one policy"),
+        (SKEWED, {"continuation": 0}, BudgetError, "continuation must be"),
+        (SKEWED, {"continuation": 39}, PromptError, "too few"),
+    ],
+)
+def test_bad_input_is_refused(budgets: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        xkv_fx.verify(model(), budgets, PROMPTS, **{"continuation": NEW, **options})
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    with pytest.MonkeyPatch.context() as patch:
+        remember_captures(patch)
+        return xkv_fx.calibrate(
+            model(), [random_ids(1, 40, seed=9)[0]], grid=(0.2, 0.4, 0.7), policy=APPEND, continuation=NEW
+        )
+
+
+def test_the_smallest_plan_that_holds_a_bound(calibration: Calibration) -> None:
+    options: dict[str, Any] = {"continuation": NEW, "multiple": 1, "resolution": 0.05}
+    found = xkv_fx.fit_quality(model(), calibration, PROMPTS, kl=0.3, **options)
+    assert found.provenance.constraint == {"kl": 0.3}
+    held_out = found.provenance.held_out
+    assert held_out is not None
+    assert held_out["mean_kl"] <= 0.3
+    report = xkv_fx.verify(model(), found, PROMPTS, continuation=NEW)
+    assert np.mean(report.kl) == pytest.approx(held_out["mean_kl"], rel=1e-3)
+    stricter = xkv_fx.fit_quality(model(), calibration, PROMPTS, kl=0.1, **options)
+    assert stricter.total_tokens > found.total_tokens
+    step = max(1, int(0.05 * 2 * 34))
+    fewer = xkv_fx.solve(calibration, total_tokens=found.total_tokens - step, multiple=1)
+    assert np.mean(xkv_fx.verify(model(), fewer, PROMPTS, continuation=NEW).kl) > 0.3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl": 0.0}, "kl must be"),
+        ({"kl": float("nan")}, "kl must be"),
+        ({"kl": True}, "kl must be"),
+        ({"resolution": 0.0}, "resolution must be"),
+    ],
+)
+def test_bad_bounds_are_refused(calibration: Calibration, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        xkv_fx.fit_quality(model(), calibration, PROMPTS, continuation=NEW, **options)
+
+
+def test_fit_quality_takes_a_calibration_of_this_model_only(calibration: Calibration) -> None:
+    with pytest.raises(BudgetError, match="takes an xkv_fx"):
+        xkv_fx.fit_quality(model(), SKEWED, PROMPTS)  # type: ignore[arg-type]
+    other = Calibration(**{**vars(calibration), "model": "another"})
+    with pytest.raises(ModelMismatchError, match="'another'"):
+        xkv_fx.fit_quality(model(), other, PROMPTS, continuation=NEW)
+
+
+def test_a_bound_that_even_full_capacities_break_is_refused() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        remember_captures(patch)
+        ring = xkv_fx.calibrate(
+            model(), [torch.arange(3, 43)], grid=(0.2, 0.4), policy=Policy(eviction="ring"), continuation=NEW
+        )
+    with pytest.raises(BudgetError, match="push out others"):
+        xkv_fx.fit_quality(model(), ring, PROMPTS, kl=1e-9, continuation=NEW)
+
+
+def test_reports_say_it_in_words() -> None:
+    report = Verification((1.0, 3.0), (2.0, 6.0), (4, 4), Ratio(0.5, 0.45, 0.55), NEW)
+    assert report.better
+    assert "-50% (-55% to -45%, 95 %, 2 prompts)" in str(report)

@@ -1,0 +1,1 @@
+"""From a model to its captured graphs, checked against the model's own logits."""

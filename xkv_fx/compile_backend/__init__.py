@@ -1,0 +1,1 @@
+"""The backend "xkv" of torch.compile."""

@@ -1,0 +1,155 @@
+"""What the backend makes of a graph of Dynamo's for one cache plan: the graphs of `transform`, and what runs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from xkv_fx.budgets import Budgets
+from xkv_fx.capture.captured import CapturedModel
+from xkv_fx.capture.check import LENGTH, check_capture
+from xkv_fx.capture.export import export_graph
+from xkv_fx.capture.plain_module import PROBE_LENGTH
+from xkv_fx.compile_backend.dynamo_graph import DynamoGraph
+from xkv_fx.errors import BackendError, SessionError
+from xkv_fx.lowering.backends.inductor import compile_lifted
+from xkv_fx.lowering.describe import LOWERED, describe_passes
+from xkv_fx.lowering.lift_weights import lift_weights
+from xkv_fx.lowering.program import Graphs, check_request
+from xkv_fx.passes.analyses.find_attention import any_latent, attention_sites, cached_layers
+from xkv_fx.passes.prepare.absorb_latents import AbsorbLatents
+from xkv_fx.passes.prepare.clean_graph import CleanGraph
+from xkv_fx.passes.prepare.open_last_logits import OpenLastLogits
+from xkv_fx.passes.tools.graph import output_node
+from xkv_fx.runtime.session import Kind
+from xkv_fx.runtime.state import CachePlan
+
+
+class PlannedGraphs:
+    """The graphs of one compiled call under one cache plan: prefill and extend for several tokens, decode for one (and
+    prefill, for a prompt of one token).
+
+    Attributes:
+        many: whether they are for several tokens a row.
+        all_logits: whether the call returns the logits of every token.
+    """
+
+    def __init__(self, source: DynamoGraph, plan: CachePlan, budgets: Budgets, lower: str, longest: int | None) -> None:
+        self.source = source
+        self.lower = lower
+        self.many = source.many
+        captured, self.all_logits = _capture(source, plan, longest)
+        self.graphs = Graphs(captured, plan, check_request(budgets, lower))
+        self.attention = "torch ops"
+        self._lowered: dict[tuple[Kind, bool], Callable[..., Tensor]] = {}
+        self._lock = threading.RLock()
+        self.lowered("prefill" if self.many else "decode")
+
+    def bound_to(self, inputs: Sequence[Any]) -> BoundGraphs:
+        """These graphs with the weights of a call."""
+        return BoundGraphs(self, {name: inputs[index] for name, index in self.source.weights.items()})
+
+    def lowered(self, kind: Kind) -> Callable[..., Tensor]:
+        """The graph of that kind, as a function of weights by name and the graph's own inputs."""
+        key = (kind, kind != "decode" and self.all_logits)
+        with self._lock:
+            if key not in self._lowered:
+                self._lowered[key] = self._lower(*key)
+            return self._lowered[key]
+
+    def _lower(self, kind: Kind, all_logits: bool) -> Callable[..., Tensor]:
+        lifted, constants = lift_weights(self.graphs.get(kind, all_logits).module)
+        code: Callable[..., Tensor] = lifted
+        if kind == "decode" and self.lower == "inductor":
+            code, self.attention = compile_lifted(lifted)
+
+        def run(weights: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
+            with torch.no_grad():
+                return code(*(weights.get(name, constant) for name, constant in constants.items()), *inputs)
+
+        return run
+
+    def module(self, kind: Kind) -> GraphModule:
+        """The readable graph of that kind."""
+        return self.graphs.get(kind, kind != "decode" and self.all_logits).module
+
+    def describe(self) -> list[str]:
+        """What was made, as lines of text."""
+        code = f"{LOWERED[self.lower]}; attention: {self.attention}"
+        made = "several tokens    graph of torch kernels, length dynamic" if self.many else f"one token         {code}"
+        lines = ["", made]
+        for kind, all_logits in self._lowered:
+            lines += describe_passes(kind, self.graphs.get(kind, all_logits))
+        return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundGraphs:
+    """What a session asks of its program, for one call."""
+
+    planned: PlannedGraphs
+    weights: Mapping[str, Tensor]
+
+    def prefill(self, all_logits: bool) -> Callable[..., Tensor]:
+        return functools.partial(self.planned.lowered("prefill"), self.weights)
+
+    def extend(self, all_logits: bool) -> Callable[..., Tensor]:
+        return functools.partial(self.planned.lowered("extend"), self.weights)
+
+    def decode(self) -> Callable[..., Tensor]:
+        return functools.partial(self.planned.lowered("decode"), self.weights)
+
+
+def _capture(source: DynamoGraph, plan: CachePlan, longest: int | None) -> tuple[CapturedModel, bool]:
+    """What `transform` would start from, and whether the call wants the logits of every token."""
+    length = min(PROBE_LENGTH, longest or PROBE_LENGTH) if source.many else 1
+    ids = torch.zeros(plan.rows, length, dtype=torch.int64, device=plan.device)
+    positions = torch.arange(length, device=plan.device).expand(plan.rows, -1).contiguous()
+    graph, _ = export_graph(source.entry, (ids, positions), longest)
+    CleanGraph()(graph)
+    if any_latent(plan.layers):
+        AbsorbLatents()(graph)
+    layers = cached_layers(attention_sites(graph))
+    if len(layers) < len(plan.layers):
+        raise BackendError(
+            f"Dynamo broke the model's graph into pieces; this one has {len(layers)} of {len(plan.layers)} attentions. "
+            "TORCH_LOGS=graph_breaks says where"
+        )
+    if layers != plan.layers:
+        raise SessionError(
+            f"the {len(layers)} layers of this model are not the {len(plan.layers)} that the xkv_fx.Cache was made "
+            "for; make one for this model"
+        )
+    logits: Any = output_node(graph.graph).args[0]
+    all_logits = logits.meta["val"].shape[1] != 1
+    if source.many and not all_logits:
+        OpenLastLogits()(graph)
+    if source.many:
+        _check_continues(graph, plan)
+    captured = CapturedModel(
+        prompt=graph,
+        token=None if source.many else graph,
+        layers=layers,
+        fingerprint="",
+        rows=plan.rows,
+        dtype=plan.dtype,
+        device=plan.device,
+        max_positions=longest,
+        vocabulary=int(logits.meta["val"].shape[2]),
+    )
+    return captured, all_logits
+
+
+def _check_continues(graph: GraphModule, plan: CachePlan) -> None:
+    """Tokens meet in attention alone, so that the graph may go on from a cache."""
+    ids = torch.arange(plan.rows * LENGTH, device=plan.device).view(plan.rows, LENGTH)
+    positions = torch.arange(LENGTH, device=plan.device).expand(plan.rows, -1).contiguous()
+    with torch.no_grad():
+        check_capture(graph, None, ids, graph(ids, positions), plan.dtype)

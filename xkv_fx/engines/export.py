@@ -1,0 +1,163 @@
+"""Writing an engine: the graphs of a transformed model, lowered ahead of time, its weights once, and a manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from xkv_fx.capture.export import UNBOUNDED
+from xkv_fx.engines import by_sums
+from xkv_fx.engines.aoti import compile_aoti
+from xkv_fx.engines.manifest import DEVICES, FORMATS, TARGETS, WEIGHTS, Format, Manifest, inputs_of
+from xkv_fx.engines.pt2 import save_program
+from xkv_fx.engines.records import FileRecord, Machine, Package, spec_of
+from xkv_fx.engines.tensorrt.build import caches_of, compile_tensorrt, import_torch_tensorrt, written_in_place
+from xkv_fx.engines.tensorrt.graph import trace_for_tensorrt
+from xkv_fx.engines.trace import SHORTEST, trace_program
+from xkv_fx.errors import BackendError, EngineError, UnsupportedModelError
+from xkv_fx.files import folder_written_whole
+from xkv_fx.lowering.budgeted import Budgeted
+from xkv_fx.passes.tools.graph import calls, placeholders
+from xkv_fx.runtime.session import Kind
+
+TOKENIZER = "tokenizer"
+_SUFFIXES: dict[Format, str] = {"aoti": ".pt2", "program": ".pt2", "tensorrt": ".trt"}
+
+
+def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, tokenizer: Any) -> None:
+    """See `xkv_fx.export`."""
+    if not isinstance(llm, Budgeted):
+        raise UnsupportedModelError(f"a {type(llm).__name__} cannot be exported; give what xkv_fx.transform returned")
+    if target not in TARGETS:
+        raise BackendError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
+    graphs = llm.program.graphs
+    plan = graphs.plan
+    if graphs.captured.shard.size > 1:
+        raise UnsupportedModelError(
+            f"this model is split among {graphs.captured.shard.size} processes, and an engine runs in one; export what "
+            "was made from the whole model"
+        )
+    if target == "tensorrt":
+        import_torch_tensorrt()
+    if plan.device.type not in DEVICES[target]:
+        devices = " and ".join(DEVICES[target])
+        raise BackendError(f"engines of the target {target!r} run on {devices}; this model is on {plan.device.type}")
+    longest = graphs.captured.max_positions or UNBOUNDED
+    if longest < SHORTEST:
+        raise UnsupportedModelError(f"a model of {longest} positions cannot be exported")
+    try:
+        with folder_written_whole(folder) as part:
+            weights = _Weights()
+            programs: dict[Kind, ExportedProgram] = {}
+            packages: dict[Kind, Package] = {}
+            for kind, form in FORMATS[target].items():
+                taken: dict[str, Tensor] = {}
+                if form == "tensorrt":  # holds its weights itself
+                    programs[kind] = trace_for_tensorrt(graphs.get(kind).module, plan)
+                else:
+                    forms = by_sums.FORMS if form == "aoti" and kind == "decode" else {}
+                    programs[kind], taken = trace_program(graphs.get(kind).module, graphs.scorer, longest, forms)
+                packages[kind] = Package(f"{kind}{_SUFFIXES[form]}", weights.add(taken), inputs_of(kind, plan))
+            manifest = Manifest(
+                target=target,
+                machine=Machine.here(plan.device.type),
+                xkv_fx=_version(),
+                model=graphs.captured.fingerprint,
+                program=llm.program.key,
+                budgets=llm.budgets,
+                layers=plan.layers,
+                room=max(0, *(s.slots - c for s, c in zip(plan.slots, llm.budgets.capacities, strict=True))),
+                batch_size=plan.rows,
+                dtype=str(plan.dtype).removeprefix("torch."),
+                vocabulary=graphs.captured.vocabulary,
+                known_tokens=_known_tokens(graphs.decode, graphs.captured.vocabulary),
+                max_positions=graphs.captured.max_positions,
+                shortest=SHORTEST,
+                longest=longest,
+                end_tokens=llm.end_tokens,
+                pad_token=llm.pad_token,
+                weights=tuple(spec_of(name, tensor.shape, tensor.dtype) for name, tensor in weights.tensors.items()),
+                packages=packages,
+                files={},
+            )
+            for kind, form in FORMATS[target].items():
+                path, key = part / packages[kind].file, manifest.package_key(kind)
+                if form == "aoti":
+                    compile_aoti(programs.pop(kind), path, key)
+                elif form == "program":
+                    save_program(programs.pop(kind), path, key)
+                else:
+                    caches = caches_of(plan) if written_in_place(plan) else ()
+                    build = compile_tensorrt(programs.pop(kind), path, key, len(caches))
+                    manifest = dataclasses.replace(manifest, tensorrt=build)
+            save_file(weights.separate(), part / WEIGHTS)
+            shutil.copymode(part / packages["decode"].file, part / WEIGHTS)  # safetensors lets nobody else read it
+            if tokenizer is not None:
+                tokenizer.save_pretrained(part / TOKENIZER)
+            manifest.with_files(_files_in(part)).save(part)
+    except FileExistsError as error:
+        raise EngineError(str(error)) from error
+
+
+class _Weights:
+    """The weights of all graphs, each tensor once."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._names: dict[tuple[Any, ...], str] = {}
+
+    def add(self, taken: dict[str, Tensor]) -> tuple[str, ...]:
+        """Their names in the file, in order."""
+        return tuple(self._name(name, tensor) for name, tensor in taken.items())
+
+    def separate(self) -> dict[str, Tensor]:
+        """The tensors, copied where they are parts of one, which the file could not hold."""
+        storages: set[int] = set()
+        result = {}
+        for name, tensor in self.tensors.items():
+            start = tensor.untyped_storage().data_ptr()
+            result[name] = tensor.clone() if start in storages else tensor
+            storages.add(start)
+        return result
+
+    def _name(self, name: str, tensor: Tensor) -> str:
+        what = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype) if tensor.numel() else (name,)
+        if what not in self._names:
+            while name in self.tensors:  # another graph's, of the same name
+                name += "_"
+            self._names[what] = name
+            self.tensors[name] = tensor
+        return self._names[what]
+
+
+def _known_tokens(decode: GraphModule, vocabulary: int) -> int:
+    """How many token ids the embedding knows; the size of the logits where there is no embedding."""
+    ids = next(iter(placeholders(decode.graph).values()))
+    rows = [
+        int(node.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+        for node in calls(decode, torch.ops.aten.embedding.default)
+        if node.args[1] is ids
+    ]
+    return min(rows, default=vocabulary)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("xkv-fx")
+    except importlib.metadata.PackageNotFoundError:  # run from a folder, not installed
+        return "unknown"
+
+
+def _files_in(folder: Path) -> dict[str, FileRecord]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): FileRecord.of(path) for path in paths}

@@ -1,0 +1,143 @@
+"""What is checked about the files of an engine's folder before anything in them runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from xkv_fx.engines.aoti import METADATA_KEY
+from xkv_fx.engines.manifest import Format, Manifest
+from xkv_fx.engines.pt2 import KEY_FILE
+from xkv_fx.engines.records import FileRecord
+from xkv_fx.engines.tensorrt.build import ENGINE
+from xkv_fx.errors import EngineError, FileFormatError, XkvError
+from xkv_fx.runtime.session import KINDS, Kind
+
+_MAX_SMALL_BYTES = 1 << 20
+# What torch writes around the code of a package.
+_ABOUT = {"archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id"}
+_CODE = "data/aotinductor/model/"
+
+
+def inspect_engine(folder: Path) -> dict[str, Any]:
+    """What an engine's folder holds, and what is wrong with it; nothing in it runs.
+
+    Returns:
+        of JSON's types; under `checks`, for the machine, the files and the packages, `"ok"` or why they are refused.
+
+    Raises:
+        FileFormatError: there is no manifest that could be read.
+    """
+    manifest = Manifest.load(folder)
+    plan = manifest.plan
+    return {
+        "engine": str(folder),
+        "target": manifest.target,
+        "model": manifest.model,
+        "built_for": dataclasses.asdict(manifest.machine),
+        "built_by": manifest.xkv_fx,
+        "batch_size": manifest.batch_size,
+        "dtype": manifest.dtype,
+        "vocabulary": manifest.vocabulary,
+        "max_positions": manifest.max_positions,
+        "end_tokens": list(manifest.end_tokens),
+        "kv_bytes": plan.kv_bytes,
+        "state_bytes": plan.state_bytes,
+        "file_bytes": sum(record.size for record in manifest.files.values()),
+        "capacities": list(manifest.budgets.capacities),
+        "slots": [slots.slots for slots in plan.slots],
+        "policy": manifest.budgets.policy.to_dict(),
+        "tensorrt": None if manifest.tensorrt is None else dataclasses.asdict(manifest.tensorrt),
+        "checks": {
+            "machine": _outcome(manifest.machine.check),
+            "files": _outcome(lambda: check_files(folder, manifest)),
+            "packages": _outcome(lambda: check_packages(folder, manifest)),
+        },
+    }
+
+
+def _outcome(check: Callable[[], object]) -> str:
+    try:
+        check()
+    except (XkvError, OSError) as error:
+        return str(error)
+    return "ok"
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Size and SHA-256 of every file that the manifest names.
+
+    Raises:
+        FileFormatError: one is missing, changed, or no file within the folder.
+    """
+    root = folder.resolve()
+    for name, record in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise FileFormatError(f"{path}: the manifest names it, but there is no such file")
+        if path.resolve() != root / name:
+            raise FileFormatError(f"{path}: a link; an engine's files lie in its own folder")
+        size = os.stat(path).st_size
+        if size != record.size:
+            raise FileFormatError(f"{path}: {size} bytes instead of the manifest's {record.size}; it is damaged")
+        if FileRecord.of(path) != record:
+            raise FileFormatError(f"{path}: its SHA-256 is not the manifest's; it is damaged or was changed")
+
+
+def check_packages(folder: Path, manifest: Manifest) -> None:
+    """That each package holds what its target says and nothing else that torch would read, and was made for this plan.
+
+    Raises:
+        FileFormatError: it does not.
+        EngineError: it was made for another plan than the manifest's.
+    """
+    for kind in KINDS:
+        _check_package(folder, manifest, kind)
+
+
+def _check_package(folder: Path, manifest: Manifest, kind: Kind) -> None:
+    path = folder / manifest.packages[kind].file
+    form = manifest.format_of(kind)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {name.partition("/")[2]: name for name in archive.namelist()}
+            foreign = [name for name in members if not _belongs(name, form)]
+            if foreign:
+                raise FileFormatError(f"it holds {foreign[0]!r}, which is no part of compiled code")
+            keys = {_read(archive, members[name]) for name in members if _holds_key(name, form)}
+    except (FileFormatError, zipfile.BadZipFile, ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: {error}") from error
+    found = {_key_in(text, form) for text in keys} - {None}
+    if found != {manifest.package_key(kind)}:
+        raise EngineError(f"{path}: it was made for other budgets, weights or shapes than those of the manifest")
+
+
+def _belongs(member: str, form: Format) -> bool:
+    if form == "aoti":
+        return member in _ABOUT or member.startswith(_CODE)
+    return form == "program" or member in (ENGINE, KEY_FILE)
+
+
+def _holds_key(member: str, form: Format) -> bool:
+    if form == "aoti":
+        return member.startswith(_CODE) and member.endswith("_metadata.json")
+    return member.rpartition("/")[2] == KEY_FILE
+
+
+def _read(archive: zipfile.ZipFile, member: str) -> str:
+    if archive.getinfo(member).file_size > _MAX_SMALL_BYTES:
+        raise FileFormatError(f"{member} is larger than {_MAX_SMALL_BYTES} bytes")
+    return archive.read(member).decode("utf-8", errors="replace")
+
+
+def _key_in(text: str, form: Format) -> str | None:
+    if form != "aoti":
+        return text
+    data = json.loads(text)
+    key = data.get(METADATA_KEY) if isinstance(data, dict) else None
+    return key if isinstance(key, str) else None

@@ -1,0 +1,1 @@
+"""The decode graph as an engine of TensorRT's."""

@@ -1,0 +1,1 @@
+"""Which causal language models are taken."""

@@ -1,0 +1,126 @@
+"""What an evaluation measured so far, kept in a folder, so that an interrupted run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from xkv_fx.capture.captured import CapturedModel
+from xkv_fx.errors import FileFormatError, ModelMismatchError
+from xkv_fx.evaluation.quality.candidates import Entry
+from xkv_fx.evaluation.quality.results import CONTINUATION, FULL, Row
+from xkv_fx.evaluation.tasks import Instance
+from xkv_fx.files import read_json, read_sealed_json, write_json, write_sealed_json
+from xkv_fx.planning.measure.weights import digest_of_weights
+
+PART_FORMAT, RUN_FORMAT = "xkv_fx.evaluation_part", "xkv_fx.evaluation_run"
+VERSION = 1
+
+
+class Parts:
+    """What was measured so far, a file for each plan, task and form, named by a hash of all that it depends on.
+
+    Args:
+        folder: where to; made if it is missing.
+        captured: the model.
+        length, seed: what decided the examples.
+        room: for generated tokens.
+
+    Raises:
+        ModelMismatchError: a folder of another model.
+        FileFormatError: a folder of a run with other settings.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], captured: CapturedModel, length: int, seed: int, room: int
+    ) -> None:
+        self.folder, self.room = Path(folder), room
+        self.base = [captured.fingerprint, str(captured.dtype), digest_of_weights(captured)]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_run({"model": self.base, "length": length, "seed": seed})
+
+    def _check_run(self, run: dict[str, Any]) -> None:
+        """Whose folder it is; tasks, forms, plans and the number of examples may differ."""
+        path = self.folder / "run.json"
+        if not path.exists():
+            write_json(path, {"format": RUN_FORMAT, "version": VERSION, **run})
+            return
+        before = read_json(path, RUN_FORMAT, VERSION)
+        if before.get("model") != run["model"]:
+            raise ModelMismatchError(
+                f"{self.folder} holds what was measured of another model; name another folder, or delete it"
+            )
+        other = [
+            f"{name} {before.get(name)!r} instead of {value!r}"
+            for name, value in run.items()
+            if before.get(name) != value
+        ]
+        if other:
+            raise FileFormatError(
+                f"{self.folder} holds what another run measured ({', '.join(other)}); name another folder, or delete it"
+            )
+
+    def _path(self, entry: Entry, task: str, form: str, made: Sequence[Instance]) -> Path:
+        plan: list[Any] = [entry.name]
+        if entry.budgets is not None and entry.name != FULL:  # how much more room than needed that has is no matter
+            appended = self.room if entry.budgets.policy.eviction == "append" else 0
+            plan = [list(entry.budgets.capacities), entry.budgets.policy.to_dict(), appended]
+        described = json.dumps([VERSION, self.base, plan, task, form], sort_keys=True)
+        digest = hashlib.sha256(described.encode())
+        for instance in made:
+            digest.update(json.dumps([instance.answers, instance.new_tokens, instance.context.shape[1]]).encode())
+            digest.update(instance.prompt.cpu().numpy().astype("<i8").tobytes())
+        return self.folder / f"{digest.hexdigest()}.json"
+
+    def read(self, entry: Entry, task: str, form: str, made: Sequence[Instance]) -> Row | None:
+        """A row that was measured before, if there is a sound one."""
+        path = self._path(entry, task, form, made)
+        if not path.is_file():
+            return None
+        try:
+            data = read_sealed_json(path, PART_FORMAT, VERSION)
+        except FileFormatError:
+            return None  # damaged: measured again
+        values, texts, kv_bytes = data.get("values"), data.get("texts"), data.get("kv_bytes")
+        wanted = {"kl", "nll_change", "agreement"} if task == CONTINUATION else {"score"}
+        if not isinstance(values, dict) or set(values) != wanted or not isinstance(kv_bytes, int):
+            return None
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            return None
+        if not all(isinstance(part, list) and len(part) == len(made) for part in (*values.values(), texts)):
+            return None
+        if not all(isinstance(value, float) and math.isfinite(value) for part in values.values() for value in part):
+            return None
+        policy = None if entry.budgets is None else entry.budgets.policy
+        kept = {name: tuple(part) for name, part in values.items()}
+        return Row(entry.name, entry.size, policy, task, form, kv_bytes, kept, tuple(texts))
+
+    def write(self, entry: Entry, task: str, form: str, made: Sequence[Instance], row: Row) -> None:
+        """Keep a row."""
+        write_sealed_json(
+            self._path(entry, task, form, made),
+            {
+                "format": PART_FORMAT,
+                "version": VERSION,
+                "values": {name: list(each) for name, each in row.values.items()},
+                "texts": list(row.texts),
+                "kv_bytes": row.kv_bytes,
+            },
+        )
+
+
+def remove_parts(folder: str | os.PathLike[str]) -> None:
+    """Delete what was kept in a `resume` folder, and the folder unless something else is in it."""
+    root = Path(folder)
+    for path in root.glob("*.json"):
+        if path.name == "run.json" or re.fullmatch("[0-9a-f]{64}", path.stem):
+            path.unlink()
+    with contextlib.suppress(OSError):
+        root.rmdir()

@@ -1,0 +1,95 @@
+"""One prefill for many plans.
+
+A prompt is attended to in full whatever the budgets are; only what each layer keeps of it differs. So its keys, values
+and scores are recorded once, and each plan's session is filled with the survivors that its own prefill would choose, by
+the very function that does so there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xkv_fx.budgets import Budgets
+from xkv_fx.errors import BudgetError
+from xkv_fx.evaluation.quality.answering import BudgetedReader
+from xkv_fx.policy import Policy
+from xkv_fx.runtime.scorers import scorer_of
+from xkv_fx.runtime.selection import write_survivors
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A prompt of S tokens that was read once.
+
+    Attributes:
+        logits: after its last token, `[1, vocabulary]`.
+        layers: keys, values and scores of each layer: `[1, kv_heads, S, ...]`, scores float32 `[1, kv_heads, S]`.
+        tokens: S.
+    """
+
+    logits: Tensor
+    layers: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    tokens: int
+
+    def into(self, reader: BudgetedReader) -> Tensor:
+        """Bring a reader to the state that it would be in after reading the prompt itself; returns the logits."""
+        session = reader.session.session
+        state, plan = session.state, session.program.plan
+        counted = torch.full((1,), self.tokens, dtype=torch.int64, device=plan.device)
+        zero = torch.zeros_like(counted)
+        for index, (slots, (k, v, scores)) in enumerate(zip(plan.slots, self.layers, strict=True)):
+            k_cache, v_cache, positions = (state[f"{kind}_{index}"] for kind in ("k", "v", "positions"))
+            kept = write_survivors(k, v, scores, counted, zero, zero, k_cache, v_cache, positions, slots, fresh=True)
+            if slots.eviction == "scored":
+                state[f"scores_{index}"].copy_(kept)
+        state["seen"].copy_(counted)
+        state["base"].copy_(counted)
+        session.restore(state)
+        reader.session.fed = self.tokens
+        return self.logits
+
+
+class Recorder:
+    """Reads prompts for all plans that rank tokens by one scorer.
+
+    It is a plan of its own: room for everything, evicting by score, since that is what keeps the scores.
+
+    Args:
+        llm: any transformed model for one row.
+        policy: of the plans.
+        tokens: of the longest prompt.
+    """
+
+    def __init__(self, llm: Any, policy: Policy, tokens: int) -> None:
+        recording = Policy(policy.scorer, policy.scorer_options, eviction="scored")
+        self.reader = BudgetedReader(llm.with_budgets(Budgets.uniform(len(llm.layers), tokens, recording)))
+
+    def read(self, ids: Tensor) -> Recorded:
+        """Read a prompt, int64 `[1, S]`."""
+        self.reader.start_again()
+        logits = self.reader.read(ids)
+        tokens = ids.shape[1]
+        state = self.reader.session.session.state
+
+        def held(kind: str, index: int) -> Tensor:
+            buffer: Tensor = state[f"{kind}_{index}"]
+            return buffer[:, :, :tokens].clone()
+
+        layers = range(len(self.reader.llm.layers))
+        return Recorded(logits.clone(), tuple((held("k", i), held("v", i), held("scores", i)) for i in layers), tokens)
+
+
+def can_record(llm: Any, policy: Policy) -> bool:
+    """Whether a recorder can hold every token with its score: not where a layer forgets what has left its sliding
+    window, and not for a scorer whose scores are no sums of attention."""
+    if any(spec.sliding_window is not None for spec in llm.layers):
+        return False
+    try:
+        scorer_of(Policy(policy.scorer, policy.scorer_options, eviction="scored"))
+    except BudgetError:
+        return False
+    return True

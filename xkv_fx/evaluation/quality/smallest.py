@@ -1,0 +1,89 @@
+"""The smallest share of the full cache whose mean KL stays under a bound, for several ways to share a total."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+import xkv_fx
+from xkv_fx.budgets import Budgets
+from xkv_fx.errors import BudgetError
+from xkv_fx.planning.data.calibration_data import Calibration
+from xkv_fx.planning.data.profile_data import Profile
+
+# Totals that are tried for each allocator in one round; each round leaves one gap between two of them.
+_TRIED = 6
+Ways = Mapping[str, tuple[Profile | Calibration, str]]
+
+
+def smallest_shares(
+    model: Any,
+    ways: Ways,
+    prompts: Sequence[Tensor],
+    kl: float = 0.02,
+    context: int | None = None,
+    continuation: int = 48,
+    rounds: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float | None]:
+    """For each way the smallest fraction of layers x context whose held-out mean KL is at most `kl`.
+
+    All ways share one prefill of each prompt, and each round tries six totals of each. As in `xkv_fx.fit_quality`, that
+    more tokens never raise the KL is taken for granted between the plans tried.
+
+    Args:
+        model: a transformers causal language model.
+        ways: names, each with what to solve from and the allocator; all of one policy.
+        prompts: int64 `[1, S + continuation]`, which nothing was measured from before.
+        kl: nats.
+        context: tokens of prompt; S of the longest prompt by default.
+        rounds: two find the fraction to within 2 %, three to within 0.3 %.
+
+    Returns:
+        a fraction, or None where even full capacities stray further (generated tokens then push out others).
+
+    Raises:
+        BudgetError: no ways, a bound that is none, or as `xkv_fx.verify`.
+    """
+    if not ways or not (isinstance(kl, float | int) and kl > 0 and math.isfinite(kl)) or rounds < 1:
+        raise BudgetError(f"give at least one way, one round and a kl above 0; got {len(ways)}, {rounds}, {kl!r}")
+    context = max(ids.shape[1] for ids in prompts) - continuation if context is None else context
+    low, high = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 1.0)
+    open_ways, found = set(ways), dict[str, float | None]()
+    for turn in range(rounds):
+        if not open_ways:
+            break
+        tried: list[tuple[str, float]] = []
+        plans: list[Budgets] = []
+        for name in sorted(open_ways):
+            source, allocator = ways[name]
+            fractions = np.linspace(low[name], high[name], _TRIED + 2)[1:].tolist()
+            for fraction in fractions if turn == 0 else fractions[:-1]:
+                tried.append((name, fraction))
+                plans.append(xkv_fx.solve(source, fraction=fraction, context=context, allocator=allocator))
+
+        def report(done: int, total: int, before: int = turn * len(prompts)) -> None:
+            if progress is not None:
+                progress(before + done, rounds * len(prompts))
+
+        reports = xkv_fx.verify(model, tuple(plans), prompts, continuation=continuation, progress=report)
+        for name in sorted(open_ways):
+            means = [
+                (fraction, float(np.mean(report.kl)))
+                for (owner, fraction), report in zip(tried, reports, strict=True)
+                if owner == name
+            ]
+            enough = [fraction for fraction, mean in means if mean <= kl]
+            if enough:
+                high[name] = found[name] = enough[0]
+                low[name] = max((fraction for fraction, _ in means if fraction < enough[0]), default=low[name])
+            elif turn == 0:
+                found[name] = None
+                open_ways.discard(name)
+            else:
+                low[name] = means[-1][0]
+    return found

@@ -1,0 +1,1 @@
+"""How fast it is: benches against other caches and other engines."""

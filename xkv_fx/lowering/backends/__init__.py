@@ -1,0 +1,1 @@
+"""What makes a decode graph run: one backend a file."""

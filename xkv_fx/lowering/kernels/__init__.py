@@ -1,0 +1,1 @@
+"""Which kernel serves which call of a decode graph, and why not."""

@@ -1,0 +1,107 @@
+"""Which decode attentions become the Triton kernel when a graph is compiled for a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from xkv_fx.errors import BackendError
+from xkv_fx.passes.tools.graph import arguments, call_instead
+from xkv_fx.passes.tools.inline import inline
+
+_log = logging.getLogger(__name__)
+_PROCESSORS = 108  # of a GPU that is not there to be asked, as when its fake tensors stand for it
+
+
+def use_triton(node: Node) -> str | None:
+    """Put the Triton op in the place of a decode attention on a GPU.
+
+    Returns:
+        why it does not serve, which is also logged; the node is then left as it is.
+
+    Raises:
+        BackendError: Triton is missing.
+    """
+    kernel = _kernel()
+    given = arguments(node)
+    obstacle = _obstacle(kernel, {name: _value(argument) for name, argument in given.items()})
+    if obstacle is not None:
+        _log.warning("%s is not served by the Triton kernel (%s); torch ops take its place", node.name, obstacle)
+        return obstacle
+    if node.target is torch.ops.xkv.decode_attention.default:
+        given["count"] = _count(node, given["mask"])
+        target = torch.ops.xkv.decode_attention_triton.default
+    else:
+        target = torch.ops.xkv.decode_scored_triton.default
+    given.update(_launch(kernel, given["k_cache"].meta["val"], given["v_cache"].meta["val"]))
+    call_instead(node, target, given)
+    return None
+
+
+def _kernel() -> ModuleType:
+    if importlib.util.find_spec("triton") is None:
+        raise BackendError(
+            "Triton is missing, which compiles for this model's GPU; install the triton that this torch was built for. "
+            "backend='eager' runs without"
+        )
+    from xkv_fx.runtime.kernels import decode_triton
+
+    return decode_triton
+
+
+def _obstacle(kernel: ModuleType, given: dict[str, Any]) -> str | None:
+    q, k_cache, v_cache, mask = given["q"], given["k_cache"], given["v_cache"], given.get("mask")
+    rows, kv_heads, _, key_dim = k_cache.shape
+    if k_cache.dtype not in kernel.DTYPES:
+        return f"dtype {k_cache.dtype}"
+    if any(given[name].dtype != k_cache.dtype for name in ("q", "k", "v", "v_cache")):
+        return "queries, keys and values of different dtypes"
+    if not v_cache.shape[3]:
+        return "values that are the keys"
+    group = q.shape[1] // kv_heads
+    if kernel.query_bytes(group, key_dim, v_cache.shape[3], k_cache.dtype) > kernel.MOST_QUERY_BYTES:
+        return f"{group} queries a KV head of head sizes {key_dim} and {v_cache.shape[3]} are too many at once"
+    if mask is not None and (mask.shape[0] != rows or mask.shape[1] not in (1, kv_heads, q.shape[1])):
+        return f"a mask of shape {list(mask.shape)}"
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        return "a cache that is not contiguous"
+    return None
+
+
+def _count(node: Node, mask: Node) -> Node:
+    """One more than the last valid slot of each row. Layers that share a mask share its count, and one that has the
+    beginning of a longer mask the count of that: slots behind its own last are not there to be read."""
+    source = mask
+    while source.target is torch.ops.aten.slice.Tensor and source.args[1:3] == (3, 0):
+        source = source.args[0]  # type: ignore[assignment]
+    if "count" not in source.meta:
+        with node.graph.inserting_before(node):  # the first of the layers that read it
+            source.meta["count"] = inline(node.graph, _last_valid, source)
+    found: Node = source.meta["count"]
+    return found
+
+
+def _last_valid(mask: Tensor) -> Tensor:
+    place = torch.arange(1, mask.shape[3] + 1, device=mask.device)
+    return ((mask > float("-inf")) * place).amax((1, 2, 3))
+
+
+def _launch(kernel: ModuleType, k_cache: Tensor, v_cache: Tensor) -> dict[str, int]:
+    rows, kv_heads, slots, key_dim = k_cache.shape
+    processors = _PROCESSORS
+    if torch.cuda.is_available():
+        processors = torch.cuda.get_device_properties(k_cache.device).multi_processor_count
+    return dataclasses.asdict(
+        kernel.plan_launch(rows, kv_heads, slots, key_dim, v_cache.shape[3], k_cache.dtype, processors)
+    )
+
+
+def _value(argument: Any) -> Any:
+    return argument.meta["val"] if isinstance(argument, Node) else argument

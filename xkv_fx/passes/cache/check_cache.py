@@ -1,0 +1,94 @@
+"""The last pass of every pipeline: it changes nothing and refuses a graph that is not what the plan says."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from xkv_fx.errors import PassError
+from xkv_fx.passes.base import GraphPass, PassRecord
+from xkv_fx.passes.tools.graph import arguments, calls, placeholders
+from xkv_fx.runtime.session import Kind
+from xkv_fx.runtime.state import CachePlan
+
+xkv = torch.ops.xkv
+DECODE_OPS = (xkv.decode_attention.default, xkv.decode_scored.default)
+READERS = (*DECODE_OPS, xkv.extend_attention.default, xkv.keep.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckCache(GraphPass):
+    """After: every cache has exactly one op that fills its buffers, every capacity is the planned literal, no cache is
+    copied, and no mask over all pairs of tokens is left.
+
+    Raises:
+        PassError: naming the nodes that are wrong.
+    """
+
+    plan: CachePlan
+    kind: Kind
+    name: ClassVar[str] = "check_cache"
+
+    def run(self, module: GraphModule) -> PassRecord:
+        writers = DECODE_OPS if self.kind == "decode" else (xkv.keep.default,)
+        writes = [node for node in module.graph.nodes if node.target in writers]
+        if self.kind == "decode":
+            writes = _owners(writes, ("k", "v", "k_cache", "v_cache", "slot"))
+        self._expect(len(writes) == len(self.plan.layers), f"{len(self.plan.layers)} writes of a cache", writes)
+        plain = _owners(calls(module, xkv.attention.default), ("k", "v", "sliding_window"))
+        planned = len(self.plan.layers) if self.kind == "prefill" else 0
+        self._expect(len(plain) == planned, f"{planned} attentions without a cache", plain)
+        inputs = placeholders(module.graph)
+        for index, (node, slots) in enumerate(zip(writes, self.plan.slots, strict=True)):
+            named = arguments(node)
+            for kind in ("k_cache", "v_cache", "positions"):
+                if kind in named:
+                    cache = inputs[f"{kind.removesuffix('_cache')}_{index}"]
+                    self._expect(named[kind] is cache, f"layer {index} to write its own buffers", [node])
+                    self._expect(
+                        cache.meta["val"].shape[2] == slots.slots, f"{slots.slots} slots in layer {index}", [cache]
+                    )
+            for kind in "kv":
+                copies = [user for user in inputs[f"{kind}_{index}"].users if not _leaves_in_place(user)]
+                self._expect(not copies, f"no copy of the cache of layer {index}", copies)
+            if self.kind != "decode":
+                self._expect(named["capacity"] == slots.capacity, f"capacity {slots.capacity} in layer {index}", [node])
+        masks = [node for node in module.graph.nodes if self.kind != "decode" and _is_pair_mask(node)]
+        self._expect(not masks, "no mask over all pairs of tokens", masks)
+        return PassRecord(self.name, len(writes), 0)
+
+    def _expect(self, holds: bool, what: str, nodes: list[Node]) -> None:
+        if not holds:
+            names = ", ".join(node.name for node in nodes) or "none"
+            raise PassError(f"the {self.kind} graph is not as planned: expected {what}, found {names}")
+
+
+def _owners(attentions: list[Node], cached: tuple[str, ...]) -> list[Node]:
+    """Attentions without those that borrow: other queries over what an earlier one caches, named by its arguments."""
+    queries: dict[tuple[object, ...], set[object]] = {}
+    owners = []
+    for node in attentions:
+        named = arguments(node)
+        earlier = queries.setdefault(tuple(named.get(name) for name in cached), set())
+        if not earlier or named["q"] in earlier:
+            owners.append(node)
+        earlier.add(named["q"])
+    return owners
+
+
+def _is_pair_mask(node: Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dim() < 2:
+        return False
+    rows, columns = value.shape[-2:]
+    if not isinstance(rows, torch.SymInt) or not isinstance(columns, torch.SymInt):
+        return False
+    return bool(rows.node.expr.free_symbols & columns.node.expr.free_symbols)
+
+
+def _leaves_in_place(user: Node) -> bool:
+    """Whether a node that takes a cache is one of ours; anything else might copy it."""
+    return user.target in READERS or getattr(user.target, "reads_cache", False)

@@ -1,0 +1,1 @@
+"""Passes that make graphs which measure: scores, statistics, single layers."""

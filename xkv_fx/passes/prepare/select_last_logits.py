@@ -1,0 +1,69 @@
+"""Keeping only the token whose logits prefill returns, before the output projection spends time on the others."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from xkv_fx.passes.base import GraphPass, PassRecord
+from xkv_fx.passes.tools.graph import named, output_node, propagate
+from xkv_fx.passes.tools.inline import inline
+
+aten = torch.ops.aten
+# Applied to each token by itself, so that choosing a token before or after them is the same.
+ELEMENTWISE = (
+    aten.tanh.default,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.contiguous.default,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectLastLogits(GraphPass):
+    """Before: logits `[rows, S, vocabulary]`, and `CompactPadding` has run. After: `[rows, 1, vocabulary]`, the logits
+    of each row's last valid token; where the output projection is found, it runs on that token alone."""
+
+    name: ClassVar[str] = "select_last_logits"
+
+    def run(self, module: GraphModule) -> PassRecord:
+        graph = module.graph
+        length = named(graph, "length")
+        output = output_node(graph)
+        logits: Any = output.args[0]
+        projection = _projection(logits)
+        source: Any = logits if projection is None else projection.args[0]
+        user = output if projection is None else projection
+        with graph.inserting_before(user):
+            last = inline(graph, _last, source, length)
+        user.replace_input_with(source, last)
+        propagate(graph, last)
+        return PassRecord(self.name, 1, 1, "" if projection else "no output projection found: all logits are computed")
+
+
+def _last(values: Tensor, length: Tensor) -> Tensor:
+    index = (length - 1).clamp(min=0)[:, None, None].expand(-1, 1, values.shape[2])
+    return values.gather(1, index)
+
+
+def _projection(logits: Node) -> Node | None:
+    """The linear layer that makes the logits, if nothing but elementwise ops follows it."""
+    node = logits
+    while node.op == "call_function" and node.target in ELEMENTWISE:
+        tensors = [source for source in node.all_input_nodes if _is_per_token(source)]
+        if len(tensors) != 1:
+            return None
+        node = tensors[0]
+    return node if node.target is aten.linear.default and _is_per_token(node.args[0]) else None
+
+
+def _is_per_token(node: object) -> bool:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return isinstance(value, Tensor) and value.dim() == 3

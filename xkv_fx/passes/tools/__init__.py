@@ -1,0 +1,1 @@
+"""What passes are written with: editing a graph, adding functions to it, asking what depends on what."""

@@ -1,0 +1,1 @@
+"""What was measured, as curves and as files."""

@@ -1,0 +1,210 @@
+"""A calibration: how far the output strays when one layer alone holds less, and its file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import operator
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from xkv_fx.errors import BudgetError, FileFormatError
+from xkv_fx.files import check_safetensors_size, is_int, written_whole
+from xkv_fx.layers import LayerSpec, layer_specs
+from xkv_fx.planning.data.hull import gain_curve
+from xkv_fx.planning.data.measured_file import HEADER, read_header, reading
+from xkv_fx.planning.data.profile_data import check_context
+from xkv_fx.policy import Policy
+
+FORMAT = "xkv_fx.calibration"
+FORMAT_VERSION = 1
+MAX_CALIBRATION_BYTES = 256 * 2**20
+_FIELDS = {
+    "format": str, "version": int, "sha256": str, "model": str, "policy": dict, "layers": list, "grid": list,
+    "lengths": list, "continuation": int,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """Measured KL divergence to the full cache, for each layer alone at several capacities.
+
+    Attributes:
+        kl: mean over continuation tokens of KL(full || cut), nats, float32 `[prompts, layers, grid]`, read-only.
+        grid: the capacities, ascending, as shares of the prompt tokens that a layer can hold, above 0 and below 1.
+        lengths: tokens of each prompt before its continuation.
+        continuation: tokens that were fed after each prompt.
+        policy: the policy that was measured: `eviction` says whether continuation tokens came on top of a capacity
+            (`"append"`) or took the place of others (`"ring"`, `"scored"`).
+        layers: the layers that own a KV cache, in execution order.
+        model: fingerprint of the model.
+
+    Raises:
+        BudgetError: values of the wrong shape, negative or not finite.
+    """
+
+    kl: NDArray[np.float32]
+    grid: tuple[float, ...]
+    lengths: tuple[int, ...]
+    continuation: int
+    policy: Policy
+    layers: tuple[LayerSpec, ...]
+    model: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, Policy):
+            raise BudgetError(f"policy must be an xkv_fx.Policy; got {type(self.policy).__name__}")
+        if not isinstance(self.model, str) or not self.model:
+            raise BudgetError(f"model must be the model's fingerprint, a non-empty string; got {self.model!r}")
+        layers = tuple(self.layers)
+        if not layers or not all(isinstance(spec, LayerSpec) for spec in layers):
+            raise BudgetError("layers must be LayerSpecs, one for each layer that owns a KV cache; at least one")
+        lengths = tuple(check_context(length) for length in self.lengths)
+        if not lengths:
+            raise BudgetError("a calibration needs at least one prompt")
+        if not is_int(self.continuation) or self.continuation < 1:
+            raise BudgetError(f"continuation must be a whole number of at least 1; got {self.continuation!r}")
+        grid = check_grid(self.grid)
+        kl = self.kl
+        shape = (len(lengths), len(layers), len(grid))
+        if not isinstance(kl, np.ndarray) or kl.dtype not in (np.float32, np.float64) or kl.shape != shape:
+            found = getattr(kl, "dtype", type(kl)), getattr(kl, "shape", "")
+            raise BudgetError(f"kl must be float32 [prompts, layers, grid] = {list(shape)}; got {found[0]} {found[1]}")
+        for prompt, values in enumerate(kl):
+            if not np.isfinite(values).all() or (values < 0).any():
+                raise BudgetError(f"the KL divergences of prompt {prompt} hold NaN, an infinity or a negative value")
+        kl = np.array(kl, dtype=np.float32, order="C")
+        kl.flags.writeable = False
+        for name, value in (("kl", kl), ("grid", grid), ("lengths", lengths), ("layers", layers)):
+            object.__setattr__(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest() == other.digest() if isinstance(other, Calibration) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.model, self.policy, self.layers, self.lengths))
+
+    @property
+    def context_default(self) -> int:
+        """The context that plans are made for unless another is given: the longest prompt, continuation not counted."""
+        return max(self.lengths)
+
+    @property
+    def statistics(self) -> dict[str, NDArray[np.float64]]:
+        """What else was measured of each layer: nothing."""
+        return {}
+
+    def mean_curve(self, context: int) -> NDArray[np.float64]:
+        """What each layer gains by holding c of `context` tokens instead of none: float64 `[layers, context + 1]`,
+        nats, concave. Its rise from c to full capacity is the mean KL at c; see `gain_curve`.
+
+        For a layer with a sliding window, shares are of what the layer can hold of the context.
+
+        Raises:
+            BudgetError: a context that is not a whole number of at least 1.
+        """
+        check_context(context)
+        mean = self.kl.mean(0, dtype=np.float64)
+        curves = np.empty((len(self.layers), context + 1))
+        for layer, spec in enumerate(self.layers):
+            held = spec.effective_capacity(context)
+            curves[layer, : held + 1] = gain_curve(np.array(self.grid), mean[layer], held)
+            curves[layer, held + 1 :] = curves[layer, held]
+        return curves
+
+    def expected_kl(self, capacities: Sequence[int], context: int | None = None) -> float:
+        """The sum over layers of the mean KL at these capacities, nats: what a plan would cost if layers only added up.
+
+        Raises:
+            BudgetError: another number of capacities, or values out of range.
+        """
+        context = self.context_default if context is None else check_context(context)
+        if len(capacities) != len(self.layers):
+            raise BudgetError(f"{len(capacities)} capacities were given for a calibration of {len(self.layers)} layers")
+        if not all(is_int(capacity) and capacity >= 1 for capacity in capacities):
+            raise BudgetError("capacities must be whole numbers of at least 1")
+        curves = self.mean_curve(context)
+        return float(sum(curve[-1] - curve[min(int(c), context)] for curve, c in zip(curves, capacities, strict=True)))
+
+    def digest(self) -> str:
+        """SHA-256 over everything that the calibration holds, in hexadecimal."""
+        digest = hashlib.sha256(self._description().encode())
+        digest.update(np.ascontiguousarray(self.kl, dtype="<f4").data)
+        return digest.hexdigest()
+
+    def _description(self) -> str:
+        """Everything but the divergences, as JSON that is the same for equal content."""
+        description = {
+            "model": self.model,
+            "policy": self.policy.to_dict(),
+            "layers": [dataclasses.asdict(spec) for spec in self.layers],
+            "grid": list(self.grid),
+            "lengths": list(self.lengths),
+            "continuation": self.continuation,
+        }
+        return json.dumps(description, sort_keys=True, default=operator.index)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the calibration as a safetensors file; it appears whole or not at all."""
+        header = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "sha256": self.digest(),
+            **json.loads(self._description()),
+        }
+        with written_whole(path) as temporary:
+            safetensors.numpy.save_file({"kl": np.asarray(self.kl)}, temporary, {HEADER: json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read a calibration that `save` wrote.
+
+        Raises:
+            FileFormatError: not a calibration, damaged, cut off, or of a newer format; the message names the file.
+            FileNotFoundError: no such file.
+        """
+        with reading(path, "Calibrate again."):
+            check_safetensors_size(path, MAX_CALIBRATION_BYTES)
+            with safetensors.safe_open(os.fspath(path), framework="np") as file:
+                header = read_header(file.metadata(), FORMAT, FORMAT_VERSION, _FIELDS)
+                if list(file.keys()) != ["kl"] or file.get_slice("kl").get_dtype() != "F32":
+                    raise FileFormatError("it does not hold one array 'kl' of float32")
+                kl = file.get_tensor("kl")
+            calibration = cls(
+                kl=kl,
+                grid=tuple(header["grid"]),
+                lengths=tuple(header["lengths"]),
+                continuation=header["continuation"],
+                policy=Policy.from_dict(header["policy"]),
+                layers=layer_specs(header["layers"]),
+                model=header["model"],
+            )
+            if calibration.digest() != header["sha256"]:
+                raise FileFormatError("its content does not match its checksum; it is damaged, so calibrate again")
+            return calibration
+
+
+def check_grid(grid: Any) -> tuple[float, ...]:
+    """A grid of capacities as floats.
+
+    Raises:
+        BudgetError: not ascending shares above 0 and below 1, or fewer than two.
+    """
+    try:
+        shares = tuple(map(float, grid))
+    except (TypeError, ValueError) as error:
+        raise BudgetError(f"grid must be shares of the prompt's tokens; got {grid!r:.200}") from error
+    rising = all(low < high for low, high in itertools.pairwise(shares))
+    if len(shares) < 2 or not rising or shares[0] <= 0 or shares[-1] >= 1:
+        raise BudgetError(
+            f"grid must be at least two ascending shares of the prompt's tokens, above 0 and below 1; got {shares}"
+        )
+    return shares

@@ -1,0 +1,1 @@
+"""Measuring a model: attention mass, divergence of single layers, divergence of whole plans."""

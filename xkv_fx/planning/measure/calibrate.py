@@ -1,0 +1,252 @@
+"""Calibrating: what it costs, in KL to the full cache, when one layer alone holds less."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xkv_fx.budgets import Budgets
+from xkv_fx.capture.captured import CapturedModel
+from xkv_fx.errors import BudgetError, PromptError, UnsupportedModelError
+from xkv_fx.files import SEAL, is_int, written_whole
+from xkv_fx.layers import LayerSpec
+from xkv_fx.passes.measure.cut_at_attention import CutModel
+from xkv_fx.planning.data.calibration_data import Calibration, check_grid
+from xkv_fx.planning.measure.continuation import FullRun, LayerPlans, cut_model, kl_divergence, run_full
+from xkv_fx.planning.measure.prompts import check_tokens
+from xkv_fx.planning.measure.team import ALONE, Arrays, Progress, Team
+from xkv_fx.planning.measure.weights import digest_of_weights
+from xkv_fx.policy import Policy
+from xkv_fx.runtime.scorers import Scorer, scorer_of
+from xkv_fx.runtime.slots import SlotPlan, slot_plans
+
+GRID = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
+CONTINUATION = 16
+# KL of a continuation that was run again under full budgets; more means that tokens meet outside attention too.
+_SAME = {torch.float32: 1e-6, torch.float64: 1e-9}
+
+
+def measure_calibration(
+    captured: CapturedModel,
+    prompts: Sequence[Tensor],
+    policy: Policy,
+    grid: Sequence[float] | None = None,
+    continuation: int = CONTINUATION,
+    progress: Progress | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    team: Team = ALONE,
+) -> Calibration:
+    """Measure each layer alone at each capacity of the grid, all others full, on every prompt.
+
+    Args:
+        captured: a model captured for one row.
+        prompts: token ids, int64 `[1, S + continuation]`; the last ones are the continuation.
+        policy: scorer, eviction, recent and sinks that the plan will be served with.
+        grid: ascending shares of the S tokens (of the sliding window, where a layer has a smaller one).
+        continuation: tokens fed after each prompt.
+        progress: called as `progress(done, total)` after each prompt.
+        resume: a folder for what was measured so far, a file a prompt; results of the same model, policy, grid and
+            prompt are read from there instead of measured.
+        team: who measures.
+
+    Raises:
+        PromptError, BudgetError, UnsupportedModelError: see `xkv_fx.calibrate`.
+    """
+    check_measurable(policy, continuation, grid)
+    shares = check_grid(GRID if grid is None else grid)
+
+    def prepare() -> tuple[list[Tensor], Scorer, _Partial]:
+        team.check_whole(captured)
+        if resume is not None and captured.shard.size > 1:
+            raise BudgetError(
+                "what processes measured that share a model cannot be resumed: one might find a result that another "
+                "lacks; leave resume out"
+            )
+        rows = [check_prompt(index, prompt, captured, continuation) for index, prompt in enumerate(prompts)]
+        scorer = captured.scorer_of(policy)
+        return rows, scorer, _Partial(resume, captured, policy, shares, continuation)
+
+    rows, scorer, done = team.together(prepare)
+    team.check_same(lambda: (done.base, *rows))
+    model: CutModel | None = None
+
+    def measure(prompt: int) -> Arrays:
+        nonlocal model
+        ids = rows[prompt]
+        kl = done.read(ids)
+        if kl is None:
+            model = cut_checked(captured, scorer, ids, continuation) if model is None else model
+            kl = _measure(model, scorer, captured.layers, policy, shares, ids, continuation)
+            done.write(ids, kl)
+        return {"kl": kl}
+
+    kl = np.stack([result["kl"] for result in team.measure(len(rows), measure, progress)])
+    lengths = tuple(ids.shape[1] - continuation for ids in rows)
+    return Calibration(kl, shares, lengths, continuation, policy, captured.layers, captured.fingerprint)
+
+
+def check_measurable(policy: Policy, continuation: int, grid: Sequence[float] | None = None) -> None:
+    """Refuse what cannot be measured, before a model is captured for it.
+
+    Raises:
+        BudgetError: no policy or one that never evicts, an unknown scorer, a grid or continuation out of range.
+    """
+    if not isinstance(policy, Policy):
+        raise BudgetError(f"policy must be an xkv_fx.Policy; got {type(policy).__name__}")
+    if policy.eviction == "none":
+        raise BudgetError("eviction='none' never evicts, so there is nothing to measure; choose what will serve")
+    scorer_of(policy)
+    if not is_int(continuation) or continuation < 1:
+        raise BudgetError(f"continuation must be a whole number of at least 1; got {continuation!r}")
+    check_grid(GRID if grid is None else grid)
+
+
+def check_prompt(index: int, ids: Tensor, captured: CapturedModel, continuation: int) -> Tensor:
+    """A prompt and its continuation, on the model's device.
+
+    Raises:
+        PromptError: fewer than 2 tokens before the continuation, more tokens than positions, or unknown tokens.
+    """
+    tokens = ids.shape[1]
+    if tokens - continuation < 2:
+        raise PromptError(
+            f"prompt {index} has {tokens} tokens; the last {continuation} are its continuation, which leaves too "
+            "few to choose from"
+        )
+    return check_tokens(index, ids, captured)
+
+
+def cut_checked(captured: CapturedModel, scorer: Scorer, ids: Tensor, continuation: int) -> CutModel:
+    """The model's graph, cut, once it has been shown on a prompt that its layers can be run again by themselves.
+
+    Raises:
+        UnsupportedModelError: they cannot; something but attention lets tokens meet.
+    """
+    model = cut_model(captured, scorer)
+    few = min(continuation, 8)
+    short = ids[:, : min(ids.shape[1], 64 + few)]
+    full = run_full(model, scorer, short, few)
+    error = float(full.divergence([(None,) * len(captured.layers)] * 2).mean())
+    with torch.no_grad():
+        positions = torch.arange(short.shape[1], device=short.device)[None]
+        uncut = torch.log_softmax(captured.prompt(short, positions)[0, -few:].float(), -1)
+    error = max(error, float(kl_divergence(uncut, full.logits).mean()))
+    limit = _SAME.get(captured.dtype, 1e-2)
+    if not error <= limit:
+        raise UnsupportedModelError(
+            f"run again with nothing evicted, the continuation of a prompt strays by a KL of {error:.2g} (limit "
+            f"{limit:.0e}); in this model tokens meet outside attention too, so its layers cannot be measured alone"
+        )
+    return model
+
+
+def single_layer_plans(
+    layers: Sequence[LayerSpec], layer: int, capacities: Sequence[int], policy: Policy, continuation: int
+) -> list[LayerPlans]:
+    """For each capacity a plan under which `layer` holds so many tokens and all others everything."""
+    plans: list[LayerPlans] = []
+    for capacity in capacities:
+        slots = slot_plans(Budgets((capacity,), policy), (layers[layer],), continuation)
+        plan: list[SlotPlan | None] = [None] * len(layers)
+        plan[layer] = slots[0]
+        plans.append(plan)
+    return plans
+
+
+def _measure(
+    model: CutModel,
+    scorer: Scorer,
+    layers: Sequence[LayerSpec],
+    policy: Policy,
+    shares: Sequence[float],
+    ids: Tensor,
+    continuation: int,
+) -> NDArray[np.float32]:
+    """KL of one prompt, float32 `[layers, grid]`."""
+    full: FullRun = run_full(model, scorer, ids, continuation)
+    plans: list[LayerPlans] = []
+    for layer, spec in enumerate(layers):
+        held = spec.effective_capacity(full.prompt_tokens)
+        capacities = [max(1, round(share * held)) for share in shares]
+        plans += single_layer_plans(layers, layer, capacities, policy, continuation)
+    measured = full.divergence(plans).mean(1).numpy()
+    kl: NDArray[np.float32] = measured.reshape(len(layers), len(shares)).astype(np.float32)
+    if not np.isfinite(kl).all():
+        raise PromptError("the model's output is not finite; was it run in a dtype that overflows?")
+    return kl
+
+
+class _Partial:
+    """What was measured so far, a file for each prompt, named by a hash of all that the result depends on."""
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None,
+        captured: CapturedModel,
+        policy: Policy,
+        shares: Sequence[float],
+        continuation: int,
+    ) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.shape = (len(captured.layers), len(shares))
+        self.captured = captured
+        self.settings = policy.to_dict(), list(shares), int(continuation)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    @functools.cached_property
+    def base(self) -> str:
+        """All that a result depends on but its prompt."""
+        described = [self.captured.fingerprint, str(self.captured.dtype), *self.settings]
+        return json.dumps(described, sort_keys=True) + digest_of_weights(self.captured)
+
+    def _path(self, ids: Tensor) -> Path | None:
+        if self.folder is None:
+            return None
+        tokens = ids.cpu().numpy().astype("<i8").tobytes()
+        return self.folder / f"{hashlib.sha256(self.base.encode() + tokens).hexdigest()}.safetensors"
+
+    def read(self, ids: Tensor) -> NDArray[np.float32] | None:
+        """The result for a prompt, if there is a sound one."""
+        path = self._path(ids)
+        if path is None or not path.is_file():
+            return None
+        try:
+            with safetensors.safe_open(path, framework="np") as file:
+                kl, told = file.get_tensor("kl"), (file.metadata() or {}).get(SEAL)
+        except safetensors.SafetensorError:
+            return None  # damaged: measured again
+        return kl if kl.shape == self.shape and kl.dtype == np.float32 and told == _digest(kl) else None
+
+    def write(self, ids: Tensor, kl: NDArray[np.float32]) -> None:
+        """Keep the result for a prompt."""
+        path = self._path(ids)
+        if path is not None:
+            with written_whole(path) as temporary:
+                safetensors.numpy.save_file({"kl": kl}, temporary, {SEAL: _digest(kl)})
+
+
+def _digest(kl: NDArray[np.float32]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(kl, dtype="<f4").data).hexdigest()
+
+
+def remove_parts(folder: str | os.PathLike[str]) -> None:
+    """Delete what was kept in a `resume` folder, and the folder unless something else is in it."""
+    for path in Path(folder).glob("*.safetensors"):
+        if re.fullmatch("[0-9a-f]{64}", path.stem):
+            path.unlink()
+    with contextlib.suppress(OSError):
+        Path(folder).rmdir()

@@ -1,0 +1,282 @@
+"""Running the continuation of a prompt again under other budgets, without prefilling again.
+
+A fresh prefill attends to all of its tokens whatever the budgets are; these decide only what each layer holds
+afterwards. So one full run of prompt and continuation serves every plan: its K/V and scores give the survivors of any
+capacity, and its values give the inputs of every layer up to the first whose capacity differs. Only the continuation's
+tokens are then run again, those of many plans in one pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from xkv_fx.capture.captured import CapturedModel
+from xkv_fx.errors import PassError, PromptError
+from xkv_fx.passes.analyses.find_attention import check_borrowed
+from xkv_fx.passes.measure.cut_at_attention import CutModel, Segment, Value, cut_at_attention
+from xkv_fx.passes.pipeline import run_pipeline
+from xkv_fx.passes.prepare.clean_graph import CleanGraph
+from xkv_fx.planning.measure.held import Held, HeldScored, LayerRun, attend, hold, hold_all
+from xkv_fx.runtime.attention import causal_attention
+from xkv_fx.runtime.scorers import Scorer, future_positions, score_tokens
+from xkv_fx.runtime.slots import SlotPlan
+
+# Tokens of all plans together in one pass: enough to keep the matrix products busy.
+_TOKENS_AT_ONCE = 1024
+# Bytes of logits at once.
+_LOGIT_BYTES = 128 * 2**20
+
+LayerPlans = Sequence[SlotPlan | None]
+"""For each layer how it uses its slots, None for the full cache."""
+
+
+def cut_model(captured: CapturedModel, scorer: Scorer | None = None) -> CutModel:
+    """The captured graph of a prompt, cut at its attentions.
+
+    Args:
+        scorer: what the prompts' tokens will be ranked by; needed for one that looks at unrotated queries.
+
+    Raises:
+        UnsupportedModelError: see `cut_at_attention`.
+    """
+    module = run_pipeline(captured.graph("prompt"), (CleanGraph(),)).module
+    return cut_at_attention(module, None if scorer is None else future_positions(scorer))
+
+
+@dataclasses.dataclass(frozen=True)
+class FullRun:
+    """A prompt of S tokens and its continuation of T, run with the full cache.
+
+    Attributes:
+        model: the cut graph.
+        layers: of each attention, K/V and scores of the prompt's tokens; those of the cache's owner where it borrows.
+        values: every value that crosses from one segment to a later one, and the inputs of each attention, for the
+            continuation's tokens alone.
+        logits: of the continuation's tokens, `[T, vocabulary]`.
+        length_dims: which dimension of each of the values runs over tokens.
+        tokens: T.
+    """
+
+    model: CutModel
+    layers: tuple[LayerRun, ...]
+    values: dict[str, Tensor]
+    length_dims: dict[str, int]
+    logits: Tensor
+    tokens: int
+    _held: dict[tuple[int, SlotPlan | None], Held | HeldScored] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """S, the tokens that prefill sees."""
+        return self.layers[0].k.shape[2]
+
+    def held(self, index: int, plan: SlotPlan | None) -> Held | HeldScored:
+        """What an attention reaches after the prompt; chosen once for each cache and plan."""
+        site = self.model.sites[index]
+        check_borrowed(site, "" if plan is None else plan.eviction)
+        key = (site.index, plan)
+        if key not in self._held:
+            run = self.layers[index]
+            self._held[key] = hold_all(run, self.tokens) if plan is None else hold(run, plan, self.tokens)
+        return self._held[key]
+
+    def divergence(self, plans: Sequence[LayerPlans]) -> Tensor:
+        """KL divergence of the next-token distributions under each plan from those of the full cache.
+
+        Returns:
+            nats, float64 `[plans, T]`: one for each continuation token, once it has been fed.
+        """
+        order = sorted(range(len(plans)), key=lambda row: self._first_cut(plans[row]))
+        at_once = max(1, _TOKENS_AT_ONCE // self.tokens)
+        result = torch.empty(len(plans), self.tokens, dtype=torch.float64)
+        for start in range(0, len(plans), at_once):
+            part = order[start : start + at_once]
+            result[part] = self._divergence([plans[row] for row in part]).cpu()
+        return result
+
+    @torch.no_grad()
+    def _divergence(self, plans: Sequence[LayerPlans]) -> Tensor:
+        """As `divergence`, of plans in the order of their first layers that are not full. A plan joins the batch in
+        that layer; before, it is the full run."""
+        attentions = len(self.layers)
+        starts = [min(self._first_cut(plan), attentions - 1) for plan in plans]
+        live: dict[str, Tensor] = {}
+        for index in range(starts[0], attentions):
+            site = self.model.sites[index]
+            rows = sum(start <= index for start in starts)
+            joining = sum(start == index for start in starts)
+            live = {name: self._extended(name, value, joining) for name, value in live.items()}
+            q, k, v = (_split(self._tiled(Value(node.name, 2), live, rows), rows) for node in (site.q, site.k, site.v))
+            groups: dict[SlotPlan | None, list[int]] = {}
+            for row, plan in enumerate(plans[:rows]):
+                groups.setdefault(plan[site.index], []).append(row)
+            out = q.new_empty((*q.shape[:3], v.shape[3]))
+            for slots, members in groups.items():
+                held = self.held(index, slots)
+                out[members] = attend(q[members], k[members], v[members], held, self.layers[index])
+            live = {name: value for name, value in live.items() if name in self.model.needed_from[index + 1]}
+            live[site.node.name] = _join(out)
+            segment = self.model.segments[index + 1]
+            if index + 1 < attentions:
+                made = segment.module(*(self._tiled(value, live, rows) for value in segment.inputs))
+                live |= {
+                    value.name: part
+                    for value, part in zip(segment.outputs, made, strict=True)
+                    if value.size is None and value.length_dim is not None
+                }
+        return self._compare(segment, live, len(plans))
+
+    def _first_cut(self, plan: LayerPlans) -> int:
+        """The first attention whose layer does not hold everything; the number of attentions if there is none."""
+        cut = (at for at, site in enumerate(self.model.sites) if plan[site.index] is not None)
+        return next(cut, len(self.model.sites))
+
+    def _extended(self, name: str, value: Tensor, joining: int) -> Tensor:
+        """A value of the plans so far, and for those that join, the full run's."""
+        if not joining:
+            return value
+        dim = self.length_dims[name]
+        return torch.cat((value, *[self.values[name]] * joining), dim)
+
+    def _tiled(self, value: Value, live: dict[str, Tensor], rows: int) -> Tensor:
+        """A value for all plans: what was run again, or the full run's, once for each plan along the tokens."""
+        if value.size is not None:
+            return value.size_of(rows * self.tokens)  # type: ignore[return-value]
+        if value.name in live:
+            return live[value.name]
+        full = self.values[value.name]
+        if value.length_dim is None:
+            return full
+        return full.repeat([rows if dim == value.length_dim else 1 for dim in range(full.dim())])
+
+    def _compare(self, segment: Segment, live: dict[str, Tensor], rows: int) -> Tensor:
+        """The last segment, a few plans at a time, since logits are large."""
+        reference = torch.log_softmax(self.logits.float(), -1)
+        at_once = max(1, _LOGIT_BYTES // (reference.numel() * 4))
+        results = []
+        for start in range(0, rows, at_once):
+            part = range(start, min(start + at_once, rows))
+            inputs = []
+            for value in segment.inputs:
+                if value.name not in live or value.length_dim is None:
+                    inputs.append(self._tiled(value, live, len(part)))
+                else:
+                    span = len(part) * self.tokens
+                    inputs.append(live[value.name].narrow(value.length_dim, part.start * self.tokens, span))
+            logits = _logits(self.model, segment, segment.module(*inputs))
+            results.append(kl_divergence(reference, logits.view(len(part), self.tokens, -1)))
+        return torch.cat(results)
+
+
+def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
+    """KL(p || q) in nats, float64 `[...]`, of q's logits `[..., vocabulary]` from p's log-probabilities.
+
+    The sum of p (r - 1 - log r) with r = q / p: its terms are not negative, so that float32 loses nothing where q is
+    close to p.
+    """
+    difference = torch.log_softmax(logits.float(), -1).sub_(log_p)
+    terms = torch.expm1(difference).sub_(difference).mul_(log_p.exp())
+    return terms.sum(-1).double()
+
+
+@torch.no_grad()
+def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) -> FullRun:
+    """Run prompt and continuation with the full cache.
+
+    Args:
+        model: a graph cut for one row, and for this scorer.
+        scorer: the policy's, which ranks the prompt's tokens in each layer.
+        ids: int64 `[1, S + T]`.
+        continuation: T, how many of the last tokens are the continuation.
+
+    Raises:
+        PromptError: no token before the continuation.
+        PassError: the graph was not cut for this scorer.
+    """
+    total = ids.shape[1]
+    prompt = total - continuation
+    if prompt < 1:
+        raise PromptError(f"a prompt of {total} tokens leaves none before its continuation of {continuation}")
+    positions = torch.arange(total, device=ids.device)[None]
+    length = torch.full((1,), prompt, dtype=torch.int64, device=ids.device)
+    before_rotation = _before_rotation(model, scorer, length)
+    live = dict(zip(model.inputs, (ids, positions), strict=True))
+    values = {name: value[:, prompt:] for name, value in live.items()}
+    length_dims = dict.fromkeys(live, 1)
+    layers: list[LayerRun] = []
+    owners: dict[int, LayerRun] = {}
+    for index, segment in enumerate(model.segments[:-1]):
+        site = model.sites[index]
+        inputs = [live[value.name] if value.size is None else value.size_of(total) for value in segment.inputs]
+        made = dict(zip((value.name for value in segment.outputs), segment.module(*inputs), strict=True))
+        for value in segment.outputs:
+            if value.length_dim is not None:
+                values[value.name] = made[value.name].narrow(value.length_dim, prompt, continuation).clone()
+                length_dims[value.name] = value.length_dim
+            elif value.size is None:
+                values[value.name] = made[value.name]
+        live |= made
+        q, k, v = (live[node.name] for node in (site.q, site.k, site.v))
+        sinks = model.sinks.get(index)
+        owner = owners.get(site.index)
+        if owner is None:
+            scores = score_tokens(
+                q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt], length, None, site.scale, scorer,
+                site.sliding_window, site.softcap, sinks, **before_rotation(index, live),
+            )  # fmt: skip
+            kept = k[:, :, :prompt].clone(), v[:, :, :prompt].clone(), scores
+        else:
+            kept = owner.k, owner.v, owner.scores
+        run = LayerRun(*kept, site.scale, site.sliding_window, site.softcap, sinks)
+        owners.setdefault(site.index, run)
+        layers.append(run)
+        attended = causal_attention(q, k, v, site.scale, site.sliding_window, site.softcap, sinks)[0].contiguous()
+        live = {name: part for name, part in live.items() if name in model.needed_from[index + 1]}
+        live[site.node.name] = attended
+        values[site.node.name] = attended[:, :, prompt:].clone()
+        length_dims[site.node.name] = 2
+    last = model.segments[-1]
+    inputs = [values[value.name] if value.size is None else value.size_of(continuation) for value in last.inputs]
+    logits = _logits(model, last, last.module(*inputs))
+    return FullRun(model, tuple(layers), values, length_dims, logits[0], continuation)
+
+
+def _before_rotation(
+    model: CutModel, scorer: Scorer, length: Tensor
+) -> Callable[[int, dict[str, Tensor]], dict[str, Tensor | None]]:
+    """What a scorer is given about an attention's queries before they are turned, from the live values."""
+    wanted = future_positions(scorer)
+    if wanted is None:
+        return lambda index, live: {}
+    if wanted != model.future_positions:
+        raise PassError(f"the graph was not cut for {scorer}; cut it for the scorer that it is run with")
+    kinds = dict.fromkeys(rotation.mean for rotation in model.rotations)
+    means = {kind: None if kind is None else kind(length - 1) for kind in kinds}
+    prompt = int(length)
+
+    def of_site(index: int, live: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        rotation = model.rotations[index]
+        unrotated = rotation.arrange(live[rotation.source.name])[:, :, :prompt]
+        return {"unrotated": unrotated, "rotation": means[rotation.mean]}
+
+    return of_site
+
+
+def _logits(model: CutModel, segment: Segment, made: tuple[Tensor, ...]) -> Tensor:
+    return next(part for value, part in zip(segment.outputs, made, strict=True) if value.name == model.logits)
+
+
+def _split(joined: Tensor, rows: int) -> Tensor:
+    """`[1, heads, R * T, dim]` -> `[R, heads, T, dim]`."""
+    _, heads, tokens, dim = joined.shape
+    return joined.view(heads, rows, tokens // rows, dim).transpose(0, 1)
+
+
+def _join(split: Tensor) -> Tensor:
+    """`[R, heads, T, dim]` -> `[1, heads, R * T, dim]`."""
+    rows, heads, tokens, dim = split.shape
+    return split.transpose(0, 1).reshape(1, heads, rows * tokens, dim)

@@ -1,0 +1,112 @@
+"""Profiling: how much of the attention mass each layer would keep at every capacity, measured on sampled prompts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from xkv_fx.capture.captured import CapturedModel
+from xkv_fx.errors import BudgetError, PromptError
+from xkv_fx.passes.pipeline import profile_pipeline, run_pipeline
+from xkv_fx.planning.data.curves import retention_curve
+from xkv_fx.planning.data.profile_data import Profile
+from xkv_fx.planning.measure.prompts import check_tokens
+from xkv_fx.planning.measure.team import ALONE, Arrays, Progress, Team
+from xkv_fx.planning.measure.weights import digest_of_weights
+from xkv_fx.policy import Policy
+from xkv_fx.runtime.scorers import Scorer, check_measures_attention, scorer_of
+
+
+def sample_prompts(prompts: Sequence[Tensor], sampling: float) -> tuple[Tensor, ...]:
+    """The first `sampling` share of the prompts, at least one (XKV, arXiv 2412.05896, samples 0.1 or 0.2).
+
+    Raises:
+        PromptError: there are no prompts.
+        BudgetError: `sampling` is not above 0 and at most 1.
+    """
+    if not prompts:
+        raise PromptError("there are no prompts to profile; give at least one")
+    if not (isinstance(sampling, int | float) and 0 < sampling <= 1):
+        raise BudgetError(f"sampling is the share of the prompts to profile, above 0 and at most 1; got {sampling!r}")
+    return tuple(prompts[: math.ceil(sampling * len(prompts) - 1e-9)])
+
+
+def profiling_scorer(policy: Policy) -> Scorer:
+    """The scorer that a policy is profiled with.
+
+    Raises:
+        BudgetError: not a policy, an unknown scorer, or one whose scores are not attention mass.
+    """
+    if not isinstance(policy, Policy):
+        raise BudgetError(f"policy must be an xkv_fx.Policy; got {type(policy).__name__}")
+    scorer = scorer_of(policy)
+    check_measures_attention(policy.scorer, scorer, "a share of them would be no retention")
+    return scorer
+
+
+def measure_profile(
+    captured: CapturedModel,
+    prompts: Sequence[Tensor],
+    policy: Policy,
+    progress: Progress | None = None,
+    statistics: Sequence[str] = (),
+    team: Team = ALONE,
+) -> Profile:
+    """Run the score graph on each prompt and turn the scores into retention curves.
+
+    Args:
+        captured: a model captured for one row.
+        prompts: token ids, int64 `[1, S]`.
+        policy: scorer, recent and sinks that the plan will be served with.
+        progress: called as `progress(done, total)` after each prompt.
+        statistics: what else to measure of each layer; see `AddStatistics`.
+        team: who measures.
+
+    Raises:
+        BudgetError: see `profiling_scorer`; or an unknown statistic; or processes that were not given the same.
+        PromptError: a prompt too short to rank, longer than the model has positions for, or with a token that the
+            model does not have.
+    """
+
+    def prepare() -> tuple[list[Tensor], GraphModule]:
+        team.check_whole(captured)
+        profiling_scorer(policy)
+        scorer = captured.scorer_of(policy)
+        if statistics and captured.shard.size > 1:
+            raise BudgetError("statistics are of all heads, and each process of this model has some; leave them out")
+        rows = [_check_prompt(index, prompt, captured) for index, prompt in enumerate(prompts)]
+        passes = profile_pipeline(scorer, tuple(statistics), captured.layers)
+        return rows, run_pipeline(captured.graph("prompt"), passes).module
+
+    rows, graph = team.together(prepare)
+    described = [captured.fingerprint, str(captured.dtype), policy.to_dict(), list(statistics)]
+    team.check_same(lambda: (json.dumps(described), digest_of_weights(captured), *rows))
+    layers = len(captured.layers)
+
+    def measure(prompt: int) -> Arrays:
+        ids = rows[prompt]
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        with torch.no_grad():
+            measured = graph(ids, positions, torch.ones_like(ids, dtype=torch.bool))
+        scores = [captured.shard.all_heads(layer)[0].cpu().numpy() for layer in measured[:layers]]
+        curves = [retention_curve(layer, policy) for layer in scores]
+        more = torch.cat(measured[layers:]).view(len(statistics), layers) if statistics else torch.empty(0, layers)
+        return {"curves": np.stack(curves).astype(np.float32), "more": more.cpu().numpy()}
+
+    found = team.measure(len(rows), measure, progress)
+    more = np.stack([result["more"] for result in found]).astype(np.float64)
+    means = {name: tuple(more[:, index].mean(0).tolist()) for index, name in enumerate(statistics)}
+    curves = tuple(result["curves"] for result in found)
+    return Profile(curves, policy, captured.layers, captured.fingerprint, means)
+
+
+def _check_prompt(index: int, ids: Tensor, captured: CapturedModel) -> Tensor:
+    if ids.shape[1] < 2:
+        raise PromptError(f"prompt {index} has {ids.shape[1]} tokens; a profile needs at least 2 to rank")
+    return check_tokens(index, ids, captured)

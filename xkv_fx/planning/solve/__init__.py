@@ -1,0 +1,1 @@
+"""From curves and a limit to capacities. Pure: arrays in, capacities out."""

@@ -1,0 +1,197 @@
+"""`solve`: from a profile or a calibration and one constraint to a plan."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from bisect import bisect_left, bisect_right
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xkv_fx.budgets import Budgets, Provenance
+from xkv_fx.errors import BudgetError
+from xkv_fx.files import is_int
+from xkv_fx.layers import HasItemSize
+from xkv_fx.planning.data.calibration_data import Calibration
+from xkv_fx.planning.data.curves import mean_retention
+from xkv_fx.planning.data.profile_data import Profile, check_context
+from xkv_fx.planning.solve import allocators, peer_allocators  # noqa: F401  (registers the peers)
+from xkv_fx.planning.solve.allocators import Allocator
+from xkv_fx.planning.solve.fill import capacities_for_retention, check_retention
+from xkv_fx.planning.solve.fill_bytes import capacities_for_bytes, check_kv_bytes
+from xkv_fx.planning.solve.limits import Limits, make_limits
+
+Curves = NDArray[np.float64]
+Capacities = NDArray[np.int64]
+
+
+def solve(
+    profile: Profile | Calibration,
+    *,
+    fraction: float | None = None,
+    total_tokens: int | None = None,
+    retention: float | None = None,
+    kv_bytes: int | None = None,
+    context: int | None = None,
+    allocator: str | Allocator | None = None,
+    multiple: int = 16,
+    floor: int = 1,
+    batch_size: int = 1,
+    dtype: HasItemSize | None = None,
+) -> Budgets:
+    """Solve how many KV slots each layer gets, under exactly one constraint.
+
+    Args:
+        profile: measured retention curves, or a calibration's measured divergences.
+        fraction: the share of `layers * context` tokens to keep, above 0 and at most 1.
+        total_tokens: the sum of the capacities, exact.
+        retention: the mean over layers of the share of attention mass to keep at least, with the fewest tokens; for a
+            profile only.
+        kv_bytes: the most bytes that the K/V buffers of `batch_size` rows in `dtype` may take.
+        context: tokens of prompt to plan for; the longest profiled prompt by default.
+        allocator: a registered name or an `Allocator`; by default `"xkv"` for a profile, `"calibrated"` for a
+            calibration.
+        multiple: round capacities to multiples of this; a total stays exact. Few distinct sizes compile faster.
+        floor: the fewest slots of every layer; a layer whose sliding window is smaller gets that.
+        batch_size: rows after expansion, batch x beams or return sequences; counts for `kv_bytes` only, since
+            capacities are per row.
+        dtype: dtype of the cache for `kv_bytes`; each layer's own by default.
+
+    Returns:
+        the plan; its provenance says how it was made, and which retention (of a profile) or KL (of a calibration) is
+        expected of it.
+
+    Raises:
+        BudgetError: no constraint or several, one that cannot be met or is out of range, or an allocator that needs
+            what was not measured.
+    """
+    if not isinstance(profile, Profile | Calibration):
+        raise BudgetError(f"solve takes an xkv_fx.Profile or Calibration; got {type(profile).__name__}")
+    name, value = _only_constraint(fraction=fraction, total_tokens=total_tokens, retention=retention, kv_bytes=kv_bytes)
+    context = profile.context_default if context is None else check_context(context)
+    calibrated = isinstance(profile, Calibration)
+    if allocator is None:
+        allocator = "calibrated" if calibrated else "xkv"
+    share = allocators.allocator(allocator).reading("kl" if calibrated else "retention", profile.statistics)
+    if calibrated and name == "retention":
+        raise BudgetError("a calibration holds no retention; give a fraction, total_tokens or kv_bytes, or a profile")
+    caps = [spec.effective_capacity(context) for spec in profile.layers]
+    limits = make_limits(len(caps), context, floor, caps, multiple)
+    constraint: dict[str, float] = {name: value}
+
+    if name == "kv_bytes":
+        slot_bytes = _slot_bytes(profile, batch_size, dtype)
+        if batch_size != 1:
+            constraint["batch_size"] = int(batch_size)
+        if dtype is not None:
+            constraint["itemsize"] = dtype.itemsize
+        curves = profile.mean_curve(context)
+        capacities = capacities_within_bytes(share, curves, slot_bytes, value, limits)
+    elif name == "retention":
+        check_retention(value, 1.0)
+        curves = profile.mean_curve(context)
+        capacities = _with_retention(share, curves, value, limits)
+    else:
+        total = _tokens_of_fraction(value, limits) if name == "fraction" else value
+        limits.for_total(total)
+        curves = profile.mean_curve(context)
+        capacities = _share(share, curves, total, limits)
+
+    return Budgets(
+        capacities=tuple(capacities.tolist()),
+        policy=profile.policy,
+        provenance=Provenance(
+            model=profile.model,
+            allocator=share.name,
+            constraint=constraint,
+            context=context,
+            source=profile.digest(),
+            expected_retention=None if calibrated else mean_retention(curves, capacities),
+            expected_kl=profile.expected_kl(capacities.tolist(), context) if isinstance(profile, Calibration) else None,
+        ),
+    )
+
+
+def _only_constraint(**constraints: Any) -> tuple[str, Any]:
+    """The name and value of the one constraint that was given, the value as a plain finite number."""
+    given = {name: value for name, value in constraints.items() if value is not None}
+    if len(given) != 1:
+        named = ", ".join(given) or "none"
+        raise BudgetError(f"give exactly one of {', '.join(constraints)}; got {named}")
+    ((name, value),) = given.items()
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise BudgetError(f"{name} must be a number; got {value!r}")
+    if name in ("total_tokens", "kv_bytes"):
+        if not is_int(value):
+            raise BudgetError(f"{name} must be a whole number; got {value!r}")
+        return name, int(value)
+    if not math.isfinite(value):
+        raise BudgetError(f"{name} must be finite; got {value!r}")
+    return name, float(value)
+
+
+def _tokens_of_fraction(fraction: float, limits: Limits) -> int:
+    if not 0 < fraction <= 1:
+        raise BudgetError(f"fraction must be above 0 and at most 1; got {fraction!r}")
+    return math.floor(fraction * limits.layers * limits.context + 1e-9)  # 0.47 * 5 * 20 is 47, whatever rounding says
+
+
+def _slot_bytes(profile: Profile | Calibration, batch_size: int, dtype: HasItemSize | None) -> NDArray[np.int64]:
+    """Bytes of one slot of each layer over all rows, `[layers]`."""
+    if not is_int(batch_size) or batch_size < 1:
+        raise BudgetError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
+    itemsize = getattr(dtype, "itemsize", None)
+    if dtype is not None and (not is_int(itemsize) or itemsize < 1):
+        raise BudgetError(f"dtype must have its size in bytes, as torch.float16 and numpy.dtype have; got {dtype!r}")
+    return np.array([spec.slot_bytes(dtype) * int(batch_size) for spec in profile.layers], dtype=np.int64)
+
+
+def _share(share: Allocator, curves: Curves, total: int, limits: Limits) -> Capacities:
+    return share(curves, total, floor=limits.floor, caps=limits.caps, multiple=limits.multiple)
+
+
+def capacities_within_bytes(
+    share: str | Allocator, curves: Curves, slot_bytes: NDArray[np.int64], kv_bytes: int, limits: Limits
+) -> Capacities:
+    """Capacities of at most `kv_bytes` bytes, int64 `[layers]`, a slot of each layer taking `slot_bytes` `[layers]`.
+
+    With equal slots that is a total. With unequal ones the solver fills by gain per byte; of another allocator the
+    largest total is taken whose plan fits.
+    """
+    share = allocators.allocator(share)
+    fewest, most = int(limits.floors.sum()), int(limits.caps.sum())
+    check_kv_bytes(kv_bytes, int(limits.floors @ slot_bytes), limits.floor)
+    if (slot_bytes == slot_bytes[0]).all():
+        return _share(share, curves, min(kv_bytes // int(slot_bytes[0]), most), limits)
+    calibrated = share is allocators.allocator("calibrated")
+    if calibrated or share is allocators.allocator("xkv"):
+        mean = kv_bytes // int(slot_bytes.sum())
+        floor = allocators.calibrated_floor(mean, limits) if calibrated else limits.floor
+        return capacities_for_bytes(
+            curves, slot_bytes, kv_bytes, floor=floor, caps=limits.caps, multiple=limits.multiple
+        )
+    totals = range(fewest, most + 1)
+    above = bisect_right(totals, kv_bytes, key=lambda total: int(_share(share, curves, total, limits) @ slot_bytes))
+    return _share(share, curves, totals[above - 1], limits)
+
+
+def _with_retention(share: Allocator, curves: Curves, retention: float, limits: Limits) -> Capacities:
+    """Capacities that keep at least `retention`, with the fewest tokens.
+
+    For an allocator other than the solver that is the smallest total of whole blocks whose plan keeps enough.
+    """
+    if share is allocators.allocator("xkv"):
+        return capacities_for_retention(
+            curves, retention, floor=limits.floor, caps=limits.caps, multiple=limits.multiple
+        )
+    check_retention(retention, mean_retention(curves, limits.caps))
+    lowest, most = int(limits.lows.sum()), int(limits.caps.sum())
+    totals = range(lowest, most, limits.multiple)
+
+    def keeps_enough(total: int) -> bool:
+        return mean_retention(curves, _share(share, curves, total, limits)) >= retention
+
+    found = bisect_left(totals, True, key=keeps_enough)
+    return _share(share, curves, totals[found] if found < len(totals) else most, limits)
