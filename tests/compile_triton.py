@@ -15,8 +15,8 @@ SHARED_BYTES = 99 * 1024  # what a program may have on the GPUs of compute capab
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 LIKE_Q = ("q", "k", "v", "k_cache", "v_cache", "mask")
 POINTERS = {"slot": "*i64", "count": "*i64", "seen": "*i64", "positions": "*i32"}
-FLOAT_POINTERS = ("out", "lse", "logits", "slopes", "sinks", "parts", "whole_lse", "scores")
-FLAGS = ("BIASED", "SCORED", "WINDOWED", "SLOPED", "CAPPED", "SINKS", "WHOLE", "WIDEN")
+FLOAT_POINTERS = ("out", "lse", "logits", "sink_logits", "parts", "whole_lse", "scores")
+FLAGS = ("BIASED", "SCORED", "CAPPED", "SINKS", "WHOLE", "WIDEN")
 
 
 def compiled(kernel: Any, capability: int, dtype: torch.dtype, constants: dict[str, Any], **options: int) -> Any:
@@ -37,7 +37,7 @@ def compiled(kernel: Any, capability: int, dtype: torch.dtype, constants: dict[s
 
 def check_pass(capability: int, group: int, dims: tuple[int, int], dtype: torch.dtype, **chosen: Any) -> None:
     launch = decode_triton.plan_launch(1, 8, 32768, *dims, dtype, processors=100)
-    constants = dict.fromkeys(FLAGS, False) | {"MASK_HEADS": 0 if chosen.get("SCORED") else 1} | chosen
+    constants = dict.fromkeys(FLAGS, False) | {"MASK_HEADS": 1} | chosen
     constants |= {"GROUP": group, "KEY_DIM": dims[0], "VALUE_DIM": dims[1], "BLOCK": launch.block}
     constants |= {"ROWS": decode_triton._rows(group)}
     constants |= {f"{name}_PAD": decode_triton._padded(dim) for name, dim in zip(("KEY", "VALUE"), dims, strict=True)}

@@ -147,7 +147,7 @@ def make_session() -> Session:
     session.state["positions_0"].copy_(torch.tensor([4, 1, 3]))
     session.state["seen"].fill_(5)
     session.state["base"].fill_(4)
-    session.restore(session.state)
+    session.restore(session.state, fed=5)
     return session
 
 
@@ -157,11 +157,16 @@ def test_a_session(folder: Path, seed: int) -> None:
     """Nothing but the whole session is taken, and a refused one leaves the session as it was."""
     session, other = make_session(), Session(make_session().program)
     path, chance = folder / "session.safetensors", random.Random(seed)
-    save_session(session, path, fed=5)
+    save_session(session, path)
     whole = path.read_bytes()
     content = rewritten_header(whole, chance, "xkv_fx") if chance.random() < 0.5 else damaged(whole, chance)
     untouched = [tensor.clone() for tensor in other.state.tensors]
-    fed = read(path, content, lambda path: load_session(other, path))
+
+    def loaded(path: Path) -> int:
+        load_session(other, path)
+        return other.history.fed
+
+    fed = read(path, content, loaded)
     assert fed in (None, 5)
     expected = untouched if fed is None else session.state.tensors
     assert all(map(torch.equal, other.state.tensors, expected))

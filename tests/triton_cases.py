@@ -10,6 +10,7 @@ from typing import Any
 import oracles as reference
 import pytest
 import torch
+from by_policy import scored_by
 from exhaustive import EXHAUSTIVE
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -98,20 +99,36 @@ def assert_same(out: Tensor, tested: list[Any], expected_out: Tensor, expected: 
             torch.testing.assert_close(after.cpu(), should, rtol=0, atol=0)
 
 
-def check_masked(args: list[Any], launch: Launch, softcap: float | None = None, sinks: Tensor | None = None) -> None:
+def count_of(mask: Tensor) -> Tensor:
+    """One more than the last slot of each row that a mask lets through."""
+    return ((mask > float("-inf")) * torch.arange(1, mask.shape[3] + 1, device=mask.device)).amax((1, 2, 3))
+
+
+def check_masked(
+    args: list[Any], launch: Launch, softcap: float | None = None, sink_logits: Tensor | None = None
+) -> None:
     tested, expected = copies(args, DEVICE), copies(args)
-    slots = args[3].shape[2]
-    count = ((tested[6] > float("-inf")) * torch.arange(1, slots + 1, device=DEVICE)).amax((1, 2, 3))
-    there = None if sinks is None else sinks.to(DEVICE)
-    out = xkv.decode_attention_triton(*tested[:7], count, SCALE, softcap=softcap, sinks=there, **asdict(launch))
-    assert_same(out, tested, reference.decode_attention(*expected, softcap, sinks), expected)
+    there = None if sink_logits is None else sink_logits.to(DEVICE)
+    out = xkv.decode_attention_triton(*tested[:7], count_of(tested[6]), SCALE, softcap, there, **asdict(launch))
+    assert_same(out, tested, reference.decode_attention(*expected, softcap, sink_logits), expected)
+
+
+def scored_step(args: list[Any], launch: Launch, **options: Any) -> Tensor:
+    """The kernel, called as the oracle of `xkv::decode_scored` is."""
+
+    def kernel(*given: Any) -> Tensor:
+        *tensors, mask, seen, scale, softcap, sink_logits = given
+        counted = (mask, count_of(mask), seen, scale, softcap, sink_logits)
+        out: Tensor = xkv.decode_scored_triton(*tensors, *counted, **asdict(launch))
+        return out
+
+    there = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in options.items()}
+    return scored_by(kernel, DEVICE)(*args, **there)
 
 
 def check_scored(args: list[Any], launch: Launch, **options: Any) -> None:
     tested, expected = copies(args, DEVICE), copies(args)
-    there = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in options.items()}
-    unused = {"sliding_window": None, "softcap": None, "sinks": None, "slopes": None}
-    out = xkv.decode_scored_triton(*tested, **{**unused, **there}, **asdict(launch))
+    out = scored_step(tested, launch, **options)
     by_loops = reference.decode_scored(*expected, **options)
     torch.testing.assert_close(tested[6].cpu(), expected[6], rtol=0, atol=max(TOLERANCE[out.dtype], 1e-5))
     tested[6] = expected[6]
@@ -157,7 +174,7 @@ def test_scores_are_the_references(
     args = scored_inputs(*shape, slots, dtype, seed, recent=3)
     sinks = torch.randn(shape[0][0]) if with_sinks else None
     slopes = torch.rand(shape[0][0]) / 4 if sloped else None
-    check_scored(args, launch, sliding_window=sliding_window, softcap=softcap, sinks=sinks, slopes=slopes)
+    check_scored(args, launch, sliding_window=sliding_window, softcap=softcap, sink_logits=sinks, slopes=slopes)
 
 
 def test_scores_accumulate_step_by_step() -> None:
@@ -169,7 +186,7 @@ def test_scores_accumulate_step_by_step() -> None:
         seen = args[7] + step
         tested[:3], tested[7] = copies(token, DEVICE), seen.to(DEVICE)
         expected[:3], expected[7] = copies(token), seen
-        out = xkv.decode_scored_triton(*tested, None, None, None, None, **asdict(Launch(2, 16)))
+        out = scored_step(tested, Launch(2, 16))
         torch.testing.assert_close(out.cpu(), reference.decode_scored(*expected), rtol=1e-5, atol=1e-5)
         assert torch.equal(tested[5].cpu(), expected[5])
         torch.testing.assert_close(tested[6].cpu(), expected[6], rtol=0, atol=1e-5)

@@ -37,13 +37,13 @@ def test_linear_of_rows_in_every_shape() -> None:
 
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (4, 4), (MOST + 1, 1)], ids=str)
 @pytest.mark.parametrize("masking", ["shared", "each", "bias"])
-@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"sinks": 0.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"sink_logits": 0.5}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decode_attention_is_the_reference(
     heads: tuple[int, int], masking: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    if "sinks" in options:
-        options = {"sinks": torch.full((heads[0],), options["sinks"])}
+    if "sink_logits" in options:
+        options = {"sink_logits": torch.full((heads[0],), options["sink_logits"])}
     args = masked_inputs(heads, (16, 8), 3, 33, dtype, 0, masking)
     tested, expected = copies(args), copies(args)
     assert_same(

@@ -98,7 +98,7 @@ def session_of(rows: int, capacity: int = CAPACITY) -> Session:
 
 
 def kept(session: Session, row: int = 0) -> list[list[list[int]]]:
-    return [session.state.ordinals(index)[row].sort(-1).values.tolist() for index in range(LAYERS)]
+    return [session.ordinals(index)[row].sort(-1).values.tolist() for index in range(LAYERS)]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -438,9 +438,9 @@ def test_kv_bytes_are_the_plans_and_the_tensors_and_stay(rows: int) -> None:
 
     def held() -> tuple[list[int], int]:
         state = session.session.state
-        named = zip(state.plan.names(), state.tensors, strict=True)
+        named = zip(state.buffers, state.tensors, strict=True)
         return [t.data_ptr() for t in state.tensors], sum(
-            t.untyped_storage().nbytes() for name, t in named if name[0] in "kv"
+            t.untyped_storage().nbytes() for buffer, t in named if buffer.holds == "kv"
         )
 
     before = held()

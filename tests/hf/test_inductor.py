@@ -114,7 +114,7 @@ def test_caches_are_written_in_place() -> None:
     assert [tensor.data_ptr() for tensor in tensors] == pointers
     for layer, capacity in enumerate(CAPACITIES):
         for kind in "kv":
-            index = session.session.state.plan.names().index(f"{kind}_{layer}")
+            index = session.session.program.plan.names().index(f"{kind}_{layer}")
             changed = (tensors[index] != before[index]).any(-1)[0]
             assert changed.sum(-1).tolist() == [3, 3], "three tokens took three slots of each head"
             assert changed[:, : capacity - 64].sum() == 0, "all of them in the ring"

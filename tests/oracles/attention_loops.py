@@ -23,7 +23,7 @@ def attend(
     reach: Reach,
     scale: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     bias: Bias | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention in which each query reads the keys that `reach` names.
@@ -31,12 +31,12 @@ def attend(
     Args:
         q: `[rows, query_heads, S, key_dim]`.
         k, v: `[rows, kv_heads, N, key_dim]` and `[rows, kv_heads, N, value_dim]`.
-        scale, softcap, sinks: as in `attention`.
+        scale, softcap, sink_logits: as in `attention`.
         bias: what is added to the logits.
 
     Returns:
         the output `[rows, query_heads, S, value_dim]` and the log-sum-exp `[rows, query_heads, S]` of the logits
-        without the sinks, both float64; 0 and minus infinity for a query that reads no key.
+        without the sink logits, both float64; 0 and minus infinity for a query that reads no key.
     """
     rows, query_heads, length = q.shape[:3]
     group = query_heads // k.shape[1]
@@ -46,7 +46,7 @@ def attend(
         keys = reach(row, head // group, query)
         if not keys:
             continue
-        sink = None if sinks is None else sinks[head]
+        sink = None if sink_logits is None else sink_logits[head]
         added = None if bias is None else [bias(row, head, query, key) for key in keys]
         weights, lse[row, head, query] = probabilities(
             q[row, head, query], k[row, head // group, keys], scale, softcap, sink, added
@@ -81,7 +81,7 @@ def attention(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
 ) -> Tensor:
     """`xkv::attention`: query i reads the keys up to i, of a sliding window the newest ones only."""
@@ -90,7 +90,7 @@ def attention(
         return _causal(query, sliding_window)
 
     bias = _by_distance(slopes, lambda row, kv_head, query, key: query - key, q.shape[1] // k.shape[1])
-    out, _ = attend(q, k, v, reach, scale, softcap, sinks, bias)
+    out, _ = attend(q, k, v, reach, scale, softcap, sink_logits, bias)
     return out.to(q.dtype)
 
 
@@ -104,7 +104,7 @@ def extend_attention(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
     ages: Tensor | None = None,
 ) -> Tensor:
@@ -124,7 +124,7 @@ def extend_attention(
     bias = _by_distance(slopes, distance, q.shape[1] // k.shape[1])
     keys = torch.cat((k_cache, k), 2)
     values = torch.cat((v_cache, v), 2) if v_cache.shape[3] else keys
-    out, _ = attend(q, keys, values, reach, scale, softcap, sinks, bias)
+    out, _ = attend(q, keys, values, reach, scale, softcap, sink_logits, bias)
     return out.to(q.dtype)
 
 
@@ -138,7 +138,7 @@ def decode_attention(
     mask: Tensor,
     scale: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """`xkv::decode_attention`: write one token a row into its slot, then read every slot whose mask is finite; the mask
     is added to the logits."""
@@ -157,7 +157,7 @@ def decode_attention(
     def bias(row: int, query_head: int, query: int, key: int) -> float:
         return float(each[row, query_head, query, key])
 
-    out, _ = attend(q, k_cache, v_cache, reach, scale, softcap, sinks, bias)
+    out, _ = attend(q, k_cache, v_cache, reach, scale, softcap, sink_logits, bias)
     return out.to(q.dtype)
 
 
@@ -175,7 +175,7 @@ def decode_scored(
     sink_tokens: int,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
 ) -> Tensor:
     """`xkv::decode_scored`: each KV head gives the token a slot, reads what its slots hold, and adds to each slot's
@@ -195,7 +195,7 @@ def decode_scored(
         used = range(min(token + 1, slots))
         read = [s for s in used if sliding_window is None or token - held[s] < sliding_window]
         for query_head in range(head * group, (head + 1) * group):
-            sink = None if sinks is None else sinks[query_head]
+            sink = None if sink_logits is None else sink_logits[query_head]
             lost = None if slopes is None else [-float(slopes[query_head]) * (token - held[s]) for s in read]
             weights, _ = probabilities(q[row, query_head, 0], k_cache[row, head, read], scale, softcap, sink, lost)
             out[row, query_head, 0] = weights @ v_cache[row, head, read].double()

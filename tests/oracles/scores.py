@@ -23,7 +23,7 @@ def snapkv_scores_reference(
     kernel: int = 7,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """SnapKV's score of each candidate: a layer's slots, if there are any, followed by the S new tokens.
 
@@ -60,7 +60,7 @@ def snapkv_scores_reference(
             if sliding_window is not None:
                 reached = [n for n in reached if query - ordinals[n] < sliding_window]
             for query_head in range(head * group, (head + 1) * group):
-                sink = None if sinks is None else sinks[query_head]
+                sink = None if sink_logits is None else sink_logits[query_head]
                 weights, _ = probabilities(q[row, query_head, index], keys[row, head, reached], scale, softcap, sink)
                 for n, weight in zip(reached, weights.tolist(), strict=True):
                     mass[n] += weight / group

@@ -74,8 +74,10 @@ def readable(module: GraphModule) -> str:
 @pytest.mark.parametrize("name", ["prefill", "extend"])
 def test_capacities_are_literals_of_the_prompt_graphs(name: str) -> None:
     text = readable(run(name).module)
-    written = re.findall(r"keep\.default\(.*?capacity = (\d+), recent = (\d+)", text)
-    assert written == [(str(capacity), str(capacity // 4)) for capacity in CAPACITIES]
+    chosen = re.findall(r"choose_survivors_(\d+)_recent_(\d+)\(", text)
+    assert chosen == [(str(capacity), str(capacity // 4)) for capacity in CAPACITIES]
+    kept = re.findall(r"keep\.default\(.*?capacity = (\d+)", text)
+    assert kept == [str(capacity) for capacity in CAPACITIES]
 
 
 def test_capacities_are_literals_of_the_decode_graph() -> None:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import oracles
 import pytest
 import torch
+from by_policy import keep_by, scored_by
 from fuzzing import examples
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,7 +74,7 @@ def cases(draw: st.DrawFn) -> Case:
     if draw(st.booleans()):
         options["softcap"] = 1.5
     if draw(st.booleans()):
-        options["sinks"] = torch.randn(heads[0], generator=generator)
+        options["sink_logits"] = torch.randn(heads[0], generator=generator)
     if draw(st.booleans()):
         options["slopes"] = torch.rand(heads[0], generator=generator)
     dtype = draw(st.sampled_from(list(TOLERANCE)))
@@ -123,7 +124,8 @@ class Conversation:
         options = dict(self.case.options)
         if not fresh and "slopes" in options:
             options["ages"] = plan.extend_ages(self.positions, self.seen, self.base)
-        out = self.run(op, any_length.FORMS[op.default], arguments, options, lengths)
+        by_loops = getattr(oracles, op.default._schema.name[5:])
+        out = self.run(op, (any_length.FORMS[op.default], by_loops), arguments, options, lengths)
         for row, length in enumerate(lengths):
             self.compare(out, row, [(index, held[row]) for index in range(length)], int(self.seen[row]))
         self.keep(k, v, torch.tensor(lengths), fresh)
@@ -134,8 +136,8 @@ class Conversation:
         numbers = (plan.capacity, plan.recent, plan.sinks, EVICTIONS.index(plan.eviction), plan.sliding_window, fresh)
         before = [k, v, scores, length, self.seen, self.base, self.k_cache, self.v_cache, self.positions]
         forms = [copied(before), copied(before)]
-        self.scores = xkv.keep(*before, *numbers)
-        again = ops.DECOMPOSITIONS[xkv.keep.default](*forms[0], *numbers)
+        self.scores = keep_by(xkv.keep)(*before, *numbers)
+        again = keep_by(ops.DECOMPOSITIONS[xkv.keep.default])(*forms[0], *numbers)  # type: ignore[arg-type]
         assert torch.equal(again, self.scores)
         assert all(torch.equal(one, other) for one, other in zip(forms[0], before, strict=True))
         oracles.keep(*forms[1], *numbers)
@@ -162,8 +164,9 @@ class Conversation:
         if plan.eviction == "scored":
             tail = (plan.recent, plan.sinks, plan.sliding_window)
             state = [q, k, v, self.k_cache, self.v_cache, self.positions, self.scores, self.seen, SCALE, *tail]
-            op, slopes = xkv.decode_scored, {name: case.options[name] for name in case.options if name == "slopes"}
-            out = self.run(op, ops.DECOMPOSITIONS[op.default], state, {**options, **slopes})
+            slopes = {name: case.options[name] for name in case.options if name == "slopes"}
+            forms = (scored_by(ops.DECOMPOSITIONS[xkv.decode_scored.default]), oracles.decode_scored)
+            out = self.run(scored_by(xkv.decode_scored), forms, state, {**options, **slopes})
         else:
             slot = plan.next_slot(self.seen, self.base)
             valid = plan.decode_mask(self.positions, self.seen, self.base)
@@ -175,7 +178,8 @@ class Conversation:
             mask = mask.masked_fill(~valid, float("-inf"))
             op = xkv.decode_attention
             state = [q, k, v, self.k_cache, self.v_cache, slot, mask, SCALE]
-            out = self.run(op, ops.DECOMPOSITIONS[op.default], state, options)
+            forms = (ops.DECOMPOSITIONS[op.default], oracles.decode_attention)
+            out = self.run(op, forms, state, options)
         before = self.seen
         self.seen = self.seen + 1
         held = self.check()
@@ -186,19 +190,20 @@ class Conversation:
     def run(
         self,
         op: Any,
-        decomposed: Callable[..., Tensor],
+        others: tuple[Any, Any],
         arguments: list[Any],
         options: dict[str, Any],
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """Call an op on the layer's own buffers, its reference and its decomposed form on copies; all must agree.
+        """Call an op on the layer's own buffers, its decomposed form and its reference on copies; all must agree.
 
         Args:
+            others: these two.
             lengths: of each row; what queries of padding get means nothing.
         """
         forms = [copied(arguments), copied(arguments)]
         out: Tensor = op(*arguments, **options)
-        for form, call in zip(forms, (decomposed, getattr(oracles, op.default._schema.name[5:])), strict=True):
+        for form, call in zip(forms, others, strict=True):
             other = call(*form, **options)
             for row in range(self.case.rows):
                 stop = None if lengths is None else lengths[row]
@@ -236,7 +241,7 @@ class Conversation:
                 reach,
                 SCALE,
                 options.get("softcap"),
-                options.get("sinks"),
+                options.get("sink_logits"),
                 bias,
             )
             self.near(out[row, :, column], expected[0, :, 0].to(out.dtype))

@@ -14,7 +14,8 @@ from runtime_inputs import HEADS, random_qkv
 from torch import Tensor
 
 from xkv_fx.runtime import attention as module
-from xkv_fx.runtime.attention import apply_sinks, causal_attention, merge_attention, slot_attention
+from xkv_fx.runtime.attention import apply_sink_logits, causal_attention, merge_attention, slot_attention
+from xkv_fx.runtime.form import AttentionForm
 
 # For values drawn from a unit normal. The log-sum-exp is no narrower than float32, but flash kernels round logits.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -69,7 +70,7 @@ def test_causal_attention(
 ) -> None:
     for length in (1, small_blocks, 13):
         q, k, v = random_qkv(heads, length, dims)
-        out, lse = causal_attention(q, k, v, SCALE, **options)
+        out, lse = causal_attention(q, k, v, AttentionForm(SCALE, **options))
         expected, expected_lse = causal_by_loops(q, k, v, **options)
         assert_near(out, expected)
         assert_near(lse, expected_lse)
@@ -78,11 +79,13 @@ def test_causal_attention(
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize(
-    "options", [{}, {"softcap": 1.5}, {"sliding_window": 3}, {"sinks": torch.tensor([-1.0, 0.0, 1.0, 3.0])}], ids=str
+    "options",
+    [{}, {"softcap": 1.5}, {"sliding_window": 3}, {"sink_logits": torch.tensor([-1.0, 0.0, 1.0, 3.0])}],
+    ids=str,
 )
 def test_causal_attention_in_each_dtype(dtype: torch.dtype, options: dict[str, Any]) -> None:
     q, k, v = random_qkv((4, 2), 11, dtype=dtype)
-    out, lse = causal_attention(q, k, v, SCALE, **options)
+    out, lse = causal_attention(q, k, v, AttentionForm(SCALE, **options))
     expected, expected_lse = causal_by_loops(q, k, v, **options)
     assert out.dtype == dtype
     assert_near(out, expected, dtype)
@@ -92,7 +95,7 @@ def test_causal_attention_in_each_dtype(dtype: torch.dtype, options: dict[str, A
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"sliding_window": 20}, {"sliding_window": 300}], ids=str)
 def test_causal_attention_of_more_than_a_block(options: dict[str, Any]) -> None:
     q, k, v = random_qkv((2, 1), module.BLOCK + 31, (4, 4), rows=1)
-    out, lse = causal_attention(q, k, v, SCALE, **options)
+    out, lse = causal_attention(q, k, v, AttentionForm(SCALE, **options))
     expected, expected_lse = causal_by_loops(q, k, v, **options)
     assert_near(out, expected)
     assert_near(lse, expected_lse)
@@ -103,7 +106,9 @@ def test_causal_attention_takes_transposed_views() -> None:
     q, k, v = random_qkv((4, 2), 9)
     views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     for options in ({}, {"softcap": 2.0}):
-        assert_near(causal_attention(*views, SCALE, **options)[0], causal_by_loops(q, k, v, **options)[0])
+        assert_near(
+            causal_attention(*views, AttentionForm(SCALE, **options))[0], causal_by_loops(q, k, v, **options)[0]
+        )
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -114,8 +119,8 @@ def test_elements_of_a_head_may_lie_apart(which: int) -> None:
     mask = mask_of(2, 1, 9, 9)
     expected_of_slots = slots_by_loops(*given, mask, None)[0]
     given[which] = given[which].transpose(2, 3).contiguous().transpose(2, 3)
-    assert_near(causal_attention(*given, SCALE)[0], expected)
-    assert_near(slot_attention(*given, mask, SCALE)[0], expected_of_slots)
+    assert_near(causal_attention(*given, AttentionForm(SCALE))[0], expected)
+    assert_near(slot_attention(*given, mask, AttentionForm(SCALE))[0], expected_of_slots)
 
 
 def test_causal_attention_leaves_padding_behind() -> None:
@@ -123,13 +128,13 @@ def test_causal_attention_leaves_padding_behind() -> None:
     q, k, v = random_qkv((4, 2), 9)
     expected = causal_by_loops(q, k, v)[0][:, :, :6]
     k[:, :, 6:], v[:, :, 6:] = 50.0, -1e4
-    assert_near(causal_attention(q, k, v, SCALE)[0][:, :, :6], expected)
+    assert_near(causal_attention(q, k, v, AttentionForm(SCALE))[0][:, :, :6], expected)
 
 
 def test_large_logits_do_not_overflow(small_blocks: int) -> None:
     q, k, v = random_qkv((4, 2), 9)
     for options in ({}, {"sliding_window": 4}):
-        out, lse = causal_attention(q * 1000, k, v, SCALE, **options)
+        out, lse = causal_attention(q * 1000, k, v, AttentionForm(SCALE, **options))
         expected, expected_lse = causal_by_loops(q * 1000, k, v, **options)
         torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-3)
@@ -138,13 +143,13 @@ def test_large_logits_do_not_overflow(small_blocks: int) -> None:
 def test_sinks_enter_the_denominator_only() -> None:
     q, k, v = random_qkv((4, 2), 7)
     sinks = torch.tensor([-40.0, 0.0, 2.0, 40.0])
-    out, lse = causal_attention(q, k, v, SCALE, sinks=sinks)
-    plain, plain_lse = causal_attention(q, k, v, SCALE)
-    assert_near(out, causal_by_loops(q, k, v, sinks=sinks)[0])
+    out, lse = causal_attention(q, k, v, AttentionForm(SCALE, sink_logits=sinks))
+    plain, plain_lse = causal_attention(q, k, v, AttentionForm(SCALE))
+    assert_near(out, causal_by_loops(q, k, v, sink_logits=sinks)[0])
     assert torch.equal(lse, plain_lse)
     assert_near(out[:, 0], plain[:, 0])
     assert out[:, 3].abs().max() < 1e-6
-    assert torch.equal(apply_sinks(plain, lse, None), plain)
+    assert torch.equal(apply_sink_logits(plain, lse, None), plain)
 
 
 # Attention over slots
@@ -161,7 +166,7 @@ def test_slot_attention_for_each_shape_of_mask(
     for mask_heads in {1, heads[1]}:
         for mask_length in {1, length}:
             mask = mask_of(3, mask_heads, mask_length, 6)
-            out, lse = slot_attention(q, k, v, mask, SCALE, softcap)
+            out, lse = slot_attention(q, k, v, mask, AttentionForm(SCALE, softcap=softcap))
             expected, expected_lse = slots_by_loops(q, k, v, mask, softcap)
             assert_near(out, expected)
             assert_near(lse, expected_lse)
@@ -174,7 +179,7 @@ def test_slot_attention_for_each_shape_of_mask(
 def test_slot_attention_in_each_dtype(dtype: torch.dtype, mask_heads: int) -> None:
     q, k, v = random_qkv((4, 2), 5, dtype=dtype, keys=7)
     mask = mask_of(2, mask_heads, 1, 7)
-    out, lse = slot_attention(q, k, v, mask, SCALE)
+    out, lse = slot_attention(q, k, v, mask, AttentionForm(SCALE))
     expected, expected_lse = slots_by_loops(q, k, v, mask, None)
     assert out.dtype == dtype
     assert_near(out, expected, dtype)
@@ -186,7 +191,7 @@ def test_slot_attention_of_more_than_a_block(softcap: float | None) -> None:
     length = module.BLOCK + 9
     q, k, v = random_qkv((2, 1), length, (4, 4), rows=2, keys=5)
     for mask in (mask_of(2, 1, 1, 5), mask_of(2, 1, length, 5)):
-        out, lse = slot_attention(q, k, v, mask, SCALE, softcap)
+        out, lse = slot_attention(q, k, v, mask, AttentionForm(SCALE, softcap=softcap))
         expected, expected_lse = slots_by_loops(q, k, v, mask, softcap)
         assert_near(out, expected)
         assert_near(lse, expected_lse)
@@ -195,9 +200,9 @@ def test_slot_attention_of_more_than_a_block(softcap: float | None) -> None:
 def test_slot_attention_is_blind_to_masked_slots() -> None:
     q, k, v = random_qkv((4, 2), 3, keys=6)
     mask = (torch.arange(6) < 4).expand(2, 1, 1, 6)
-    expected = slot_attention(q, k, v, mask, SCALE)
+    expected = slot_attention(q, k, v, mask, AttentionForm(SCALE))
     k[:, :, 4:], v[:, :, 4:] = 100.0, 1e6
-    for got, before in zip(slot_attention(q, k, v, mask, SCALE), expected, strict=True):
+    for got, before in zip(slot_attention(q, k, v, mask, AttentionForm(SCALE)), expected, strict=True):
         assert_near(got, before)
 
 
@@ -227,8 +232,8 @@ def test_merged_halves_are_one_softmax(
     q, k, v = random_qkv(heads, length, (4, value_dim))
     _, old_k, old_v = random_qkv(heads, 1, (4, value_dim), keys=old)
     mask = mask_of(2, 1, length, old)
-    first = causal_attention(q, k, v, SCALE, sliding_window, softcap)
-    out, lse = merge_attention(first, slot_attention(q, old_k, old_v, mask, SCALE, softcap))
+    first = causal_attention(q, k, v, AttentionForm(SCALE, sliding_window, softcap))
+    out, lse = merge_attention(first, slot_attention(q, old_k, old_v, mask, AttentionForm(SCALE, softcap=softcap)))
 
     def reach(row: int, _head: int, query: int) -> list[int]:
         slots = mask[row, 0, query].nonzero().flatten().tolist()
@@ -246,7 +251,10 @@ def test_merging_keeps_the_dtype_and_its_precision(dtype: torch.dtype) -> None:
     q, k, v = random_qkv((4, 2), 6, dtype=dtype)
     _, old_k, old_v = random_qkv((4, 2), 1, dtype=dtype, keys=9)
     mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
-    halves = causal_attention(q, k, v, SCALE), slot_attention(q, old_k, old_v, mask, SCALE)
+    halves = (
+        causal_attention(q, k, v, AttentionForm(SCALE)),
+        slot_attention(q, old_k, old_v, mask, AttentionForm(SCALE)),
+    )
     out, lse = merge_attention(*halves)
     assert out.dtype == dtype
     expected = oracles.extend_attention(q.double(), k, v, old_k, old_v, mask, SCALE)

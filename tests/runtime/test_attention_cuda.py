@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xkv_fx.runtime import attention, attention_cuda
+from xkv_fx.runtime.form import AttentionForm
 
 aten = torch.ops.aten
 SCALE = 0.3
@@ -50,7 +51,7 @@ class Kernels(TorchDispatchMode):
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (4, 4)])
 def test_flash_among_new_tokens(heads: tuple[int, int]) -> None:
     q, k, v = random_qkv(heads, 9)
-    expected = attention.causal_attention(q, k, v, SCALE)
+    expected = attention.causal_attention(q, k, v, AttentionForm(SCALE))
     with Kernels():
         tested = attention_cuda.causal_by_flash(q, k, v, SCALE)
     torch.testing.assert_close(tested, expected)
@@ -63,7 +64,7 @@ def test_biased_over_slots(heads: tuple[int, int], length: int, slots: int) -> N
     mask = torch.rand(2, 1, 1, slots) < 0.7
     mask[0] = False  # nothing kept yet, which the caller sees to
     mask[1, ..., 0] = True
-    expected_out, expected_lse = attention.slot_attention(q, k, v, mask, SCALE)
+    expected_out, expected_lse = attention.slot_attention(q, k, v, mask, AttentionForm(SCALE))
     with Kernels():
         out, lse = attention_cuda.slots_by_bias(q, k, v, mask, SCALE)
     torch.testing.assert_close(out[1], expected_out[1])

@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from xkv_fx.errors import BudgetError
 from xkv_fx.policy import Policy
 from xkv_fx.runtime import scorers
+from xkv_fx.runtime.form import AttentionForm
 from xkv_fx.runtime.scorers import (
     H2O,
     TOVA,
@@ -56,8 +57,8 @@ ATTENTIONS: list[dict[str, Any]] = [
     {},
     {"softcap": 1.5},
     {"sliding_window": 5},
-    {"sinks": True},
-    {"softcap": 1.5, "sliding_window": 12, "sinks": True},
+    {"sink_logits": True},
+    {"softcap": 1.5, "sliding_window": 12, "sink_logits": True},
 ]
 
 
@@ -108,7 +109,7 @@ class Layer:
             if ordinal <= query and query - ordinal < sliding_window
         ]
         logits = self.keys[row, head, reached] @ self.q[row, query_head, index].double() * SCALE
-        softcap, sinks = self.attention.get("softcap"), self.attention.get("sinks")
+        softcap, sinks = self.attention.get("softcap"), self.attention.get("sink_logits")
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         raised = torch.exp(logits)
@@ -203,7 +204,7 @@ def snapkv(layer: Layer) -> Tensor:
 def expected_attention(layer: Layer, sinks: int = 4, epsilon: float = 0.0) -> Tensor:
     scores = layer.zeros()
     group = layer.q.shape[1] // layer.k.shape[1]
-    softcap, learned = layer.attention.get("softcap"), layer.attention.get("sinks")
+    softcap, learned = layer.attention.get("softcap"), layer.attention.get("sink_logits")
     sliding_window = layer.attention.get("sliding_window") or math.inf
     for row, head in layer.each_head():
         gained, before = int(layer.length[row]), int(layer.seen[row])
@@ -280,8 +281,8 @@ def make_layer(
     free = (old_ordinals == EMPTY)[..., None]
     q, k, v = (tensor.masked_fill(behind, float("nan")) for tensor in (q, k, v))
     old_k, old_v = (tensor.masked_fill(free, float("inf")) for tensor in (old_k, old_v))
-    if attention.get("sinks"):
-        attention = {**attention, "sinks": torch.randn(heads[0])}
+    if attention.get("sink_logits"):
+        attention = {**attention, "sink_logits": torch.randn(heads[0])}
     unrotated = torch.randn(q.shape).to(dtype).masked_fill(behind, float("nan"))
     rotation = torch.stack([mean_rotation(int(newest), 20) for newest in seen + length - 1])
     return Layer(q, k, v, length, seen, old_k, old_v, old_ordinals, attention, unrotated, rotation)
@@ -475,7 +476,7 @@ def test_h2o_in_blocks(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     plan = SlotPlan(6, 6, 2, 0, "ring", 12)
     positions = prefilled(seen, plan, 2)
     old = plan.ordinals(positions, seen, seen)
-    layer = make_layer((4, 2), length, seen, old, {"sliding_window": 12, "sinks": True})
+    layer = make_layer((4, 2), length, seen, old, {"sliding_window": 12, "sink_logits": True})
     got = rescore_tokens(
         layer.q, layer.k, layer.v, length, seen, seen, layer.old_k, layer.old_v, positions, SCALE, H2O(), plan,
         **layer.attention,
@@ -544,7 +545,15 @@ def test_tova_of_heads_that_hold_different_tokens() -> None:
     old = torch.tensor([[[2, 5], [5, 3]]])
     q, k, v = torch.zeros(1, 2, 1, 8), torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 6)
     view = PromptView(
-        q, k, v, torch.tensor([1]), SCALE, torch.tensor([6]), torch.randn(1, 2, 2, 8), torch.randn(1, 2, 2, 6), old
+        q,
+        k,
+        v,
+        torch.tensor([1]),
+        AttentionForm(SCALE),
+        torch.tensor([6]),
+        torch.randn(1, 2, 2, 8),
+        torch.randn(1, 2, 2, 6),
+        old,
     )
     torch.testing.assert_close(TOVA()(view), torch.tensor([[[1 / 6, 1 / 3, 1 / 3], [1 / 3, 1 / 6, 1 / 3]]]))
 
@@ -681,7 +690,7 @@ def test_value_norm_of_a_users_own_scorer(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_values_that_were_not_asked_for_are_refused() -> None:
     q, k, _ = random_qkv((4, 2), 3, DIMS)
-    view = PromptView(q, k, None, torch.tensor([3, 3]), SCALE, torch.tensor([0, 0]))
+    view = PromptView(q, k, None, torch.tensor([3, 3]), AttentionForm(SCALE), torch.tensor([0, 0]))
     with pytest.raises(BudgetError, match="set reads_values = True on its class"):
         _ = view.values
 
@@ -744,7 +753,7 @@ def test_expected_attention_is_the_limit_of_sampled_queries() -> None:
 def test_expected_attention_needs_to_be_given_unrotated_queries() -> None:
     q, k, v = random_qkv((4, 2), 3, DIMS)
     with pytest.raises(BudgetError, match="set needs_unrotated_queries = True on its class"):
-        _ = PromptView(q, k, v, torch.tensor([3, 3]), SCALE, torch.tensor([0, 0])).unrotated_queries
+        _ = PromptView(q, k, v, torch.tensor([3, 3]), AttentionForm(SCALE), torch.tensor([0, 0])).unrotated_queries
     assert future_positions(ExpectedAttention(7)) == 7
     assert future_positions(SnapKV()) is None
 

@@ -8,6 +8,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
+from by_policy import keep_by, scored_by, scored_choice
 from runtime_inputs import HEADS, empty_buffers, named_tokens, random_qkv
 from torch import Tensor
 
@@ -15,12 +16,13 @@ from xkv_fx.budgets import Budgets
 from xkv_fx.layers import LayerSpec
 from xkv_fx.policy import EVICTIONS
 from xkv_fx.runtime import ops
+from xkv_fx.runtime.selection import choose_survivors
 from xkv_fx.runtime.slots import SlotPlan, slot_plans
 
 xkv = torch.ops.xkv
 SCALE = 0.35
 SINKS = torch.tensor([-1.0, 0.0, 1.0, 3.0])
-OPTIONS: list[dict[str, Any]] = [{}, {"softcap": 1.5}, {"sinks": SINKS}, {"softcap": 1.5, "sinks": SINKS}]
+OPTIONS: list[dict[str, Any]] = [{}, {"softcap": 1.5}, {"sink_logits": SINKS}, {"softcap": 1.5, "sink_logits": SINKS}]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 
 
@@ -95,6 +97,16 @@ def scored_inputs(
     return [q, k, v, k_cache, v_cache, positions, scores, seen, SCALE, recent, sink_tokens]
 
 
+def op_arguments_of_scored(
+    args: list[Any], sliding_window: int | None = None, **options: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `xkv::decode_scored` for what its oracle takes."""
+    q, k, v, k_cache, v_cache, positions, scores, seen, scale, recent, sinks = args
+    plan = SlotPlan(6, 6, recent, sinks, "scored", sliding_window)
+    slot, mask = scored_choice(positions, scores, seen, plan, q.dtype)
+    return (q, k, v, k_cache, v_cache, positions, scores, slot, mask, seen, scale), options
+
+
 def keep_inputs(plan: SlotPlan, fresh: bool, new: int = 9, dtype: torch.dtype = torch.float32) -> list[Any]:
     """Inputs of `keep`; when not fresh, to a layer that has seen ten tokens, decoded two and five."""
     lengths = torch.tensor([new, (new + 1) // 2, 0])
@@ -127,12 +139,16 @@ each_keep_plan = pytest.mark.parametrize("plan", list(KEEP_PLANS.values()), ids=
 # Registration
 
 
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 3, "softcap": 1.5, "sinks": SINKS}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 3, "softcap": 1.5, "sink_logits": SINKS}], ids=["plain", "all"]
+)
 def test_opcheck_attention(options: dict[str, Any]) -> None:
     torch.library.opcheck(xkv.attention.default, (*random_qkv((4, 2), 5, (8, 6)), 0, SCALE), options)
 
 
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 3, "softcap": 1.5, "sinks": SINKS}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 3, "softcap": 1.5, "sink_logits": SINKS}], ids=["plain", "all"]
+)
 def test_opcheck_extend_attention(options: dict[str, Any]) -> None:
     torch.library.opcheck(xkv.extend_attention.default, tuple(extend_inputs(dims=(8, 6))), options)
 
@@ -140,19 +156,24 @@ def test_opcheck_extend_attention(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("fresh", [True, False])
 def test_opcheck_keep(fresh: bool) -> None:
     for plan in (KEEP_PLANS["sliding-window"], KEEP_PLANS["append"]):
-        torch.library.opcheck(xkv.keep.default, tuple(keep_inputs(plan, fresh)))
+        k, v, scores, length, seen, base, *buffers = keep_inputs(plan, fresh)[:9]
+        source, placed, _ = choose_survivors(scores, buffers[2], length, seen, base, plan, fresh)
+        torch.library.opcheck(xkv.keep.default, (k, v, source, placed, *buffers, plan.capacity, fresh))
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 1.5, "sinks": SINKS}], ids=["plain", "all"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5, "sink_logits": SINKS}], ids=["plain", "all"])
 @pytest.mark.parametrize("heads", [(4, 2), (4, 4), (4, 1)], ids=str)
 def test_opcheck_decode_attention(options: dict[str, Any], heads: tuple[int, int]) -> None:
     torch.library.opcheck(xkv.decode_attention.default, tuple(decode_inputs(heads, dims=(8, 6))), options)
 
 
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 9, "softcap": 1.5, "sinks": SINKS}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 9, "softcap": 1.5, "sink_logits": SINKS}], ids=["plain", "all"]
+)
 @pytest.mark.parametrize("heads", [(4, 2), (4, 4), (4, 1)], ids=str)
 def test_opcheck_decode_scored(options: dict[str, Any], heads: tuple[int, int]) -> None:
-    torch.library.opcheck(xkv.decode_scored.default, tuple(scored_inputs(heads, dims=(8, 6))), options)
+    args, options = op_arguments_of_scored(scored_inputs(heads, dims=(8, 6)), **options)
+    torch.library.opcheck(xkv.decode_scored.default, args, options)
 
 
 @pytest.mark.parametrize("name", ["attention", "extend_attention", "keep", "decode_attention", "decode_scored"])
@@ -166,6 +187,8 @@ def test_schemas_take_no_strings_and_say_what_they_mutate(name: str) -> None:
     }
     assert mutated == buffers.get(name, set())
     assert "str" not in str(schema)
+    if name in ("keep", "decode_scored"):  # whose oracles hold the policy too
+        return
     by_loops = getattr(oracles, name)
     assert [argument.name for argument in schema.arguments] == list(by_loops.__annotations__)[:-1]
 
@@ -175,8 +198,7 @@ def test_fake_results_have_the_shape_and_dtype_of_real_ones() -> None:
         (xkv.attention, [*random_qkv((4, 2), 5, (8, 6), dtype=torch.bfloat16), 0, SCALE]),
         (xkv.extend_attention, extend_inputs(dims=(8, 6))),
         (xkv.decode_attention, decode_inputs(dims=(8, 6))),
-        (xkv.decode_scored, scored_inputs(dims=(8, 6), dtype=torch.bfloat16)),
-        (xkv.keep, keep_inputs(KEEP_PLANS["append"], fresh=True, dtype=torch.float16)),
+        (xkv.decode_scored, list(op_arguments_of_scored(scored_inputs(dims=(8, 6), dtype=torch.bfloat16))[0])),
     ]
     for op, args in cases:
         fake = op(*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args))
@@ -202,7 +224,7 @@ def test_attention(heads: tuple[int, int], sliding_window: int | None, softcap: 
 @pytest.mark.parametrize("sliding_window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_extend_attention(heads: tuple[int, int], sliding_window: int | None, softcap: float | None) -> None:
-    options = {"sliding_window": sliding_window, "softcap": softcap, "sinks": torch.randn(heads[0])}
+    options = {"sliding_window": sliding_window, "softcap": softcap, "sink_logits": torch.randn(heads[0])}
     for length, dims in ((1, (8, 8)), (7, (8, 8)), (7, (8, 5))):
         args = extend_inputs(heads, length, dims)
         tested, expected = run_both(xkv.extend_attention, oracles.extend_attention, args, **options)
@@ -230,7 +252,7 @@ def test_other_precisions(dtype: torch.dtype, options: dict[str, Any]) -> None:
 def test_decode_attention(
     heads: tuple[int, int], dims: tuple[int, int], use_sinks: bool, softcap: float | None
 ) -> None:
-    options = {"softcap": softcap, "sinks": torch.randn(heads[0]) if use_sinks else None}
+    options = {"softcap": softcap, "sink_logits": torch.randn(heads[0]) if use_sinks else None}
     for mask_heads in {1, heads[1]}:
         args = decode_inputs(heads, dims, mask_heads)
         tested, expected = run_both(xkv.decode_attention, oracles.decode_attention, args, **options)
@@ -274,18 +296,18 @@ def assert_same_step(tested: Sequence[Any], expected: Sequence[Any], given: Sequ
 @pytest.mark.parametrize(("recent", "sink_tokens"), [(1, 0), (2, 1), (4, 2), (6, 0)], ids=str)
 @pytest.mark.parametrize("sliding_window", [None, 9, 40])
 def test_decode_scored(heads: tuple[int, int], recent: int, sink_tokens: int, sliding_window: int | None) -> None:
-    options = {"sliding_window": sliding_window, "softcap": 1.5, "sinks": torch.randn(heads[0])}
+    options = {"sliding_window": sliding_window, "softcap": 1.5, "sink_logits": torch.randn(heads[0])}
     for some, dims in ((options, (8, 5)), ({"sliding_window": sliding_window}, (8, 8))):
         args = scored_inputs(heads, dims, recent, sink_tokens)
-        assert_same_step(*run_both(xkv.decode_scored, oracles.decode_scored, args, **some), args)
+        assert_same_step(*run_both(scored_by(xkv.decode_scored), oracles.decode_scored, args, **some), args)
         decomposed = ops.DECOMPOSITIONS[xkv.decode_scored.default]
-        assert_same_step(*run_both(decomposed, oracles.decode_scored, args, **some), args)
+        assert_same_step(*run_both(scored_by(decomposed), oracles.decode_scored, args, **some), args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_decode_scored_in_other_precisions(dtype: torch.dtype) -> None:
     args = scored_inputs(dtype=dtype)
-    assert_same_step(*run_both(xkv.decode_scored, oracles.decode_scored, args, sinks=SINKS), args)
+    assert_same_step(*run_both(scored_by(xkv.decode_scored), oracles.decode_scored, args, sink_logits=SINKS), args)
 
 
 @pytest.mark.parametrize("sliding_window", [None, 9])
@@ -297,7 +319,7 @@ def test_decode_scored_step_by_step(sliding_window: int | None) -> None:
         seen = args[7] + step
         token = random_qkv((4, 2), 1, rows=4)
         before = tested[6].clone()
-        for state, op in ((tested, xkv.decode_scored), (expected, oracles.decode_scored)):
+        for state, op in ((tested, scored_by(xkv.decode_scored)), (expected, oracles.decode_scored)):
             state[:3], state[7], kept = copies(token), seen.clone(), state[5].clone()
             out = op(*state, sliding_window=sliding_window)
             if state is tested:
@@ -317,7 +339,7 @@ def test_decode_scored_written_down() -> None:
     k_cache, v_cache = torch.zeros(1, 1, 4, 1), torch.tensor([[[[1.0], [2.0], [3.0], [4.0]]]])
     positions, scores = torch.tensor([[[0, 5, 3, 8]]], dtype=torch.int32), torch.tensor([[[0.0, 0.3, 0.2, 0.1]]])
     seen = torch.tensor([9])
-    out = xkv.decode_scored(q, 0 * k, 9 * v, k_cache, v_cache, positions, scores, seen, 1.0, 2, 1)
+    out = scored_by(xkv.decode_scored)(q, 0 * k, 9 * v, k_cache, v_cache, positions, scores, seen, 1.0, 2, 1)
     assert positions.tolist() == [[[0, 5, 9, 8]]]
     assert v_cache.flatten().tolist() == [1, 2, 9, 4]
     torch.testing.assert_close(out.flatten(), torch.tensor([(1.0 + 2 + 9 + 4) / 4]))
@@ -329,7 +351,7 @@ def test_decode_scored_written_down() -> None:
 @pytest.mark.parametrize("new", [1, 9, 20])
 def test_keep(plan: SlotPlan, fresh: bool, new: int) -> None:
     args = keep_inputs(plan, fresh, new)
-    tested, expected = run_both(xkv.keep, oracles.keep, args)
+    tested, expected = run_both(keep_by(xkv.keep), oracles.keep, args)
     seen = args[3] if fresh else args[4] + args[3]
     base = args[3] if fresh else torch.where(args[3] > 0, seen, args[5])
     ordinals = plan.ordinals(tested[9], seen, base)
@@ -352,7 +374,7 @@ def test_keep_moves_half_precision_bits(dtype: torch.dtype) -> None:
     plan = KEEP_PLANS["ring"]
     args = keep_inputs(plan, fresh=False, dtype=dtype)
     args[0], args[1] = torch.randn(args[0].shape).to(dtype), torch.randn(args[1].shape).to(dtype)
-    tested, expected = run_both(xkv.keep, oracles.keep, args)
+    tested, expected = run_both(keep_by(xkv.keep), oracles.keep, args)
     for index in (7, 8, 9):
         assert torch.equal(tested[index][:2], expected[index][:2])
 
@@ -368,7 +390,7 @@ def test_keep_gathers_before_it_overwrites() -> None:
     six, one = torch.tensor([6]), torch.tensor([1])
     scores = torch.tensor([[[6.0, 5, 0, 3, 2, 1, 0]]])  # token 3 goes
     eviction = EVICTIONS.index("scored")
-    gained = xkv.keep(k, v, scores, one, six, six, k_cache, v_cache, positions, 6, 1, 0, eviction, None, False)
+    gained = keep_by(xkv.keep)(k, v, scores, one, six, six, k_cache, v_cache, positions, 6, 1, 0, eviction, None, False)
     assert positions.tolist() == [[[0, 1, 2, 4, 5, 6]]]
     assert k_cache[0, 0, :, 0].tolist() == v_cache[0, 0, :, 0].tolist() == [0, 1, 2, 4, 5, 6]
     assert gained.tolist() == [[[1, 2, 3, 5, 6, 0]]]
@@ -442,7 +464,9 @@ def conversation(
     numbers = (plan.capacity, plan.recent, plan.sinks, EVICTIONS.index(plan.eviction), plan.sliding_window)
     part = [x[:, :, :prompt] for x in (q, k, v)]
     outs = [xkv.attention(*part, 0, SCALE, sliding_window)]
-    xkv.keep(part[1], part[2], torch.rand(rows, k.shape[1], prompt), count, none, none, *buffers, *numbers, True)
+    keep_by(xkv.keep)(
+        part[1], part[2], torch.rand(rows, k.shape[1], prompt), count, none, none, *buffers, *numbers, True
+    )
     seen, base = count.clone(), count.clone()
     for step in range(prompt, prompt + steps):
         token = [x[:, :, step : step + 1] for x in (q, k, v)]

@@ -36,8 +36,8 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"softcap": 1.5},
     {"sliding_window": 5},
-    {"sinks": True},
-    {"softcap": 1.5, "sliding_window": 12, "sinks": True},
+    {"sink_logits": True},
+    {"softcap": 1.5, "sliding_window": 12, "sink_logits": True},
 ]
 
 
@@ -47,7 +47,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_sinks(options: dict[str, Any], query_heads: int) -> dict[str, Any]:
-    return {**options, "sinks": torch.randn(query_heads) if options.get("sinks") else None}
+    return {**options, "sink_logits": torch.randn(query_heads) if options.get("sink_logits") else None}
 
 
 def assert_scores(got: Tensor, expected: Tensor, ordinals: Tensor) -> None:

@@ -309,7 +309,7 @@ def test_a_row_may_be_silent_at_first_and_later() -> None:
     assert session.seen == (4, 4)
     assert program.calls[2].position_ids[1, 2:].tolist() == [0, 1]
     assert program.calls[3].position_ids[1].tolist() == [2, 3]
-    assert session.state.ordinals(0)[:, 0].tolist() == [[0, 1, 2, 3, -1, -1]] * 2
+    assert session.ordinals(0)[:, 0].tolist() == [[0, 1, 2, 3, -1, -1]] * 2
     assert session.state["k_0"][:, 0, :4, 0].tolist() == [[0, 1, 2, 3], [2, 3, 0, 1]]
 
 
@@ -380,7 +380,7 @@ def test_append_in_a_sliding_window_has_no_end() -> None:
         session.feed(some(9, rows=1))
         for _ in range(steps):
             session.step(some(1, rows=1))
-        held = sorted(session.state.ordinals(0)[0, 0].tolist())
+        held = sorted(session.ordinals(0)[0, 0].tolist())
         assert held[-4:] == list(range(9 + steps - 4, 9 + steps))
     with pytest.raises(CapacityError, match="room for 4 appended tokens that was set aside is used up"):
         session.step(some(1, rows=1))
@@ -431,7 +431,7 @@ def test_reset() -> None:
     fresh, _ = new_session()
     fresh.feed(some(3))
     for layer in range(2):
-        assert torch.equal(session.state.ordinals(layer), fresh.state.ordinals(layer))
+        assert torch.equal(session.ordinals(layer), fresh.ordinals(layer))
 
 
 def test_sessions_are_independent() -> None:

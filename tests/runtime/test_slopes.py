@@ -7,6 +7,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
+from by_policy import scored_by
 from runtime_inputs import random_qkv
 from torch import Tensor
 
@@ -74,7 +75,7 @@ def test_extend_attention(heads: tuple[int, int], options: dict[str, Any]) -> No
     torch.library.opcheck(xkv.extend_attention.default, tuple(args), {"slopes": slopes, "ages": ages, **options})
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"sinks": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"sink_logits": True}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @each_heads
 def test_decode_attention_with_a_biased_mask(
@@ -86,7 +87,7 @@ def test_decode_attention_with_a_biased_mask(
     valid = torch.rand(3, 1, 1, 6) < 0.5
     valid[torch.arange(3), :, :, slot] = True
     mask = (-slopes_of(heads)[:, None, None] * torch.rand(3, heads[0], 1, 6) * 9).masked_fill(~valid, float("-inf"))
-    options = {name: torch.ones(heads[0]) if name == "sinks" else value for name, value in options.items()}
+    options = {name: torch.ones(heads[0]) if name == "sink_logits" else value for name, value in options.items()}
     args = [q, k, v, k_cache, v_cache, slot, mask, SCALE]
     tested, expected = copies(args), copies(args)
     got, wanted = xkv.decode_attention(*tested, **options), oracles.decode_attention(*expected, **options)
@@ -105,7 +106,7 @@ def test_decode_scored(heads: tuple[int, int], options: dict[str, Any]) -> None:
     positions[2] = torch.tensor([0, 28, 11, 29, 7, 20], dtype=torch.int32)
     scores = torch.rand(3, heads[1], 6) * (torch.arange(6) < seen[:, None])[:, None]
     args = [q, k, v, k_cache, v_cache, positions, scores, seen, SCALE, 2, 1]
-    assert_same(xkv.decode_scored, oracles.decode_scored, args, slopes=slopes_of(heads), **options)
+    assert_same(scored_by(xkv.decode_scored), oracles.decode_scored, args, slopes=slopes_of(heads), **options)
 
 
 @pytest.mark.parametrize("eviction", ["ring", "append", "none", "scored"])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import oracles
 import pytest
 import torch
+from by_policy import keep_by, scored_by
 from torch import Tensor
 
 from xkv_fx.runtime import any_length, ops
@@ -51,10 +52,10 @@ def keep(op: Callable[..., Tensor], k_cache: Tensor, v_cache: Tensor) -> Tensor:
 CASES = [
     (decode, ops.decode_attention, oracles.decode_attention),
     (decode_capped, ops.decode_attention, oracles.decode_attention),
-    (decode_scored, ops.decode_scored, oracles.decode_scored),
+    (decode_scored, scored_by(ops.decode_scored), oracles.decode_scored),
     (extend, ops.extend_attention, oracles.extend_attention),
     (extend, any_length.extend_attention, oracles.extend_attention),
-    (keep, ops.keep, oracles.keep),
+    (keep, keep_by(ops.keep), oracles.keep),
 ]
 
 

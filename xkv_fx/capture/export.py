@@ -15,7 +15,7 @@ from torch.fx import config as fx_config
 from torch.fx.graph import CodeGen
 
 from xkv_fx.errors import UnsupportedModelError, first_line
-from xkv_fx.passes.tools.graph import arguments, at_length, output_node
+from xkv_fx.passes.tools.graph import arguments, at_length, output_node, placeholders
 
 aten = torch.ops.aten
 UNBOUNDED = 2**20
@@ -46,6 +46,9 @@ def export_graph(
         exported, longest = _exported(module, inputs, dynamic, longest)
     graph = exported.graph
     graph.set_codegen(CodeGen())
+    for node, name in zip(placeholders(graph).values(), ("input_ids", "position_ids"), strict=True):
+        node.target = name  # whatever the module calls them, so that inputs which passes add are called otherwise
+        node._rename(name)
     output = output_node(graph)
     output.args = (cast(Any, output.args[0])[0],)
     exported.recompile()

@@ -204,7 +204,7 @@ def _own_cache(model: nn.Module | None, options: _Options, rows: int) -> Cache:
 
 def _check_positions(cache: Cache, ids: Tensor, positions: Tensor, valid: Tensor | None, own: bool) -> None:
     """Positions count the valid tokens of each row, from those that its session has seen."""
-    seen = cache.session.state["seen"][:, None]
+    seen = cache.session.counts["seen"][:, None]
     counted = seen + (torch.ones_like(ids) if valid is None else valid.long()).cumsum(1) - 1
     wrong = positions != counted if valid is None else (positions != counted) & valid
     if bool(wrong.any()):

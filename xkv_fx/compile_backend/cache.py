@@ -83,7 +83,7 @@ class Cache(SessionCache):
         self._register()
 
     def _register(self) -> None:
-        self.handle = self.session.state["seen"]
+        self.handle = self.session.counts["seen"]
         _by_handle[self.handle.data_ptr()] = self
 
     @property
@@ -118,7 +118,7 @@ class Cache(SessionCache):
         """An independent cache with the same history."""
         twin = Cache.__new__(Cache)
         TransformersCache.__init__(twin, layers=[])
-        twin.session, twin.fed = self.session.fork(), self.fed
+        twin.session = self.session.fork()
         twin._planned, twin.model = self._planned, self.model
         twin._register()
         return twin

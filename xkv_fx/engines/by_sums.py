@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xkv_fx.runtime.attention import apply_sinks, soft_cap, values_of, wide_dtype
+from xkv_fx.runtime.attention import apply_sink_logits, soft_cap, values_of, wide_dtype
 from xkv_fx.runtime.ops import attend_slots, write_token
 
 MOST = 8
@@ -44,14 +44,14 @@ def decode_attention(
     mask: Tensor,
     scale: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """`xkv::decode_attention`."""
     write_token(k, v, k_cache, v_cache, slot)
     rows, kv_heads = k_cache.shape[:2]
     group = q.shape[1] // kv_heads
     if q.device.type != "cpu" or group > MOST:
-        return attend_slots(q, k_cache, v_cache, mask, scale, softcap, sinks)
+        return attend_slots(q, k_cache, v_cache, mask, scale, softcap, sink_logits)
     if mask.shape[1] not in (1, kv_heads):  # one for each query
         mask = mask.reshape(rows, kv_heads, group, -1)
     wide = wide_dtype(q)
@@ -62,7 +62,9 @@ def decode_attention(
     lse = torch.logsumexp(logits, -1, keepdim=True)
     weights = _once(torch.exp(logits - lse))
     out = torch.stack([(weight[..., None] * values).sum(2) for weight in weights.unbind(2)], 2)
-    return apply_sinks(out.reshape(rows, -1, 1, values.shape[-1]).to(q.dtype), lse.reshape(rows, -1, 1), sinks)
+    return apply_sink_logits(
+        out.reshape(rows, -1, 1, values.shape[-1]).to(q.dtype), lse.reshape(rows, -1, 1), sink_logits
+    )
 
 
 def _once(values: Tensor) -> Tensor:

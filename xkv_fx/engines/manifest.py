@@ -259,7 +259,7 @@ def inputs_of(kind: Kind, plan: CachePlan) -> tuple[TensorSpec, ...]:
     tokens = [TensorSpec(name, (plan.rows, columns), "int64") for name in ("input_ids", "position_ids")]
     if kind != "decode":
         tokens.append(TensorSpec("valid", (plan.rows, columns), "bool"))
-    return (*tokens, *(spec_of(name, *plan.shape_and_dtype(name)) for name in plan.names()))
+    return (*tokens, *(spec_of(buffer.name, buffer.shape, buffer.dtype) for buffer in plan.buffers))
 
 
 def check_name(name: str) -> None:

@@ -29,7 +29,11 @@ class SessionCache(Cache):
     def __init__(self, program: Program) -> None:
         super().__init__(layers=[])
         self.session = Session(program)
-        self.fed = 0  # tokens a row, padding included: what transformers slices the conversation by
+
+    @property
+    def fed(self) -> int:
+        """Tokens a row fed so far, padding included: what transformers slices the conversation by."""
+        return self.session.history.fed
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens a row fed so far, evicted ones and padding included."""
@@ -48,28 +52,23 @@ class SessionCache(Cache):
     @property
     def tokens_seen(self) -> Tensor:
         """Valid tokens that each row has seen, int64 `[rows]`."""
-        return self.session.state["seen"].clone()
+        return self.session.counts["seen"].clone()
 
     def kept_positions(self, layer: int) -> Tensor:
         """Ordinals of the tokens that a layer keeps, int64 `[rows, kv_heads, slots]`, -1 for a free slot."""
-        return self.session.state.ordinals(layer)
+        return self.session.ordinals(layer)
 
     def feed(self, ids: Tensor, position_ids: Tensor | None, valid: Tensor | None, all_logits: bool) -> Tensor:
         """Prefill a prompt, a chunk of one, or a turn; see `Session.feed`."""
-        logits = self.session.feed(ids, position_ids, valid, all_logits)
-        self.fed += ids.shape[1]
-        return logits
+        return self.session.feed(ids, position_ids, valid, all_logits)
 
     def step(self, ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """Decode one token a row; see `Session.step`."""
-        logits = self.session.step(ids, position_ids)
-        self.fed += 1
-        return logits
+        return self.session.step(ids, position_ids)
 
     def reset(self) -> None:
         """Forget every token; the buffers stay."""
         self.session.reset()
-        self.fed = 0
 
     def reset_rows(self, rows: Sequence[int]) -> None:
         """Forget the tokens of some rows of a batch, so that they can be filled again while the others go on.
@@ -80,7 +79,7 @@ class SessionCache(Cache):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the conversation's cache to a safetensors file."""
-        save_session(self.session, path, self.fed)
+        save_session(self.session, path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over a cache that `save` wrote for the same model, budgets and batch size.
@@ -88,13 +87,13 @@ class SessionCache(Cache):
         Raises:
             SessionError, FileFormatError: see `load_session`; the session is then as it was.
         """
-        self.fed = load_session(self.session, path)
+        load_session(self.session, path)
 
     def fork(self) -> SessionCache:
         """An independent session with the same history."""
         twin = SessionCache.__new__(SessionCache)
         Cache.__init__(twin, layers=[])
-        twin.session, twin.fed = self.session.fork(), self.fed
+        twin.session = self.session.fork()
         return twin
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xkv_fx.budgets import Budgets
-from xkv_fx.layers import LayerSpec
 from xkv_fx.runtime.scorers import Scorer
 from xkv_fx.runtime.session import Kind
 from xkv_fx.runtime.state import CachePlan
@@ -41,19 +40,11 @@ def describe_shard(shard: Shard) -> list[str]:
 def describe_layers(plan: CachePlan) -> list[str]:
     """A line for each layer."""
     lines = ["layer  slots  recent  eviction  sliding window  keys and values     bytes"]
-    for index, (spec, slots) in enumerate(zip(plan.layers, plan.slots, strict=True)):
-        size = slots.slots * spec.slot_bytes(plan.dtype) * plan.rows
-        window = "-" if spec.sliding_window is None else str(spec.sliding_window)
-        used = f"{index:5}  {slots.slots:5}  {slots.recent:6}  {slots.eviction:8}"
-        lines.append(f"{used}  {window:>14}  {_cached(spec):18}  {size:,}")
+    for cache in plan.caches:
+        slots, window = cache.slots, cache.spec.sliding_window
+        used = f"{cache.index:5}  {slots.slots:5}  {slots.recent:6}  {slots.eviction:8}"
+        lines.append(f"{used}  {'-' if window is None else window:>14}  {cache.contents:18}  {cache.kv_bytes:,}")
     return lines
-
-
-def _cached(spec: LayerSpec) -> str:
-    """What a slot holds, in elements."""
-    if spec.value_dim == 0:
-        return f"latent of {spec.key_dim}"
-    return f"{spec.kv_heads} x ({spec.key_dim} + {spec.value_dim})"
 
 
 def describe_passes(kind: Kind, graph: TransformedGraph) -> list[str]:

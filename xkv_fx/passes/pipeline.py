@@ -11,7 +11,9 @@ from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.analyses.find_attention import any_latent
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.cache.check_cache import CheckCache
-from xkv_fx.passes.cache.insert_cache import InsertDecodeCache, InsertExtendCache, InsertPrefillCache
+from xkv_fx.passes.cache.insert_decode_cache import InsertDecodeCache
+from xkv_fx.passes.cache.insert_extend_cache import InsertExtendCache
+from xkv_fx.passes.cache.insert_prefill_cache import InsertPrefillCache
 from xkv_fx.passes.measure.add_statistics import AddStatistics
 from xkv_fx.passes.measure.score_outputs import ScoreOutputs
 from xkv_fx.passes.prepare.clean_graph import CleanGraph

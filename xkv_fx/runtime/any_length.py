@@ -14,7 +14,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.attention import (
     BLOCK,
-    apply_sinks,
+    apply_sink_logits,
     causal_by_flash,
     distance_bias,
     flash_applies,
@@ -25,6 +25,7 @@ from xkv_fx.runtime.attention import (
     wide_dtype,
     without_slots,
 )
+from xkv_fx.runtime.form import AttentionForm
 from xkv_fx.runtime.scorers import accumulated  # noqa: F401  (registers its op)
 from xkv_fx.runtime.scorers.prompt import PromptView
 
@@ -39,12 +40,12 @@ def attention(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
 ) -> Tensor:
     """`xkv::attention`."""
-    out, lse = _causal(q, k, v, scale, sliding_window, softcap, slopes)
-    return apply_sinks(out, lse, sinks).contiguous()
+    out, lse = _causal(q, k, v, AttentionForm(scale, sliding_window, softcap, slopes=slopes))
+    return apply_sink_logits(out, lse, sink_logits).contiguous()
 
 
 def extend_attention(
@@ -57,15 +58,16 @@ def extend_attention(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
     ages: Tensor | None = None,
 ) -> Tensor:
     """`xkv::extend_attention`."""
-    among_new = _causal(q, k, v, scale, sliding_window, softcap, slopes)
-    over_slots = _slots(q, k_cache, values_of(k_cache, v_cache), mask, scale, softcap, slopes, ages)
+    form = AttentionForm(scale, sliding_window, softcap, slopes=slopes)
+    among_new = _causal(q, k, v, form)
+    over_slots = _slots(q, k_cache, values_of(k_cache, v_cache), mask, form, ages)
     out, lse = merge_attention(among_new, over_slots)
-    return apply_sinks(out, lse, sinks).contiguous()
+    return apply_sink_logits(out, lse, sink_logits).contiguous()
 
 
 def accumulated_attention(
@@ -78,13 +80,12 @@ def accumulated_attention(
     old_ordinals: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
 ) -> Tensor:
     """`xkv::accumulated_attention`; each block of queries looks at all keys."""
-    prompt = PromptView(
-        q, k, None, length, scale, seen, old_k, None, old_ordinals, sliding_window, softcap, sinks, slopes
-    )
+    form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes)
+    prompt = PromptView(q, k, None, length, form, seen, old_k, None, old_ordinals)
     queries = q.shape[2]
     offset = torch.arange(BLOCK, device=q.device)
 
@@ -103,28 +104,21 @@ def accumulated_attention(
     return total
 
 
-def _causal(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    slopes: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """As `causal_attention`, without sinks."""
-    if sliding_window is None and softcap is None and slopes is None and flash_applies(q, k, v):
-        return causal_by_flash(q, k, v, scale)
+def _causal(q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> tuple[Tensor, Tensor]:
+    """As `causal_attention`, without sink logits."""
+    if form.plain and form.sliding_window is None and flash_applies(q, k, v):
+        return causal_by_flash(q, k, v, form.scale)
+    slopes = form.slopes
     length = q.shape[2]
 
     def over_all(part: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         distance = query[:, None] - torch.arange(length, device=q.device)
         bias = None if slopes is None else distance_bias(slopes, distance[None, None])
-        return softmax_block(part, k, v, scale, (distance >= 0)[None, None], softcap, bias)
+        return softmax_block(part, k, v, form, (distance >= 0)[None, None], bias)
 
-    if sliding_window is None:
+    if form.sliding_window is None:
         return _in_blocks(q, v, over_all)
-    window = sliding_window
+    window = form.sliding_window
 
     def over_window(part: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         key = query[0] - (window - 1) + torch.arange(BLOCK + window - 1, device=q.device)
@@ -132,31 +126,25 @@ def _causal(
         mask = (distance >= 0) & (distance < window) & (key >= 0)
         near_k, near_v = (values.index_select(2, key.clamp(0, length - 1)) for values in (k, v))
         bias = None if slopes is None else distance_bias(slopes, distance[None, None])
-        return softmax_block(part, near_k, near_v, scale, mask[None, None], softcap, bias)
+        return softmax_block(part, near_k, near_v, form, mask[None, None], bias)
 
     return _in_blocks(q, v, over_window)
 
 
 def _slots(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    scale: float,
-    softcap: float | None,
-    slopes: Tensor | None,
-    ages: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, form: AttentionForm, ages: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """As `slot_attention`."""
-    if softcap is None and slopes is None and mask.shape[1] == 1 and flash_applies(q, k, v):
-        return without_slots(slots_by_flash(q, k, v, mask, scale), q, k, mask)
+    slopes = form.slopes
+    if form.plain and mask.shape[1] == 1 and flash_applies(q, k, v):
+        return without_slots(slots_by_flash(q, k, v, mask, form.scale), q, k, mask)
     every_query = bool(mask.shape[2] == 1)  # a symbolic bool would be an input of the loop, which Dynamo cannot guard
 
     def over_slots(part: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         bias = None
         if slopes is not None and ages is not None:
             bias = distance_bias(slopes, ages[:, :, None] + query[:, None])
-        return softmax_block(part, k, v, scale, mask if every_query else mask.index_select(2, query), softcap, bias)
+        return softmax_block(part, k, v, form, mask if every_query else mask.index_select(2, query), bias)
 
     return without_slots(_in_blocks(q, v, over_slots), q, k, mask)
 

@@ -14,70 +14,52 @@ import torch
 from torch import Tensor
 
 from xkv_fx.runtime import attention_cuda
+from xkv_fx.runtime.form import AttentionForm
 
 # Queries handled at once where no flash kernel applies; bounds the logits to BLOCK x N per head.
 BLOCK = 256
 
 
-def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    slopes: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> tuple[Tensor, Tensor]:
     """Causal attention of S queries over their own S keys.
-
-    Args:
-        slopes: `[query_heads]`, what a logit loses for each token of distance.
 
     Returns:
         the output `[rows, query_heads, S, value_dim]` and the log-sum-exp `[rows, query_heads, S]` of the logits
-        without the sinks.
+        without the sink logits.
     """
-    windowed = sliding_window is not None and k.shape[2] > sliding_window
-    plain = softcap is None and slopes is None and not windowed
+    windowed = form.sliding_window is not None and k.shape[2] > form.sliding_window
+    plain = form.plain and not windowed
     if plain and flash_applies(q, k, v):
-        out, lse = causal_by_flash(q, k, v, scale)
+        out, lse = causal_by_flash(q, k, v, form.scale)
     elif plain and attention_cuda.flash_applies(q, k, v):
-        out, lse = attention_cuda.causal_by_flash(q, k, v, scale)
+        out, lse = attention_cuda.causal_by_flash(q, k, v, form.scale)
     else:
-        out, lse = _causal_in_blocks(q, k, v, scale, sliding_window if windowed else None, softcap, slopes)
-    return apply_sinks(out, lse, sinks), lse
+        out, lse = _causal_in_blocks(q, k, v, form if windowed else form.within(None))
+    return apply_sink_logits(out, lse, form.sink_logits), lse
 
 
 def slot_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    scale: float,
-    softcap: float | None = None,
-    slopes: Tensor | None = None,
-    ages: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, form: AttentionForm, ages: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of S queries over the kept slots of a cache, all of them earlier than every query.
 
+    The mask says what is reached; sliding window and sink logits of the form are left to the caller.
+
     Args:
         mask: bool, broadcastable to `[rows, kv_heads, S, slots]`; True where a slot may be attended to.
-        slopes: `[query_heads]`, what a logit loses for each token of distance.
-        ages: int64 `[rows, kv_heads, slots]`, the distance of each slot's token from the first query; with `slopes`.
+        ages: int64 `[rows, kv_heads, slots]`, the distance of each slot's token from the first query; with slopes.
 
     Returns:
         as `causal_attention`; a query without any slot gets output 0 and a log-sum-exp of minus infinity.
     """
-    plain = softcap is None and slopes is None
-    if plain and flash_applies(q, k, v) and mask.shape[1] == 1:
-        out, lse = slots_by_flash(q, k, v, mask, scale)
-    elif plain and attention_cuda.bias_applies(q, k, v, mask):
-        out, lse = attention_cuda.slots_by_bias(q, k, v, mask, scale)
+    if form.plain and flash_applies(q, k, v) and mask.shape[1] == 1:
+        out, lse = slots_by_flash(q, k, v, mask, form.scale)
+    elif form.plain and attention_cuda.bias_applies(q, k, v, mask):
+        out, lse = attention_cuda.slots_by_bias(q, k, v, mask, form.scale)
     else:
         blocks = [
             softmax_block(
-                part, k, v, scale, _rows_of(mask, start, start + BLOCK), softcap, _slot_bias(slopes, ages, start, part)
+                part, k, v, form, _rows_of(mask, start, start + BLOCK), _slot_bias(form.slopes, ages, start, part)
             )
             for start, part in _blocks(q)
         ]
@@ -128,11 +110,11 @@ def merge_attention(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor])
     return (out_a.to(lse.dtype) * weight_a + out_b.to(lse.dtype) * weight_b).to(out_a.dtype), lse
 
 
-def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
-    """Add one learned logit per head, `sinks` `[query_heads]`, to the softmax's denominator (gpt-oss)."""
-    if sinks is None:
+def apply_sink_logits(out: Tensor, lse: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """Add one learned logit per head, `[query_heads]`, to the softmax's denominator (gpt-oss)."""
+    if sink_logits is None:
         return out
-    keep = torch.sigmoid(lse - sinks.to(lse.dtype)[None, :, None])
+    keep = torch.sigmoid(lse - sink_logits.to(lse.dtype)[None, :, None])
     return (out.to(lse.dtype) * keep[..., None]).to(out.dtype)
 
 
@@ -182,7 +164,7 @@ def _slot_bias(slopes: Tensor | None, ages: Tensor | None, start: int, part: Ten
 
 
 def softmax_block(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, softcap: float | None, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, form: AttentionForm, mask: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a block of queries, with all of its logits at once.
 
@@ -190,7 +172,7 @@ def softmax_block(
         mask: bool, broadcastable to `[rows, kv_heads, S, N]`.
         bias: added to the logits, as `distance_bias` gives it.
     """
-    logits = group_logits(q, k, scale, softcap)
+    logits = group_logits(q, k, form.scale, form.softcap)
     if bias is not None:
         logits += bias.reshape(bias.shape[0], *logits.shape[1:3], *bias.shape[3:])
     logits = logits.masked_fill_(~mask[:, :, None], float("-inf"))
@@ -200,26 +182,18 @@ def softmax_block(
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
 
 
-def _causal_in_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    slopes: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    outs, lses = [], []
+def _causal_in_blocks(q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> tuple[Tensor, Tensor]:
+    outs, lses, window = [], [], form.sliding_window
     for start, part in _blocks(q):
         stop = start + part.shape[2]
-        first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
+        first = 0 if window is None else max(0, start - window + 1)
         query = torch.arange(start, stop, device=q.device)[:, None]
         key = torch.arange(first, stop, device=q.device)[None]
         mask = key <= query
-        if sliding_window is not None:
-            mask &= key > query - sliding_window
-        bias = None if slopes is None else distance_bias(slopes, (query - key)[None, None])
-        out, lse = softmax_block(part, k[:, :, first:stop], v[:, :, first:stop], scale, mask[None, None], softcap, bias)
+        if window is not None:
+            mask &= key > query - window
+        bias = None if form.slopes is None else distance_bias(form.slopes, (query - key)[None, None])
+        out, lse = softmax_block(part, k[:, :, first:stop], v[:, :, first:stop], form, mask[None, None], bias)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 2), torch.cat(lses, 2)

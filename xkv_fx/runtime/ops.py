@@ -17,18 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xkv_fx.policy import EVICTIONS
-from xkv_fx.runtime.attention import apply_sinks as _apply_sinks
 from xkv_fx.runtime.attention import (
+    apply_sink_logits,
     causal_attention,
-    distance_bias,
     group_logits,
     merge_attention,
     slot_attention,
     values_of,
 )
-from xkv_fx.runtime.selection import write_survivors
-from xkv_fx.runtime.slots import SlotPlan
+from xkv_fx.runtime.form import AttentionForm
+from xkv_fx.runtime.selection import move_survivors
 
 
 @torch.library.custom_op("xkv::attention", mutates_args=())
@@ -40,7 +38,7 @@ def attention(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of S tokens over themselves; what a model's attention becomes when it is captured.
@@ -50,13 +48,14 @@ def attention(
         scale: factor on the logits.
         sliding_window: attend to the newest so many tokens only, the query's own included.
         softcap: bound on the logits' size.
-        sinks: `[query_heads]`, one more logit per head in the softmax's denominator.
+        sink_logits: `[query_heads]`, one more logit per head in the softmax's denominator.
         slopes: `[query_heads]`, what a logit loses for each token between query and key (ALiBi, arXiv 2108.12409).
 
     Returns:
         `[rows, query_heads, S, value_dim]`.
     """
-    return causal_attention(q, k, v, scale, sliding_window, softcap, sinks, slopes)[0].contiguous()
+    form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes)
+    return causal_attention(q, k, v, form)[0].contiguous()
 
 
 @torch.library.custom_op("xkv::extend_attention", mutates_args=())
@@ -70,7 +69,7 @@ def extend_attention(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
     ages: Tensor | None = None,
 ) -> Tensor:
@@ -83,68 +82,39 @@ def extend_attention(
     Returns:
         `[rows, query_heads, S, value_dim]`.
     """
-    among_new = causal_attention(q, k, v, scale, sliding_window, softcap, slopes=slopes)
-    over_slots = slot_attention(q, k_cache, values_of(k_cache, v_cache), mask, scale, softcap, slopes, ages)
+    form = AttentionForm(scale, sliding_window, softcap, slopes=slopes)
+    among_new = causal_attention(q, k, v, form)
+    over_slots = slot_attention(q, k_cache, values_of(k_cache, v_cache), mask, form, ages)
     out, lse = merge_attention(among_new, over_slots)
-    return _apply_sinks(out, lse, sinks).contiguous()
+    return apply_sink_logits(out, lse, sink_logits).contiguous()
 
 
 def _keep(
     k: Tensor,
     v: Tensor,
-    scores: Tensor,
-    length: Tensor,
-    seen: Tensor,
-    base: Tensor,
+    source: Tensor,
+    placed: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     positions: Tensor,
     capacity: int,
-    recent: int,
-    sinks: int,
-    eviction: int,
-    sliding_window: int | None,
     fresh: bool,
-) -> Tensor:
-    """Fill a layer's buffers with the `capacity` survivors of its old slots and the new tokens.
+) -> None:
+    """Fill the first `capacity` slots of a layer's buffers with survivors of its old slots and the new tokens.
 
     Args:
-        scores: float32 `[rows, kv_heads, S]` when `fresh`, else `[rows, kv_heads, slots + S]`.
-        length: int64 `[rows]`, valid ones among the S new tokens; they come first.
-        seen, base: int64 `[rows]`, tokens seen before these, and by the last prefill.
-        capacity, recent, sinks, sliding_window: as in `SlotPlan`.
-        eviction: index into `xkv_fx.policy.EVICTIONS`.
+        source: int64 `[rows, kv_heads, capacity]`, where each slot's token is now: an index into the old slots,
+            followed by the new tokens.
+        placed: int32 `[rows, kv_heads, slots]`, the `positions` afterwards.
         fresh: the buffers count as empty, whatever they hold.
-
-    Returns:
-        the survivors' scores, float32 `[rows, kv_heads, slots]`.
     """
-    plan = SlotPlan(capacity, k_cache.shape[2], recent, sinks, EVICTIONS[eviction], sliding_window)  # type: ignore[arg-type]
-    return write_survivors(k, v, scores, length, seen, base, k_cache, v_cache, positions, plan, fresh)
+    move_survivors(k, v, source, placed, k_cache, v_cache, positions, capacity, fresh)
 
 
 keep = torch.library.custom_op("xkv::keep", _keep, mutates_args=("k_cache", "v_cache", "positions"))
 
 
-@keep.register_fake
-def _(
-    k: Tensor,
-    v: Tensor,
-    scores: Tensor,
-    length: Tensor,
-    seen: Tensor,
-    base: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    capacity: int,
-    recent: int,
-    sinks: int,
-    eviction: int,
-    sliding_window: int | None,
-    fresh: bool,
-) -> Tensor:
-    return scores.new_empty(positions.shape)
+keep.register_fake(lambda *args, **kwargs: None)
 
 
 def _decode(
@@ -157,7 +127,7 @@ def _decode(
     mask: Tensor,
     scale: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Write one token a row into its slot, then attend to every valid slot.
 
@@ -171,7 +141,7 @@ def _decode(
         `[rows, query_heads, 1, value_dim]`.
     """
     write_token(k, v, k_cache, v_cache, slot)
-    return attend_slots(q, k_cache, v_cache, mask, scale, softcap, sinks)
+    return attend_slots(q, k_cache, v_cache, mask, scale, softcap, sink_logits)
 
 
 def write_token(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,21 +170,48 @@ def attend_slots(
     mask: Tensor,
     scale: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """The attention of `decode_attention`, to slots that hold the new token already."""
+    if softcap is not None or sink_logits is not None or mask.dtype != q.dtype:
+        return attend_and_count(q, k_cache, v_cache, mask, scale, softcap, sink_logits)[0]
     rows, kv_heads = k_cache.shape[:2]
     v_cache = values_of(k_cache, v_cache)
     grouped = q.reshape(rows, kv_heads, -1, q.shape[-1])  # the query group takes the place of the query length
-    if mask.shape[1] not in (1, kv_heads):
-        mask = mask.reshape(rows, kv_heads, -1, mask.shape[-1])
-    if softcap is None and sinks is None and mask.dtype == q.dtype:
-        out = torch.nn.functional.scaled_dot_product_attention(grouped, k_cache, v_cache, attn_mask=mask, scale=scale)
-        return out.reshape(rows, -1, 1, v_cache.shape[-1])
-    logits = group_logits(q, k_cache, scale, softcap)[:, :, :, 0] + mask
+    mask = _by_group(mask, kv_heads)
+    out = torch.nn.functional.scaled_dot_product_attention(grouped, k_cache, v_cache, attn_mask=mask, scale=scale)
+    return out.reshape(rows, -1, 1, v_cache.shape[-1])
+
+
+def attend_and_count(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The attention of `decode_scored`, to slots that hold the new token already.
+
+    Returns:
+        `[rows, query_heads, 1, value_dim]`, and the mean over each query group of the attention to each slot, float32
+        `[rows, kv_heads, slots]`.
+    """
+    rows, kv_heads = k_cache.shape[:2]
+    v_cache = values_of(k_cache, v_cache)
+    logits = group_logits(q, k_cache, scale, softcap)[:, :, :, 0] + _by_group(mask, kv_heads)
     lse = torch.logsumexp(logits, -1, keepdim=True)
-    out = torch.matmul(torch.exp(logits - lse).to(v_cache.dtype), v_cache).reshape(rows, -1, 1, v_cache.shape[-1])
-    return _apply_sinks(out, lse.reshape(rows, -1, 1), sinks)
+    weights = torch.exp(logits - lse)
+    out = torch.matmul(weights.to(v_cache.dtype), v_cache).reshape(rows, -1, 1, v_cache.shape[-1])
+    lse = lse.reshape(rows, -1, 1)
+    attention = apply_sink_logits(weights.flatten(1, 2)[:, :, None], lse, sink_logits).view(weights.shape).mean(2)
+    return apply_sink_logits(out, lse, sink_logits), attention
+
+
+def _by_group(mask: Tensor, kv_heads: int) -> Tensor:
+    """A mask of decode as `[rows, kv_heads or 1, group or 1, slots]`."""
+    return mask if mask.shape[1] in (1, kv_heads) else mask.reshape(mask.shape[0], kv_heads, -1, mask.shape[-1])
 
 
 decode_attention = torch.library.custom_op("xkv::decode_attention", _decode, mutates_args=("k_cache", "v_cache"))
@@ -228,68 +225,27 @@ def _decode_scored(
     v_cache: Tensor,
     positions: Tensor,
     scores: Tensor,
+    slot: Tensor,
+    mask: Tensor,
     seen: Tensor,
     scale: float,
-    recent: int,
-    sink_tokens: int,
-    sliding_window: int | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
-    slopes: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """As `decode_attention`, each KV head choosing its own slot, and each slot's attention added to its score (H2O,
-    arXiv 2306.14048, section 4): the mean over the query group.
+    """As `decode_attention`, each KV head with a slot of its own, and each slot's attention added to its score (H2O,
+    arXiv 2306.14048, section 4): the mean over the query group. The new token's score starts at 0.
 
     Args:
         scores: float32 `[rows, kv_heads, slots]`.
+        slot: int64 `[rows, kv_heads]`, the slot that the token takes in each head.
         seen: int64 `[rows]`, tokens seen before this one.
-        recent, sink_tokens: newest and first tokens that are not evicted.
     """
-    rows, kv_heads, slots = positions.shape
-    plan = SlotPlan(slots, slots, recent, sink_tokens, "scored", sliding_window)
-    slot = plan.evicted_slot(positions, scores, seen)
     row, head = write_token(k, v, k_cache, v_cache, slot)
-    positions.index_put_((row, head, slot), seen[:, None].expand(-1, kv_heads).to(positions.dtype))
-    scores.index_put_((row, head, slot), scores.new_zeros(rows, kv_heads))
-
-    valid = plan.decode_mask(positions, seen, seen)
-    out, attention = attend_and_count(q, k_cache, v_cache, positions, valid, seen, scale, softcap, sinks, slopes)
+    positions.index_put_((row, head, slot), seen[:, None].expand_as(slot).to(positions.dtype))
+    scores.index_put_((row, head, slot), torch.zeros_like(slot, dtype=scores.dtype))
+    out, attention = attend_and_count(q, k_cache, v_cache, mask, scale, softcap, sink_logits)
     scores.add_(attention)
     return out
-
-
-def attend_and_count(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    valid: Tensor,
-    seen: Tensor,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    slopes: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The attention of `decode_scored`, to slots that hold the new token already.
-
-    Args:
-        valid: bool, which slots count, as `SlotPlan.decode_mask` gives it.
-
-    Returns:
-        `[rows, query_heads, 1, value_dim]`, and the mean over each query group of the attention to each slot, float32
-        `[rows, kv_heads, slots]`.
-    """
-    rows, v_cache = q.shape[0], values_of(k_cache, v_cache)
-    logits = group_logits(q, k_cache, scale, softcap)[:, :, :, 0]
-    if slopes is not None:
-        logits = logits + distance_bias(slopes, (seen[:, None, None] - positions)[:, :, None])[:, :, :, 0]
-    logits = logits.masked_fill(~valid, float("-inf"))
-    lse = torch.logsumexp(logits, -1, keepdim=True)
-    weights = torch.exp(logits - lse)
-    out = torch.matmul(weights.to(v_cache.dtype), v_cache).reshape(rows, -1, 1, v_cache.shape[-1])
-    lse = lse.reshape(rows, -1, 1)
-    attention = _apply_sinks(weights.flatten(1, 2)[:, :, None], lse, sinks).view(weights.shape).mean(2)
-    return _apply_sinks(out, lse, sinks), attention
 
 
 decode_scored = torch.library.custom_op(
@@ -305,7 +261,7 @@ for _op in (attention, extend_attention, decode_attention, decode_scored):
     _op.register_fake(_fake_output)
 
 
-DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
+DECOMPOSITIONS: dict[Any, Callable[..., Tensor | None]] = {
     torch.ops.xkv.keep.default: _keep,
     torch.ops.xkv.decode_attention.default: _decode,
     torch.ops.xkv.decode_scored.default: _decode_scored,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from xkv_fx.runtime.graph_calls import named_call
 from xkv_fx.runtime.slots import EMPTY, SlotPlan
 
 _LAST = torch.iinfo(torch.int64).max
@@ -58,6 +61,87 @@ def _turn_ring(total: Tensor, plan: SlotPlan) -> Tensor:
     return torch.where((slot >= start) & (total >= plan.capacity), turned, slot)
 
 
+def choose_survivors(
+    scores: Tensor, positions: Tensor, length: Tensor, seen: Tensor, base: Tensor, plan: SlotPlan, fresh: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of a layer's slots and S new tokens stay, and where. A row without new tokens stays as it is, unless
+    `fresh`.
+
+    Args:
+        scores: float32 `[rows, kv_heads, S]` when `fresh`, else `[rows, kv_heads, slots + S]`.
+        positions: int32 `[rows, kv_heads, slots]`, the layer's buffer.
+        length: int64 `[rows]`, valid ones among the S new tokens; they come first.
+        seen, base: int64 `[rows]`, tokens seen before these, and by the last prefill.
+        fresh: the cache counts as empty, whatever it holds.
+
+    Returns:
+        what `move_survivors` takes: `source` and `placed`; and the scores of the survivors, float32
+        `[rows, kv_heads, slots]`, 0 for a free slot.
+    """
+    slots, room = plan.slots, plan.slots - plan.capacity
+    if fresh:
+        seen = torch.zeros_like(seen)
+        scores = torch.nn.functional.pad(scores, (slots, 0))
+        ordinals = torch.full(positions.shape, EMPTY, dtype=torch.int64, device=scores.device)
+    else:
+        ordinals = plan.ordinals(positions, seen, base)
+    source, kept = select_survivors(scores, ordinals, seen, length, plan)
+    slot = torch.arange(slots, device=scores.device)
+    placed = torch.where(kept == EMPTY, slot[: plan.capacity], kept)
+    placed = torch.cat((placed, slot[plan.capacity :].expand(*kept.shape[:2], -1)), 2).to(positions.dtype)
+    gained = torch.nn.functional.pad(scores.gather(2, source).masked_fill(kept == EMPTY, 0.0), (0, room))
+    if fresh:
+        return source, placed, gained
+    untouched = (length == 0)[:, None, None]
+    held = scores[:, :, :slots].masked_fill(ordinals == EMPTY, 0.0)
+    return (
+        torch.where(untouched, slot[: plan.capacity], source),
+        torch.where(untouched, positions, placed),
+        torch.where(untouched, held, gained),
+    )
+
+
+def choosing_call(plan: SlotPlan, fresh: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`choose_survivors` of one plan, as a function that a graph can call and print."""
+
+    def choose(
+        scores: Tensor, positions: Tensor, length: Tensor, seen: Tensor, base: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return choose_survivors(scores, positions, length, seen, base, plan, fresh)
+
+    def fake(scores: Tensor, positions: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Shapes alone: none of them depends on how many tokens there are."""
+        source = positions.new_empty((*positions.shape[:2], plan.capacity), dtype=torch.int64)
+        return source, torch.empty_like(positions), torch.empty_like(positions, dtype=torch.float32)
+
+    return named_call(choose, fake, f"choose_survivors_{plan.capacity}_recent_{plan.recent}", __name__)
+
+
+def move_survivors(
+    k: Tensor,
+    v: Tensor,
+    source: Tensor,
+    placed: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    capacity: int,
+    fresh: bool,
+) -> None:
+    """Bring survivors to their slots, in place; see `xkv::keep`, whose arguments these are."""
+    slots = positions.shape[2]
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        if not cache.shape[-1]:  # the values are the keys
+            continue
+        index = (source - slots).clamp_(min=0)[..., None].expand(-1, -1, -1, new.shape[-1])
+        moved = new.gather(2, index)
+        if not fresh:
+            held = cache.gather(2, source.clamp(max=slots - 1)[..., None].expand_as(index))
+            moved = torch.where((source < slots)[..., None], held, moved)
+        cache[:, :, :capacity].copy_(moved)
+    positions.copy_(placed)
+
+
 def write_survivors(
     k: Tensor,
     v: Tensor,
@@ -71,46 +155,16 @@ def write_survivors(
     plan: SlotPlan,
     fresh: bool,
 ) -> Tensor:
-    """Replace what a layer keeps by the survivors of its slots and S new tokens, in place.
+    """Replace what a layer keeps by the survivors of its slots and S new tokens, in place: `choose_survivors`, then
+    `move_survivors`.
 
     Args:
         k, v: the new tokens, `[rows, kv_heads, S, key_dim or value_dim]`.
-        scores: float32 `[rows, kv_heads, S]` when `fresh`, else `[rows, kv_heads, slots + S]`.
         k_cache, v_cache, positions: the layer's buffers; mutated.
-        fresh: the cache counts as empty, whatever it holds. Otherwise a row with `length` 0 stays as it is.
 
     Returns:
         the scores of the survivors `[rows, kv_heads, slots]`, float32, 0 for a free slot.
     """
-    slots = plan.slots
-    if fresh:
-        seen, base = torch.zeros_like(seen), torch.zeros_like(base)
-        scores = torch.nn.functional.pad(scores, (slots, 0))
-        ordinals = torch.full(positions.shape, EMPTY, dtype=torch.int64, device=k.device)
-    else:
-        ordinals = plan.ordinals(positions, seen, base)
-    source, kept = select_survivors(scores, ordinals, seen, length, plan)
-    untouched = None if fresh else (length == 0)[:, None, None]
-
-    for cache, new in ((k_cache, k), (v_cache, v)):
-        if not cache.shape[-1]:  # the values are the keys
-            continue
-        index = (source - slots).clamp_(min=0)[..., None].expand(-1, -1, -1, new.shape[-1])
-        target = cache[:, :, : plan.capacity]
-        if fresh:
-            target.copy_(new.gather(2, index))
-            continue
-        held = cache.gather(2, source.clamp(max=slots - 1)[..., None].expand_as(index))
-        survivors = torch.where((source < slots)[..., None], held, new.gather(2, index))
-        target.copy_(torch.where(untouched[..., None], target, survivors))  # type: ignore[index]
-
-    slot = torch.arange(slots, device=k.device)
-    placed = torch.where(kept == EMPTY, slot[: plan.capacity], kept).to(positions.dtype)
-    free = slot[plan.capacity :].to(positions.dtype).expand(*kept.shape[:2], -1)
-    placed = torch.cat((placed, free), 2)
-    positions.copy_(placed if untouched is None else torch.where(untouched, positions, placed))
-    gained = scores.gather(2, source).masked_fill(kept == EMPTY, 0.0)
-    gained = torch.nn.functional.pad(gained, (0, slots - plan.capacity))
-    if untouched is None:
-        return gained
-    return torch.where(untouched, scores[:, :, :slots].masked_fill(ordinals == EMPTY, 0.0), gained)
+    source, placed, gained = choose_survivors(scores, positions, length, seen, base, plan, fresh)
+    move_survivors(k, v, source, placed, k_cache, v_cache, positions, plan.capacity, fresh)
+    return gained

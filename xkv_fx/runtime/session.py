@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from xkv_fx.errors import CapacityError, PromptError, SessionError
+from xkv_fx.errors import PromptError, SessionError
+from xkv_fx.runtime.history import History
 from xkv_fx.runtime.state import CachePlan, State
+from xkv_fx.runtime.state.base import GRAPH_KINDS as KINDS
+from xkv_fx.runtime.state.base import GraphKind as Kind
+
+__all__ = ["KINDS", "Kind"]
 
 Graph = Callable[..., Tensor]
-Kind = Literal["prefill", "extend", "decode"]
-"""The graphs of a program."""
-KINDS: tuple[Kind, ...] = get_args(Kind)
 _UNLIMITED = 2**62
 
 
@@ -50,15 +52,21 @@ class Session:
     Attributes:
         program: the graphs.
         state: the tensors.
-        seen: valid tokens that each row has seen.
+        history: what the rows have been fed.
     """
+
+    history: History
+    _steps_left: int
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.state: State = program.plan.allocate()
-        self.seen: tuple[int, ...] = (0,) * program.plan.rows
-        self._base = self.seen  # of each row, when its last prefill ended
-        self._steps_left = self._count_steps_left()
+        self._remember(History.empty(program.plan.rows))
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """Valid tokens that each row has seen."""
+        return self.history.seen
 
     def feed(
         self,
@@ -87,18 +95,14 @@ class Session:
         if valid is None:
             valid = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
         added = self._check_valid(valid, ids)
-        total = tuple(before + new for before, new in zip(self.seen, added, strict=True))
-        self._check_room(max(total))
+        after = self.history.after_prompt(added, ids.shape[1])
+        self._check_room(max(after.seen))
         if position_ids is None:
-            position_ids = (self.state["seen"][:, None] + valid.long().cumsum(1) - 1).clamp(min=0)
+            position_ids = (self.counts["seen"][:, None] + valid.long().cumsum(1) - 1).clamp(min=0)
         graph = self.program.extend(all_logits) if any(self.seen) else self.program.prefill(all_logits)
         inputs = (tensor.contiguous() for tensor in (ids, position_ids, valid))
         logits = graph(*inputs, *self.state.tensors)
-        self._base = tuple(
-            after if new else before for before, after, new in zip(self._base, total, added, strict=True)
-        )
-        self.seen = total
-        self._steps_left = self._count_steps_left()
+        self._remember(after)
         return logits
 
     def step(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -120,10 +124,10 @@ class Session:
         if self._steps_left < 1:
             self._refuse_step()
         if position_ids is None:
-            position_ids = self.state["seen"][:, None].clone()
+            position_ids = self.counts["seen"][:, None].clone()
         # compiled code reads its inputs by the strides that it was compiled for
         logits = self.program.decode()(ids.contiguous(), position_ids.contiguous(), *self.state.tensors)
-        self.seen = tuple(count + 1 for count in self.seen)
+        self.history = self.history.after_step()
         self._steps_left -= 1
         return logits
 
@@ -140,9 +144,7 @@ class Session:
         if wrong:
             raise PromptError(f"there is no row {wrong[0]}; this session has {self.program.plan.rows} rows")
         self.state.reset(rows)
-        self.seen = tuple(0 if row in chosen else count for row, count in enumerate(self.seen))
-        self._base = tuple(0 if row in chosen else count for row, count in enumerate(self._base))
-        self._steps_left = self._count_steps_left()
+        self._remember(self.history.without(rows))
 
     def fork(self) -> Session:
         """An independent session with the same history, for several continuations of one prefix."""
@@ -153,18 +155,28 @@ class Session:
     def reorder(self, rows: Tensor) -> None:
         """Make row i a copy of row `rows[i]`, as beam search does."""
         self.state.reorder(rows)
-        chosen = rows.tolist()
-        self.seen = tuple(self.seen[row] for row in chosen)
-        self._base = tuple(self._base[row] for row in chosen)
-        self._steps_left = self._count_steps_left()
+        self._remember(self.history.reordered(rows.tolist()))
 
-    def restore(self, state: State) -> None:
-        """Take over the content of another state of the same plan; the buffers stay."""
+    def restore(self, state: State, fed: int) -> None:
+        """Take over the content of another state of the same plan; the buffers stay.
+
+        Args:
+            fed: columns that had been fed, padding included.
+        """
         for tensor, content in zip(self.state.tensors, state.tensors, strict=True):
             tensor.copy_(content)
-        self.seen = tuple(state["seen"].tolist())
-        self._base = tuple(state["base"].tolist())
-        self._steps_left = self._count_steps_left()
+        counts = state.of(self.program.plan.counters)
+        self._remember(History(tuple(counts["seen"].tolist()), tuple(counts["base"].tolist()), fed))
+
+    @property
+    def counts(self) -> dict[str, Tensor]:
+        """The counters on the device, int64 `[rows]`: `seen`, and `base`, what the last prompt or turn came to."""
+        return self.state.of(self.program.plan.counters)
+
+    def ordinals(self, layer: int) -> Tensor:
+        """Which tokens a layer keeps now: int64 `[rows, kv_heads, slots]`, -1 for a free slot."""
+        cache = self.program.plan.caches[layer]
+        return cache.ordinals(self.state.of(cache), self.counts)
 
     def check_owner(self, program: Program) -> None:
         """Raise SessionError unless this session belongs to `program`."""
@@ -206,32 +218,27 @@ class Session:
         limit = self.program.max_positions
         if limit is not None and longest > limit:
             raise PromptError(f"{longest} tokens are more than the model's {limit} positions; shorten the prompt")
-        for layer, plan in enumerate(self.program.plan.slots):
-            if plan.eviction == "none" and longest > plan.slots:
-                raise CapacityError(
-                    f"{longest} tokens do not fit into the {plan.slots} slots of layer {layer}, and full budgets never "
-                    "evict; plan larger budgets, or choose an eviction policy"
-                )
+        for state in self.program.plan.states:
+            state.refuse_tokens(longest)
+
+    def _remember(self, history: History) -> None:
+        self.history = history
+        self._steps_left = self._count_steps_left()
 
     def _count_steps_left(self) -> int:
         """How many tokens a row may decode before one of the limits that `_refuse_step` names is met."""
         limit = self.program.max_positions
-        left = [_UNLIMITED if limit is None else limit - max(self.seen)]
-        for plan in dict.fromkeys(self.program.plan.slots):
-            if plan.eviction == "none":
-                left.append(plan.slots - max(self.seen))
-            elif plan.eviction == "append" and not plan.takes_turns:
-                rows = zip(self.seen, self._base, strict=True)
-                left.append(plan.slots - max(min(base, plan.capacity) + seen - base for seen, base in rows))
-        return min(left)
+        rows = set(zip(self.history.seen, self.history.base, strict=True))
+        left = [state.steps_left(seen, base) for state in self.program.plan.states for seen, base in rows]
+        positions = _UNLIMITED if limit is None else limit - max(self.seen)
+        return min((positions, *(steps for steps in left if steps is not None)))
 
     def _refuse_step(self) -> None:
         self._check_room(max(self.seen) + 1)
-        plan = next(plan for plan in self.program.plan.slots if plan.eviction == "append" and not plan.takes_turns)
-        raise CapacityError(
-            f"the room for {plan.slots - plan.capacity} appended tokens that was set aside is used up; transform with "
-            "a larger max_new_tokens, or choose eviction='ring'"
-        )
+        rows = set(zip(self.history.seen, self.history.base, strict=True))
+        for state in self.program.plan.states:
+            if any(state.steps_left(seen, base) == 0 for seen, base in rows):
+                state.refuse_step()
 
 
 def refuse_rows_of_padding(mask: Tensor | None) -> None:

@@ -10,12 +10,11 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from xkv_fx.errors import FileFormatError, SessionError
 from xkv_fx.files import check_format, check_safetensors_size, is_int, written_whole
 from xkv_fx.runtime.session import Session
-from xkv_fx.runtime.state import COUNTERS, State
+from xkv_fx.runtime.state import CachePlan, State
 
 FORMAT = "xkv_fx.session"
 FORMAT_VERSION = 2  # 1 had no checksum
@@ -23,26 +22,19 @@ _HEADER = "xkv_fx"
 _HEADER_ROOM = 1 << 20
 
 
-def save_session(session: Session, path: str | os.PathLike[str], fed: int) -> None:
-    """Write a session's tensors; the file appears whole or not at all.
-
-    Args:
-        fed: tokens a row that were fed, padding included.
-    """
+def save_session(session: Session, path: str | os.PathLike[str]) -> None:
+    """Write a session's tensors; the file appears whole or not at all."""
     names = session.program.plan.names()
     tensors = {name: tensor.contiguous() for name, tensor in zip(names, session.state.tensors, strict=True)}
-    key = session.program.key
+    key, fed = session.program.key, session.history.fed
     digest = _digest(key, fed, session.state)
     header = {"format": FORMAT, "version": FORMAT_VERSION, "program": key, "fed": fed, "sha256": digest}
     with written_whole(path) as temporary:
         save_file(tensors, temporary, {_HEADER: json.dumps(header)})
 
 
-def load_session(session: Session, path: str | os.PathLike[str]) -> int:
+def load_session(session: Session, path: str | os.PathLike[str]) -> None:
     """Fill a session from a file that `save_session` wrote; the session is untouched unless the whole file is good.
-
-    Returns:
-        tokens a row that had been fed, padding included.
 
     Raises:
         SessionError: a session of another model, budgets or batch size.
@@ -60,17 +52,15 @@ def load_session(session: Session, path: str | os.PathLike[str]) -> int:
                 )
             if set(file.keys()) != set(plan.names()):
                 raise FileFormatError("its tensors are not those of a session")
-            state = State(plan, tuple(file.get_tensor(name).to(plan.device) for name in plan.names()))
-        _check_state(state)
+            state = State(plan.states, tuple(file.get_tensor(name).to(plan.device) for name in plan.names()))
+        _check_state(plan, state)
         if _digest(header["program"], header["fed"], state) != header["sha256"]:
             raise FileFormatError("its content does not match its checksum; it is damaged")
     except safetensors.SafetensorError as error:
         raise FileFormatError(f"{os.fspath(path)}: not a whole safetensors file ({error}); was it cut off?") from error
     except FileFormatError as error:
         raise FileFormatError(f"{os.fspath(path)}: {error!s:.1000}") from error
-    session.restore(state)
-    fed: int = header["fed"]
-    return fed
+    session.restore(state, header["fed"])
 
 
 def _header(metadata: dict[str, str] | None) -> dict[str, Any]:
@@ -93,24 +83,18 @@ def _digest(program: str, fed: int, state: State) -> str:
     return digest.hexdigest()
 
 
-def _check_state(state: State) -> None:
-    """Shapes, dtypes, and that counters and positions can be true: a wrong position would silently mask wrongly."""
-    for name, tensor in zip(state.plan.names(), state.tensors, strict=True):
-        shape, dtype = state.plan.shape_and_dtype(name)
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+def _check_state(plan: CachePlan, state: State) -> None:
+    """Shapes, dtypes, finite numbers, and what each state says about its own tensors."""
+    for buffer, tensor in zip(plan.buffers, state.tensors, strict=True):
+        if tuple(tensor.shape) != buffer.shape or tensor.dtype != buffer.dtype:
             raise FileFormatError(
-                f"{name} is {tensor.dtype} of {list(tensor.shape)} instead of {dtype} of {list(shape)}"
+                f"{buffer.name} is {tensor.dtype} of {list(tensor.shape)} instead of {buffer.dtype} of "
+                f"{list(buffer.shape)}"
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise FileFormatError(f"{name} holds numbers that are not finite")
-    seen, base = (state[counter] for counter in COUNTERS)
-    if bool((base < 0).any() or (base > seen).any()):
-        raise FileFormatError("its counters contradict each other")
-    for layer in range(len(state.plan.slots)):
-        if not _positions_are_possible(state[f"positions_{layer}"], seen, state.plan.slots[layer].slots):
-            raise FileFormatError(f"the positions of layer {layer} are not those of a session")
-
-
-def _positions_are_possible(positions: Tensor, seen: Tensor, slots: int) -> bool:
-    highest = seen.clamp(min=slots)[:, None, None]
-    return bool(((positions >= 0) & (positions < highest)).all())
+            raise FileFormatError(f"{buffer.name} holds numbers that are not finite")
+    counts = state.of(plan.counters)
+    for part in (plan.counters, *plan.caches):  # counters first: others are judged by them
+        problem = part.problem(state.of(part), counts)
+        if problem is not None:
+            raise FileFormatError(problem)

@@ -98,6 +98,11 @@ class SlotPlan:
             rank = rank.masked_fill(ordinals <= seen - self.sliding_window, float("-inf"))
         return torch.where(seen[:, :, 0] < self.capacity, seen[:, :, 0], rank.argmin(2))
 
+    def with_token(self, positions: Tensor, slot: Tensor, seen: Tensor) -> Tensor:
+        """Under `"scored"`, `positions` as they will be once the next token has taken `slot` `[rows, kv_heads]`."""
+        place = torch.arange(self.slots, device=positions.device)
+        return torch.where(place == slot[..., None], seen[:, None, None].to(positions.dtype), positions)
+
     def ordinals(self, positions: Tensor, seen: Tensor, base: Tensor) -> Tensor:
         """The ordinal that each slot holds, `[rows, kv_heads, slots]`, `EMPTY` for a free slot.
 
@@ -122,7 +127,11 @@ class SlotPlan:
         return torch.where(used[:, None], live, EMPTY)
 
     def decode_mask(self, positions: Tensor, seen: Tensor, base: Tensor) -> Tensor:
-        """Slots that the next token attends to once it has taken its own: bool `[rows, kv_heads or 1, 1, slots]`."""
+        """Slots that the next token attends to once it has taken its own: bool `[rows, kv_heads or 1, 1, slots]`.
+
+        Args:
+            positions: under `"scored"`, as `with_token` gives them.
+        """
         if self.sliding_window is None or not self.masks_by_position:
             slot = torch.arange(self.slots, device=seen.device)
             return (slot < self.count(seen + 1, base)[:, None])[:, None, None]
@@ -131,7 +140,8 @@ class SlotPlan:
         return ((ordinals != EMPTY) & inside)[:, :, None]
 
     def decode_ages(self, positions: Tensor, seen: Tensor, base: Tensor) -> Tensor:
-        """How far the next token is from each slot's, itself 0: int64 `[rows, kv_heads, slots]`, for valid slots."""
+        """How far the next token is from each slot's, itself 0: int64 `[rows, kv_heads, slots]`, for valid slots; the
+        arguments are those of `decode_mask`."""
         return seen[:, None, None] - self.ordinals(positions, seen + 1, base)
 
     def extend_ages(self, positions: Tensor, seen: Tensor, base: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from exhaustive import exhaustive
 from tiny_models import random_ids
 
 from xkv_fx import Budgets, Policy
-from xkv_fx.engines.tensorrt.build import returned_by, shape_of_returned
+from xkv_fx.engines.tensorrt.build import returned_by
 from xkv_fx.engines.tensorrt.graph import trace_for_tensorrt
 from xkv_fx.engines.tensorrt.run import write_returned
 
@@ -67,10 +67,10 @@ def test_where_each_row_or_head_has_a_slot_of_its_own_the_caller_writes(rows: in
     for tokens in random_ids(rows, 14, seed=1).T:
         expected = ours.step(tokens[:, None])
         logits, *returned = decode(tokens[:, None], state["seen"][:, None].clone(), *state.values())
-        names = returned_by(plan)
-        for name, tensor in zip(names, returned, strict=True):
-            assert (tuple(tensor.shape), tensor.dtype) == shape_of_returned(plan, name)
-        write_returned(plan, state, dict(zip(names, returned, strict=True)))
+        parts = returned_by(plan)
+        for part, tensor in zip(parts, returned, strict=True):
+            assert (tuple(tensor.shape), tensor.dtype) == (part.shape, part.dtype)
+        write_returned(plan, state, dict(zip([part.name for part in parts], returned, strict=True)))
         state["seen"] += 1
         assert torch.allclose(logits, expected, atol=1e-5)
     for one, other in zip(ours.state.tensors, theirs.state.tensors, strict=True):

@@ -60,7 +60,10 @@ def stand_in(llm: Any) -> types.ModuleType:
     inputs = {spec.name: spec for spec in manifests.inputs_of("decode", llm.program.plan)}
     plan = llm.program.plan
     caches = tensorrt.caches_of(plan) if tensorrt.written_in_place(plan) else ()
-    returned = {f"output{index}": name for index, name in enumerate(("logits", *tensorrt.returned_by(plan)))}
+    returned = {
+        f"output{index}": name
+        for index, name in enumerate(("logits", *(part.name for part in tensorrt.returned_by(plan))))
+    }
     aliases = {f"updated_{name}": name for name in caches}
     outputs = [*returned, *aliases]
 

@@ -85,13 +85,14 @@ def test_layers_that_share_a_mask_share_its_count() -> None:
 
 
 def scored(*values: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = xkv.decode_scored(*values, 0.1, 64, 4)
+    out: torch.Tensor = xkv.decode_scored(*values, 0.1)
     return out
 
 
 def scored_layer(slots: int) -> list[torch.Tensor]:
     state = [on_gpu(2, 8, slots, dtype=dtype) for dtype in (torch.int32, torch.float32)]
-    return [*layer(slots=slots), *state, on_gpu(2, dtype=torch.int64)]
+    slot, mask = on_gpu(2, 8, dtype=torch.int64), masked(slots)[1]
+    return [*layer(slots=slots), *state, slot, mask, on_gpu(2, dtype=torch.int64)]
 
 
 @needs_triton
@@ -149,7 +150,8 @@ def decode_by_kernel(*values: torch.Tensor) -> tuple[torch.Tensor]:
 
 
 def scored_by_kernel(*values: torch.Tensor) -> tuple[torch.Tensor]:
-    return (xkv.decode_scored_triton(*values, 0.1, 64, 4, None, None, None, None, 4, 64, 4, 3),)
+    *others, seen = values
+    return (xkv.decode_scored_triton(*others, seen, seen, 0.1, None, None, 4, 64, 4, 3),)
 
 
 @needs_triton

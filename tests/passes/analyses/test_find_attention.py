@@ -24,17 +24,17 @@ def test_sites_of_llama(kind: str) -> None:
     assert [site.index for site in sites] == [site.layer for site in sites] == [0, 1, 2]
     for site in sites:
         assert (site.q, site.k, site.v) == site.node.args[:3]
-        assert site.scale == pytest.approx(8**-0.5)
-        assert (site.sliding_window, site.softcap, site.sinks) == (None, None, None)
+        assert site.form.scale == pytest.approx(8**-0.5)
+        assert (site.form.sliding_window, site.form.softcap, site.form.sink_logits) == (None, None, None)
         assert site.spec == LayerSpec(query_heads=4, kv_heads=2, key_dim=8, value_dim=8, itemsize=4)
         assert all(type(number) is int for number in (site.spec.query_heads, site.spec.key_dim, site.spec.value_dim))
 
 
 def test_sites_carry_soft_cap_and_sliding_window() -> None:
     first, second = attention_sites(captured("gemma2", 2).graph("prompt"))
-    assert (first.sliding_window, second.sliding_window) == (WINDOW, None)
+    assert (first.form.sliding_window, second.form.sliding_window) == (WINDOW, None)
     assert first.spec.sliding_window == WINDOW
-    assert first.softcap == second.softcap == 2.0
+    assert first.form.softcap == second.form.softcap == 2.0
 
 
 def test_keys_and_values_may_differ_in_size() -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from xkv_fx.errors import PassError
-from xkv_fx.passes.cache.insert_cache import InsertDecodeCache, InsertPrefillCache
+from xkv_fx.passes.cache.insert_decode_cache import InsertDecodeCache
+from xkv_fx.passes.cache.insert_prefill_cache import InsertPrefillCache
 from xkv_fx.passes.pipeline import decode_pipeline, extend_pipeline, prefill_pipeline, run_pipeline
 from xkv_fx.passes.prepare.clean_graph import CleanGraph
 from xkv_fx.passes.tools.graph import calls, placeholders
@@ -80,9 +81,14 @@ def run(graph: GraphModule, ids: Tensor, positions: Tensor, state: State, valid:
     return logits
 
 
+def ordinals(plan: CachePlan, state: State, layer: int) -> Tensor:
+    cache = plan.caches[layer]
+    return cache.ordinals(state.of(cache), state.of(plan.counters))
+
+
 def dirty(state: State) -> State:
     """The same state, as a session of another life left it."""
-    for name, tensor in zip(state.plan.names(), state.tensors, strict=True):
+    for name, tensor in zip((buffer.name for buffer in state.buffers), state.tensors, strict=True):
         tensor.fill_(3 if name in ("seen", "base") else 7)
     return state
 
@@ -108,7 +114,7 @@ def test_prefill_leaves_the_survivors_of_each_layer_and_row(side: str) -> None:
             capacity = TIGHT[layer]
             scores = snapkv_scores(attention_weights(q[0], k[0], 8**-0.5), kv_heads=2)
             expected = survivors(scores, capacity, default_recent(capacity))
-            kept = state.ordinals(layer)[row]
+            kept = ordinals(plan, state, layer)[row]
             for head in range(2):
                 slots = [slot for slot in range(capacity) if kept[head, slot] >= 0]
                 assert sorted(kept[head, slots].tolist()) == expected[head]
@@ -150,7 +156,7 @@ def assert_kept(state: State, scores: Tensor) -> None:
     for layer, capacity in enumerate(TIGHT):
         expected = survivors(scores, capacity, default_recent(capacity))
         for row in range(2):
-            held = state.ordinals(layer)[row].tolist()
+            held = ordinals(plan_of(TIGHT), state, layer)[row].tolist()
             assert [sorted(ordinal for ordinal in head if ordinal >= 0) for head in held] == expected
 
 
@@ -254,5 +260,5 @@ def test_a_plan_of_other_layers_is_refused_and_names_the_attentions() -> None:
 def test_prefill_needs_the_pass_that_counts_valid_tokens() -> None:
     module = captured().graph("prompt")
     CleanGraph()(module)
-    with pytest.raises(PassError, match="no node 'length'"):
+    with pytest.raises(PassError, match="no node of the graph has the role 'length'"):
         InsertPrefillCache(plan_of(TIGHT), SnapKV())(module)

@@ -35,9 +35,9 @@ def put_together(model: CutModel, ids: Tensor, positions: Tensor) -> Tensor:
         if index < len(model.sites):
             site = model.sites[index]
             q, k, v = (values[node.name] for node in (site.q, site.k, site.v))
-            sinks = model.sinks.get(index)
+            sinks = model.sink_logits.get(index)
             values[site.node.name] = torch.ops.xkv.attention(
-                q, k, v, site.layer, site.scale, site.sliding_window, site.softcap, sinks
+                q, k, v, site.layer, site.form.scale, site.form.sliding_window, site.form.softcap, sinks
             )
     logits: Tensor = values[model.logits]
     return logits

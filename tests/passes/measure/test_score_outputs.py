@@ -54,7 +54,7 @@ def weights_by_hand(family: str, layers: int, row: int) -> list[Tensor]:
     module, ids = captured(family, layers).prompt, ROWS[row].expand(2, -1)
     inputs = attention_inputs(module, ids, torch.arange(ids.shape[1]).expand(2, -1))
     return [
-        attention_weights(q[0], k[0], site.scale, site.sliding_window, site.softcap)
+        attention_weights(q[0], k[0], site.form.scale, site.form.sliding_window, site.form.softcap)
         for site, (q, k, _) in zip(attention_sites(module), inputs, strict=True)
     ]
 
@@ -124,5 +124,5 @@ def test_record_and_signature() -> None:
 
 
 def test_needs_the_pass_that_counts_valid_tokens() -> None:
-    with pytest.raises(PassError, match="no node 'length'"):
+    with pytest.raises(PassError, match="no node of the graph has the role 'length'"):
         ScoreOutputs(SnapKV())(captured().graph("prompt"))

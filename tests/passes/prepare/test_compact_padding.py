@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 from xkv_fx.passes.pipeline import run_pipeline
 from xkv_fx.passes.prepare.clean_graph import CleanGraph
 from xkv_fx.passes.prepare.compact_padding import CompactPadding
-from xkv_fx.passes.tools.graph import named, placeholders
+from xkv_fx.passes.tools.graph import placeholders
+from xkv_fx.passes.tools.roles import LENGTH, with_role
 
 LENGTHS = (4, 11)
 ROWS = [random_ids(1, length, seed=length) for length in LENGTHS]
@@ -78,6 +79,6 @@ def test_positions_move_with_their_tokens(graph: GraphModule, restores: bool) ->
 
 def test_inputs_and_fake_values(graph: GraphModule) -> None:
     assert list(placeholders(graph.graph)) == ["input_ids", "position_ids", "valid"]
-    assert named(graph.graph, "length").meta["val"].shape == (2,)
+    assert with_role(graph.graph, LENGTH).meta["val"].shape == (2,)
     ids, valid = padded(ROWS, "left")
     assert_meta_is_true(graph, ids, positions_of(valid), valid)

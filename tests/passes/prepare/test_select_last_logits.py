@@ -76,5 +76,5 @@ def test_behind_another_op_all_logits_are_computed_and_the_record_says_so() -> N
 
 def test_needs_the_pass_that_counts_valid_tokens() -> None:
     graph = captured().graph("prompt")
-    with pytest.raises(PassError, match="no node 'length'"):
+    with pytest.raises(PassError, match="no node of the graph has the role 'length'"):
         SelectLastLogits()(graph)

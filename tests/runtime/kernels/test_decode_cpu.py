@@ -71,7 +71,7 @@ def test_it_is_the_reference(heads: tuple[int, int], dims: tuple[int, int], dtyp
         assert_same(inputs(heads, dims, slots, dtype))
 
 
-@pytest.mark.parametrize("options", [{"softcap": 1.5}, {"sinks": torch.tensor([-1.0, 0.0, 1.0, 3.0])}], ids=str)
+@pytest.mark.parametrize("options", [{"softcap": 1.5}, {"sink_logits": torch.tensor([-1.0, 0.0, 1.0, 3.0])}], ids=str)
 def test_soft_cap_and_sinks(options: dict[str, Any]) -> None:
     for mask_heads in (1, 2):
         assert_same(inputs((4, 2), (16, 16), 77, torch.float32, mask_heads), **options)

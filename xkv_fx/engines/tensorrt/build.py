@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from xkv_fx.engines.pt2 import KEY_FILE
 from xkv_fx.engines.records import TensorRTBuild
 from xkv_fx.errors import BackendError, EngineError, first_line
-from xkv_fx.runtime.state import CachePlan
+from xkv_fx.runtime.state import Buffer, CachePlan
 
 ENGINE = "engine"
 """Under this name the decode package, a zip file, holds what TensorRT built; beside it `portable.KEY_FILE`."""
@@ -109,8 +109,7 @@ def import_torch_tensorrt() -> Any:
 
 def caches_of(plan: CachePlan) -> tuple[str, ...]:
     """The tensors of K/V that a decode step changes; keys that are the values too are one."""
-    kv = (name for name in plan.names() if name.startswith(("k_", "v_")))
-    return tuple(name for name in kv if 0 not in plan.shape_and_dtype(name)[0])
+    return tuple(buffer.name for buffer in plan.buffers if buffer.holds == "kv" and buffer.nbytes)
 
 
 def written_in_place(plan: CachePlan) -> bool:
@@ -118,21 +117,12 @@ def written_in_place(plan: CachePlan) -> bool:
     return plan.rows == 1 and all(slots.eviction != "scored" for slots in plan.slots)
 
 
-def returned_by(plan: CachePlan) -> tuple[str, ...]:
+def returned_by(plan: CachePlan) -> tuple[Buffer, ...]:
     """What a decode step returns besides logits for its caller to write, in order."""
     if written_in_place(plan):
         return ()
-    scored = (layer for layer, slots in enumerate(plan.slots) if slots.eviction == "scored")
-    return tuple(sorted((*caches_of(plan), *(f"{kind}_{layer}" for layer in scored for kind in ("slot", "scores")))))
-
-
-def shape_of_returned(plan: CachePlan, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of what a decode step returns under that name."""
-    kind, _, layer = name.partition("_")
-    if kind == "slot":
-        return (plan.rows, plan.layers[int(layer)].kv_heads), torch.int64
-    (rows, heads, *rest), dtype = plan.shape_and_dtype(name)
-    return (rows, heads, *rest) if kind == "scores" else (rows, heads, 1, rest[1]), dtype
+    parts = (part for cache in plan.caches for part in cache.returned_parts())
+    return tuple(sorted(parts, key=lambda part: part.name))
 
 
 def _convert(program: ExportedProgram, torch_tensorrt: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from xkv_fx.engines.tensorrt.build import returned_by, written_in_place
 from xkv_fx.engines.trace import check_plain
 from xkv_fx.errors import BackendError, first_line
 from xkv_fx.passes.tools.graph import arguments, calls, output_node, placeholders
+from xkv_fx.passes.tools.roles import nodes_by_role
 from xkv_fx.runtime.ops import attend_and_count, attend_slots
-from xkv_fx.runtime.slots import SlotPlan
 from xkv_fx.runtime.state import CachePlan
 
 _DECODE = torch.ops.xkv.decode_attention.default
@@ -46,14 +45,15 @@ def tensorrt_form(decode: GraphModule, plan: CachePlan) -> GraphModule:
         plan: of its caches.
     """
     form = GraphModule(decode, copy.deepcopy(decode.graph))
-    seen = placeholders(form.graph)["seen"]
+    inputs = nodes_by_role(form.graph)
+    seen = inputs["seen"]
     for node in calls(form, torch.ops.aten.add_.Tensor):
         if node.args[0] is seen:
             form.graph.erase_node(node)
     if written_in_place(plan):
         _write_in_place(form)
     else:
-        _return_the_token(form, returned_by(plan))
+        _return_the_token(form, plan)
     form.graph.lint()
     form.recompile()
     return form
@@ -67,20 +67,24 @@ def _write_in_place(form: GraphModule) -> None:
         written.add(cache)
 
 
-def _return_the_token(form: GraphModule, names: Sequence[str]) -> None:
+def _return_the_token(form: GraphModule, plan: CachePlan) -> None:
+    inputs = nodes_by_role(form.graph)
+    cache_of = {inputs[buffer.name]: cache for cache in plan.caches for buffer in cache.buffers}
     returned: dict[str, Node] = {}
     for node in [node for node in form.graph.nodes if node.target in (_DECODE, _SCORED)]:
         given = arguments(node)
-        layer = given["k_cache"].name.removeprefix("k_")
-        parts = {f"k_{layer}": given["k"], f"v_{layer}": given["v"]}
+        parts = {"k": given["k"], "v": given["v"]}
         if node.target is _DECODE:
             node.target = _attend_beside
         else:
+            parts["slot"] = given["slot"]
             node.target = _attend_and_count_beside
-            _, parts[f"slot_{layer}"], parts[f"scores_{layer}"] = _unpacked(node, 3)
-        returned = parts | returned  # of layers that share a cache, the first one's
+            _, parts["scores"] = _unpacked(node, 2)
+        names = {part.field: part.name for part in cache_of[given["k_cache"]].returned_parts()}
+        # of attentions that share a cache, the first one's
+        returned = {names[field]: part for field, part in parts.items() if field in names} | returned
     output = output_node(form.graph)
-    output.args = ((output.args[0], *(returned[name] for name in names)),)
+    output.args = ((output.args[0], *(returned[part.name] for part in returned_by(plan))),)
 
 
 def _unpacked(node: Node, count: int) -> list[Node]:
@@ -159,23 +163,16 @@ def _attend_and_count_beside(
     v_cache: Tensor,
     positions: Tensor,
     scores: Tensor,
+    slot: Tensor,
+    mask: Tensor,
     seen: Tensor,
-    scale: float,
-    *,
-    recent: int,
-    sink_tokens: int,
-    sliding_window: int | None,
+    *arguments: Any,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`xkv::decode_scored` that writes nothing: its output, the slot `[rows, kv_heads]`, and the scores afterwards."""
-    slots = positions.shape[2]
-    plan = SlotPlan(slots, slots, recent, sink_tokens, "scored", sliding_window)
-    slot = plan.evicted_slot(positions, scores, seen)
+) -> tuple[Tensor, Tensor]:
+    """`xkv::decode_scored` that writes nothing: its output, and the scores afterwards."""
     k_cache = _beside(slot, k, k_cache)
     if v_cache.shape[-1]:
         v_cache = _beside(slot, v, v_cache)
-    positions = _beside(slot, seen[:, None, None].to(positions.dtype), positions)
     scores = _beside(slot, torch.zeros((), device=scores.device), scores)
-    valid = plan.decode_mask(positions, seen, seen)
-    out, attention = attend_and_count(q, k_cache, v_cache, positions, valid, seen, scale, **options)
-    return out, slot, scores + attention
+    out, attention = attend_and_count(q, k_cache, v_cache, mask, *arguments, **options)
+    return out, scores + attention

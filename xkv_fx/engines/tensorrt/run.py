@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xkv_fx.engines.manifest import Manifest
 from xkv_fx.engines.records import TensorRTBuild
-from xkv_fx.engines.tensorrt.build import ENGINE, caches_of, returned_by, shape_of_returned, written_in_place
+from xkv_fx.engines.tensorrt.build import ENGINE, caches_of, returned_by, written_in_place
 from xkv_fx.errors import EngineError
 from xkv_fx.runtime.state import CachePlan
 
@@ -60,7 +60,8 @@ class TensorRTDecode:
             wrong = ", ".join(sorted(caches ^ set(aliases.values())))
             raise EngineError(f"{path}: the caches that it changes in place are not those of the plan: {wrong}")
         self._aliases = aliases
-        returned = ("logits", *returned_by(self._plan))
+        parts = returned_by(self._plan)
+        returned = ("logits", *(part.name for part in parts))
         self._outputs = {name: f"output{index}" for index, name in enumerate(returned)}  # as Torch-TensorRT names them
         found = {name for name in _tensors(self._engine, tensorrt.TensorIOMode.OUTPUT) if name not in aliases}
         if found != set(self._outputs.values()):
@@ -68,7 +69,7 @@ class TensorRTDecode:
         logits = _torch_dtype(self._engine.get_tensor_dtype(self._outputs["logits"]), tensorrt)
         self._shapes = {
             "logits": ((manifest.batch_size, 1, manifest.vocabulary), logits),
-            **{name: shape_of_returned(self._plan, name) for name in returned[1:]},
+            **{part.name: (part.shape, part.dtype) for part in parts},
         }
         self._context = self._engine.create_execution_context()
 
@@ -99,20 +100,12 @@ def write_returned(plan: CachePlan, state: Mapping[str, Tensor], returned: Mappi
         state: by the names of `CachePlan.names`; tokens are not counted yet.
         returned: by the names of `tensorrt.returned_by`.
     """
-    seen, base = state["seen"], state["base"]
-    slots_of = functools.cache(lambda slots: slots.next_slot(seen, base)[:, None])  # equal layers write to equal slots
-    row = torch.arange(plan.rows, device=seen.device)[:, None]
-    for layer, (spec, slots) in enumerate(zip(plan.layers, plan.slots, strict=True)):
-        head = torch.arange(spec.kv_heads, device=seen.device)
-        scored = slots.eviction == "scored"
-        at = (row, head, returned[f"slot_{layer}"] if scored else slots_of(slots))
-        for name in (f"k_{layer}", f"v_{layer}"):
-            if name in returned:
-                state[name].index_put_(at, returned[name][:, :, 0])
-        if scored:
-            positions = state[f"positions_{layer}"]
-            positions.index_put_(at, seen[:, None].expand(-1, spec.kv_heads).to(positions.dtype))
-            state[f"scores_{layer}"].copy_(returned[f"scores_{layer}"])
+    counts = {buffer.field: state[buffer.name] for buffer in plan.counters.buffers}
+    slot = functools.cache(lambda slots: slots.next_slot(counts["seen"], counts["base"]))  # equal layers, equal slots
+    for cache in plan.caches:
+        held = {buffer.field: state[buffer.name] for buffer in cache.buffers}
+        parts = {part.field: returned[part.name] for part in cache.returned_parts()}
+        cache.write_returned(held, parts, counts["seen"], slot)
 
 
 def _tensors(engine: Any, mode: Any) -> list[str]:

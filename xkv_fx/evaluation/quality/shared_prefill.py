@@ -41,15 +41,15 @@ class Recorded:
         state, plan = session.state, session.program.plan
         counted = torch.full((1,), self.tokens, dtype=torch.int64, device=plan.device)
         zero = torch.zeros_like(counted)
-        for index, (slots, (k, v, scores)) in enumerate(zip(plan.slots, self.layers, strict=True)):
-            k_cache, v_cache, positions = (state[f"{kind}_{index}"] for kind in ("k", "v", "positions"))
-            kept = write_survivors(k, v, scores, counted, zero, zero, k_cache, v_cache, positions, slots, fresh=True)
-            if slots.eviction == "scored":
-                state[f"scores_{index}"].copy_(kept)
-        state["seen"].copy_(counted)
-        state["base"].copy_(counted)
-        session.restore(state)
-        reader.session.fed = self.tokens
+        for cache, (k, v, scores) in zip(plan.caches, self.layers, strict=True):
+            held = state.of(cache)
+            buffers = (held["k"], held["v"], held["positions"])
+            kept = write_survivors(k, v, scores, counted, zero, zero, *buffers, cache.slots, fresh=True)
+            if "scores" in held:
+                held["scores"].copy_(kept)
+        for count in session.counts.values():
+            count.copy_(counted)
+        session.restore(state, self.tokens)
         return self.logits
 
 
@@ -73,14 +73,10 @@ class Recorder:
         self.reader.start_again()
         logits = self.reader.read(ids)
         tokens = ids.shape[1]
-        state = self.reader.session.session.state
-
-        def held(kind: str, index: int) -> Tensor:
-            buffer: Tensor = state[f"{kind}_{index}"]
-            return buffer[:, :, :tokens].clone()
-
-        layers = range(len(self.reader.llm.layers))
-        return Recorded(logits.clone(), tuple((held("k", i), held("v", i), held("scores", i)) for i in layers), tokens)
+        session = self.reader.session.session
+        layers = (session.state.of(cache) for cache in session.program.plan.caches)
+        kept = (tuple(held[field][:, :, :tokens].clone() for field in ("k", "v", "scores")) for held in layers)
+        return Recorded(logits.clone(), tuple(kept), tokens)
 
 
 def can_record(llm: Any, policy: Policy) -> bool:

@@ -5,7 +5,6 @@ All of them decode greedily, one token a row, and choose it themselves: a step i
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -158,13 +157,12 @@ def fill_session(session: SessionCache, tokens: int) -> None:
     inner = session.session
     generator = torch.Generator(inner.program.plan.device).manual_seed(0)
     inner.state.reset()
-    for name, tensor in zip(inner.state.plan.names(), inner.state.tensors, strict=True):
-        if name.startswith(("k_", "v_")):
+    for buffer, tensor in zip(inner.state.buffers, inner.state.tensors, strict=True):
+        if buffer.holds == "kv":
             tensor.normal_(generator=generator)
-        elif name in ("seen", "base"):
-            tensor.fill_(tokens)
-    inner.restore(dataclasses.replace(inner.state))  # its own content: what it counts follows from that
-    session.fed = tokens
+    for count in inner.counts.values():
+        count.fill_(tokens)
+    inner.restore(inner.state, tokens)  # its own content: what it counts follows from that
 
 
 def _held(cache: Any) -> int:

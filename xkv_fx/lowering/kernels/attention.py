@@ -65,8 +65,8 @@ def _use_cpu_kernel(node: Node) -> str | None:
     given = arguments(node)
     q, k_cache, v_cache = (given[name].meta["val"] for name in ("q", "k_cache", "v_cache"))
     decode_cpu.build(q.dtype, q.shape[1] // k_cache.shape[1], k_cache.shape[3], v_cache.shape[3])
-    if given["sinks"] is not None:
+    if given["sink_logits"] is not None:
         with node.graph.inserting_before(node):
-            given["sinks"] = emit(node.graph, torch.ops.aten.to.dtype, given["sinks"], torch.float32)
+            given["sink_logits"] = emit(node.graph, torch.ops.aten.to.dtype, given["sink_logits"], torch.float32)
     call_instead(node, torch.ops.xkv.decode_attention_cpu.default, given)
     return None

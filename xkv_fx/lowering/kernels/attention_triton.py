@@ -35,13 +35,11 @@ def use_triton(node: Node) -> str | None:
     if obstacle is not None:
         _log.warning("%s is not served by the Triton kernel (%s); torch ops take its place", node.name, obstacle)
         return obstacle
-    if node.target is torch.ops.xkv.decode_attention.default:
-        given["count"] = _count(node, given["mask"])
-        target = torch.ops.xkv.decode_attention_triton.default
-    else:
-        target = torch.ops.xkv.decode_scored_triton.default
+    given["count"] = _count(node, given["mask"])
+    scored = node.target is torch.ops.xkv.decode_scored.default
+    target = torch.ops.xkv.decode_scored_triton if scored else torch.ops.xkv.decode_attention_triton
     given.update(_launch(kernel, given["k_cache"].meta["val"], given["v_cache"].meta["val"]))
-    call_instead(node, target, given)
+    call_instead(node, target.default, given)
     return None
 
 
@@ -57,7 +55,7 @@ def _kernel() -> ModuleType:
 
 
 def _obstacle(kernel: ModuleType, given: dict[str, Any]) -> str | None:
-    q, k_cache, v_cache, mask = given["q"], given["k_cache"], given["v_cache"], given.get("mask")
+    q, k_cache, v_cache, mask = given["q"], given["k_cache"], given["v_cache"], given["mask"]
     rows, kv_heads, _, key_dim = k_cache.shape
     if k_cache.dtype not in kernel.DTYPES:
         return f"dtype {k_cache.dtype}"
@@ -68,7 +66,7 @@ def _obstacle(kernel: ModuleType, given: dict[str, Any]) -> str | None:
     group = q.shape[1] // kv_heads
     if kernel.query_bytes(group, key_dim, v_cache.shape[3], k_cache.dtype) > kernel.MOST_QUERY_BYTES:
         return f"{group} queries a KV head of head sizes {key_dim} and {v_cache.shape[3]} are too many at once"
-    if mask is not None and (mask.shape[0] != rows or mask.shape[1] not in (1, kv_heads, q.shape[1])):
+    if mask.shape[0] != rows or mask.shape[1] not in (1, kv_heads, q.shape[1]):
         return f"a mask of shape {list(mask.shape)}"
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         return "a cache that is not contiguous"

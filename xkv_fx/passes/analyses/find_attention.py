@@ -12,6 +12,7 @@ from xkv_fx.errors import BudgetError, UnsupportedModelError
 from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.tools.graph import arguments, calls
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
+from xkv_fx.runtime.form import AttentionForm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,11 @@ class AttentionSite:
     Attributes:
         index: place of its cache among all caches.
         borrows: its K/V are those of an earlier attention, which owns the cache (Gemma 3n).
+        node: itself.
+        layer: which layer of the model calls it.
+        q, k, v: queries, keys and values.
+        form: how it makes its weights; sink logits and slopes are nodes.
+        spec: what a cache of it keeps.
     """
 
     index: int
@@ -30,11 +36,7 @@ class AttentionSite:
     q: Node
     k: Node
     v: Node
-    scale: float
-    sliding_window: int | None
-    softcap: float | None
-    sinks: Node | None
-    slopes: Node | None
+    form: AttentionForm
     spec: LayerSpec
 
 
@@ -89,4 +91,5 @@ def _site(index: int, borrows: bool, node: Node) -> AttentionSite:
         itemsize=k.dtype.itemsize,
         sliding_window=named["sliding_window"],
     )
-    return AttentionSite(index=index, borrows=borrows, node=node, spec=spec, **named)
+    tensors = {name: named.pop(name) for name in ("layer", "q", "k", "v")}
+    return AttentionSite(index=index, borrows=borrows, node=node, form=AttentionForm(**named), spec=spec, **tensors)

@@ -25,8 +25,9 @@ from xkv_fx.passes.analyses.absorbed_queries import AbsorbedQueries
 from xkv_fx.passes.analyses.find_attention import AttentionSite
 from xkv_fx.passes.analyses.mean_rotation import CASTS, PlacedGraph, Turn, as_it_is, refusal
 from xkv_fx.passes.tools.dependence import READ_SIZES, dependents, value_inputs
-from xkv_fx.passes.tools.graph import named, placeholders
+from xkv_fx.passes.tools.graph import placeholders
 from xkv_fx.passes.tools.inline import inline
+from xkv_fx.passes.tools.roles import LENGTH, VALID, find_role, with_role
 from xkv_fx.runtime.scorers import Scorer, future_positions
 
 aten = torch.ops.aten
@@ -127,7 +128,7 @@ def unrotated_inputs(
         for piece in dict.fromkeys(rotation.mean for rotation in rotations):
             if piece is not None and positions is not None:
                 if not means:
-                    newest = inline(graph, _newest, positions, named(graph, "length"), name="newest_position")
+                    newest = inline(graph, _newest, positions, with_role(graph, LENGTH), name="newest_position")
                 given = dict.fromkeys(placeholders(piece.graph).values(), newest)  # its one input
                 means[piece] = graph.graph_copy(piece.graph, given)  # type: ignore[assignment]
                 means[piece]._rename("mean_rotation")
@@ -274,9 +275,8 @@ class _Finder:
 
 def _positions(graph: Graph) -> Node | None:
     """The position ids that the model sees, those that `CompactPadding` moved if it has run; None if it uses none."""
-    inputs = placeholders(graph)
-    positions = list(inputs.values())[1]
-    if "valid" not in inputs:
+    positions = list(placeholders(graph).values())[1]
+    if find_role(graph, VALID) is None:
         return positions
     return next((user for user in positions.users if user.target not in READ_SIZES), None)
 

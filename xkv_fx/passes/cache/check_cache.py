@@ -10,9 +10,9 @@ from torch.fx import GraphModule, Node
 
 from xkv_fx.errors import PassError
 from xkv_fx.passes.base import GraphPass, PassRecord
-from xkv_fx.passes.tools.graph import arguments, calls, placeholders
-from xkv_fx.runtime.session import Kind
-from xkv_fx.runtime.state import CachePlan
+from xkv_fx.passes.tools.graph import arguments, calls
+from xkv_fx.passes.tools.roles import nodes_by_role
+from xkv_fx.runtime.state import CachePlan, GraphKind
 
 xkv = torch.ops.xkv
 DECODE_OPS = (xkv.decode_attention.default, xkv.decode_scored.default)
@@ -29,7 +29,7 @@ class CheckCache(GraphPass):
     """
 
     plan: CachePlan
-    kind: Kind
+    kind: GraphKind
     name: ClassVar[str] = "check_cache"
 
     def run(self, module: GraphModule) -> PassRecord:
@@ -41,21 +41,24 @@ class CheckCache(GraphPass):
         plain = _owners(calls(module, xkv.attention.default), ("k", "v", "sliding_window"))
         planned = len(self.plan.layers) if self.kind == "prefill" else 0
         self._expect(len(plain) == planned, f"{planned} attentions without a cache", plain)
-        inputs = placeholders(module.graph)
-        for index, (node, slots) in enumerate(zip(writes, self.plan.slots, strict=True)):
-            named = arguments(node)
-            for kind in ("k_cache", "v_cache", "positions"):
-                if kind in named:
-                    cache = inputs[f"{kind.removesuffix('_cache')}_{index}"]
-                    self._expect(named[kind] is cache, f"layer {index} to write its own buffers", [node])
-                    self._expect(
-                        cache.meta["val"].shape[2] == slots.slots, f"{slots.slots} slots in layer {index}", [cache]
-                    )
-            for kind in "kv":
-                copies = [user for user in inputs[f"{kind}_{index}"].users if not _leaves_in_place(user)]
-                self._expect(not copies, f"no copy of the cache of layer {index}", copies)
+        inputs = nodes_by_role(module.graph)
+        for node, cache in zip(writes, self.plan.caches, strict=True):
+            given = arguments(node)
+            for buffer in cache.buffers:
+                held = inputs.get(buffer.name)
+                argument = f"{buffer.field}_cache" if buffer.holds == "kv" else buffer.field
+                if argument in given:
+                    self._expect(given[argument] is held, f"layer {cache.index} to write its own buffers", [node])
+                fits = held is not None and tuple(held.meta["val"].shape) == buffer.shape
+                what = f"{cache.slots.slots} slots in layer {cache.index}"
+                self._expect(fits, what, [] if held is None else [held])
+                copies = (
+                    [user for user in held.users if not _leaves_in_place(user)] if held and buffer.holds == "kv" else []
+                )
+                self._expect(not copies, f"no copy of the cache of layer {cache.index}", copies)
             if self.kind != "decode":
-                self._expect(named["capacity"] == slots.capacity, f"capacity {slots.capacity} in layer {index}", [node])
+                planned = cache.slots.capacity
+                self._expect(given["capacity"] == planned, f"capacity {planned} in layer {cache.index}", [node])
         masks = [node for node in module.graph.nodes if self.kind != "decode" and _is_pair_mask(node)]
         self._expect(not masks, "no mask over all pairs of tokens", masks)
         return PassRecord(self.name, len(writes), 0)

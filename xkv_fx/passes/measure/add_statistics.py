@@ -13,8 +13,10 @@ from xkv_fx.errors import BudgetError
 from xkv_fx.passes.analyses.find_attention import attention_sites
 from xkv_fx.passes.analyses.find_residual import residual_of
 from xkv_fx.passes.base import GraphPass, PassRecord
-from xkv_fx.passes.tools.graph import at_end, emit, named, output_node
+from xkv_fx.passes.tools.graph import at_end, emit, output_node
 from xkv_fx.passes.tools.inline import inline
+from xkv_fx.passes.tools.roles import LENGTH, with_role
+from xkv_fx.runtime.form import AttentionForm
 from xkv_fx.runtime.scorers import PromptView
 
 # Newest queries whose attention CAKE looks at; its reference code's default.
@@ -29,7 +31,7 @@ def preference(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
 ) -> Tensor:
     """CAKE's preference (arXiv 2503.12491, section 4.1) of one layer, float32 `[rows]`.
@@ -38,7 +40,7 @@ def preference(
     token is paid; the mean over heads. See `PromptView` for the arguments.
     """
     seen = torch.zeros_like(length)
-    prompt = PromptView(q, k, None, length, scale, seen, None, None, None, sliding_window, softcap, sinks, slopes)
+    prompt = PromptView(q, k, None, length, AttentionForm(scale, sliding_window, softcap, sink_logits, slopes), seen)
     paid = prompt.attention_of_last(min(OBSERVATION_WINDOW, int(length.min())))
     spread = torch.special.entr(paid).sum(-1).mean(-1)
     shift = paid.var(3, correction=0).sum(-1)
@@ -65,19 +67,20 @@ class AddStatistics(GraphPass):
 
     def run(self, module: GraphModule) -> PassRecord:
         graph = module.graph
-        length = named(graph, "length")
+        length = with_role(graph, LENGTH)
         sites = [site for site in attention_sites(module) if not site.borrows]
         output = output_node(graph)
         logits: Any = output.args[0]
         outputs: list[Node] = [logits]
         for statistic in self.statistics:
             for site in sites:
+                form = site.form
                 if statistic == "preference":
                     with graph.inserting_after(site.node):
                         outputs.append(
                             emit(
-                                graph, preference, site.q, site.k, length, site.scale, site.sliding_window,
-                                site.softcap, site.sinks, site.slopes, name=f"preference_{site.index}",
+                                graph, preference, site.q, site.k, length, form.scale, form.sliding_window,
+                                form.softcap, form.sink_logits, form.slopes, name=f"preference_{site.index}",
                             )
                         )  # fmt: skip
                 elif statistic == "similarity":

@@ -16,7 +16,7 @@ from xkv_fx.passes.analyses.find_attention import AttentionSite, attention_sites
 from xkv_fx.passes.analyses.find_rotation import QueryRotation, find_rotations
 from xkv_fx.passes.tools.graph import arguments, at_length, attribute, output_node, placeholders
 
-_KNOWN = {"q", "k", "v", "layer", "scale", "sliding_window", "softcap", "sinks"}
+_KNOWN = {"q", "k", "v", "layer", "scale", "sliding_window", "softcap", "sink_logits"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class CutModel:
         segments: one more than sites; `segments[i]` makes the inputs of attention i, the last one the logits.
         inputs: names of token ids and position ids.
         logits: name of the logits.
-        sinks: the learned sinks of each attention that has some, by its place among them.
+        sink_logits: those of each attention that has some, by its place among them.
         future_positions: how many positions the means of `rotations` are taken over; None where nobody asked for them.
         rotations: how the queries of each attention are turned. What they are before is among the segments' outputs.
     """
@@ -72,7 +72,7 @@ class CutModel:
     segments: tuple[Segment, ...]
     inputs: tuple[str, ...]
     logits: str
-    sinks: dict[int, Tensor]
+    sink_logits: dict[int, Tensor]
     future_positions: int | None = None
     rotations: tuple[QueryRotation, ...] = ()
 
@@ -112,8 +112,8 @@ def cut_at_attention(module: GraphModule, future_positions: int | None = None) -
                 f"the attention of layer {site.layer} takes {', '.join(unknown)}, which cannot be cut out of its graph"
             )
     for site in sites:
-        if site.sinks is not None and site.sinks.op != "get_attr":
-            raise UnsupportedModelError(f"the sinks of layer {site.layer} are computed; they cannot be cut out")
+        if site.form.sink_logits is not None and site.form.sink_logits.op != "get_attr":
+            raise UnsupportedModelError(f"the sink logits of layer {site.layer} are computed; they cannot be cut out")
     place = _segment_of(graph, sites)
     output = output_node(graph)
     logits: Node = output.args[0]  # type: ignore[assignment]
@@ -128,8 +128,11 @@ def cut_at_attention(module: GraphModule, future_positions: int | None = None) -
         nodes = [node for node in place if place[node] == index]
         outputs = [node for node in nodes if node in crossing or node in wanted]
         segments.append(_segment(module, nodes, outputs))
-    sinks = {at: attribute(module, str(s.sinks.target)) for at, s in enumerate(sites) if s.sinks is not None}
-    return CutModel(sites, tuple(segments), tuple(placeholders(graph)), logits.name, sinks, future_positions, rotations)
+    logits_of = {at: site.form.sink_logits for at, site in enumerate(sites) if site.form.sink_logits is not None}
+    sink_logits = {at: attribute(module, str(node.target)) for at, node in logits_of.items()}
+    return CutModel(
+        sites, tuple(segments), tuple(placeholders(graph)), logits.name, sink_logits, future_positions, rotations
+    )
 
 
 def _segment_of(graph: Graph, sites: Sequence[AttentionSite]) -> dict[Node, int]:

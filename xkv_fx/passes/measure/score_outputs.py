@@ -10,9 +10,9 @@ from torch.fx import GraphModule
 from xkv_fx.passes.analyses.find_attention import attention_sites
 from xkv_fx.passes.analyses.find_rotation import unrotated_inputs
 from xkv_fx.passes.base import GraphPass, PassRecord
-from xkv_fx.passes.cache.insert_cache import scoring
-from xkv_fx.passes.tools.graph import emit, named, output_node
-from xkv_fx.runtime.scorers import Scorer, score_tokens
+from xkv_fx.passes.tools.graph import emit, output_node
+from xkv_fx.passes.tools.roles import LENGTH, with_role
+from xkv_fx.runtime.scorers import Scorer, score_tokens, scoring_call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,19 +29,21 @@ class ScoreOutputs(GraphPass):
 
     def run(self, module: GraphModule) -> PassRecord:
         graph = module.graph
-        length = named(graph, "length")
+        length = with_role(graph, LENGTH)
         sites = [site for site in attention_sites(module) if not site.borrows]
         before_rotation = unrotated_inputs(module, sites, self.scorer)
         outputs = []
         before = len(graph.nodes)
         for site in sites:
-            score = scoring(score_tokens, self.scorer, sliding_window=site.sliding_window, softcap=site.softcap)
+            form = site.form
+            score = scoring_call(score_tokens, self.scorer, sliding_window=form.sliding_window, softcap=form.softcap)
             values = site.v if self.scorer.reads_values else None
             with graph.inserting_after(site.node):
                 outputs.append(
                     emit(
-                        graph, score, site.q, site.k, values, length, None, site.scale,
-                        sinks=site.sinks, slopes=site.slopes, **before_rotation[site.node], name=f"scores_{site.index}",
+                        graph, score, site.q, site.k, values, length, None, form.scale,
+                        sink_logits=form.sink_logits, slopes=form.slopes, **before_rotation[site.node],
+                        name=f"scores_{site.index}",
                     )
                 )  # fmt: skip
         output = output_node(graph)

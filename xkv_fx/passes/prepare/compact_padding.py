@@ -12,13 +12,14 @@ from torch.fx import GraphModule
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.tools.graph import add_input, at_end, at_start, output_node, placeholders
 from xkv_fx.passes.tools.inline import inline
+from xkv_fx.passes.tools.roles import LENGTH, VALID, give_role
 
 
 @dataclasses.dataclass(frozen=True)
 class CompactPadding(GraphPass):
     """Before: inputs `input_ids, position_ids`. After: a third input `valid`, bool `[rows, S]`; the graph works on rows
-    whose valid tokens come first, so that no valid query ever reaches padding, and has a node `length`, the number of
-    each row's valid tokens.
+    whose valid tokens come first, so that no valid query ever reaches padding; the roles `valid` and `length` name that
+    input and the number of each row's valid tokens.
 
     Attributes:
         restore_order: move the logits of every token back to where the token stood.
@@ -32,10 +33,12 @@ class CompactPadding(GraphPass):
         ids, positions = placeholders(graph).values()
         value = ids.meta["val"]
         valid = add_input(graph, "valid", value.shape, torch.bool, value.device)
+        give_role(valid, VALID)
         uses = {node: list(node.users) for node in (ids, positions)}
         with at_start(graph):
             length, place, *moved = inline(graph, _to_the_front, valid, *uses)
             length._rename("length")
+            give_role(length, LENGTH)
         for (node, users), front in zip(uses.items(), moved, strict=True):
             for user in users:
                 user.replace_input_with(node, front)

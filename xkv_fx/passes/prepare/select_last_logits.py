@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xkv_fx.passes.base import GraphPass, PassRecord
-from xkv_fx.passes.tools.graph import named, output_node, propagate
+from xkv_fx.passes.tools.graph import output_node, propagate
 from xkv_fx.passes.tools.inline import inline
+from xkv_fx.passes.tools.roles import LENGTH, with_role
 
 aten = torch.ops.aten
 # Applied to each token by itself, so that choosing a token before or after them is the same.
@@ -35,7 +36,7 @@ class SelectLastLogits(GraphPass):
 
     def run(self, module: GraphModule) -> PassRecord:
         graph = module.graph
-        length = named(graph, "length")
+        length = with_role(graph, LENGTH)
         output = output_node(graph)
         logits: Any = output.args[0]
         projection = _projection(logits)

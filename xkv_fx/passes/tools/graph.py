@@ -55,18 +55,6 @@ def output_node(graph: Graph) -> Node:
     return output
 
 
-def named(graph: Graph, name: str) -> Node:
-    """The node of that name.
-
-    Raises:
-        PassError: there is none; a pass that adds it must run before.
-    """
-    found: Node | None = next((node for node in graph.nodes if node.name == name), None)
-    if found is not None:
-        return found
-    raise PassError(f"the graph has no node {name!r}; the pass that adds it has not run")
-
-
 def attribute(module: GraphModule, target: str) -> torch.Tensor:
     """The tensor that `get_attr` nodes of that target read."""
     found: torch.Tensor = reduce(getattr, target.split("."), module)  # type: ignore[assignment]

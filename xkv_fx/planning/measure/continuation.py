@@ -221,20 +221,20 @@ def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) ->
                 values[value.name] = made[value.name]
         live |= made
         q, k, v = (live[node.name] for node in (site.q, site.k, site.v))
-        sinks = model.sinks.get(index)
+        form = dataclasses.replace(site.form, sink_logits=model.sink_logits.get(index))
         owner = owners.get(site.index)
         if owner is None:
             scores = score_tokens(
-                q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt], length, None, site.scale, scorer,
-                site.sliding_window, site.softcap, sinks, **before_rotation(index, live),
+                q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt], length, None, form.scale, scorer,
+                form.sliding_window, form.softcap, form.sink_logits, **before_rotation(index, live),
             )  # fmt: skip
             kept = k[:, :, :prompt].clone(), v[:, :, :prompt].clone(), scores
         else:
             kept = owner.k, owner.v, owner.scores
-        run = LayerRun(*kept, site.scale, site.sliding_window, site.softcap, sinks)
+        run = LayerRun(*kept, form)
         owners.setdefault(site.index, run)
         layers.append(run)
-        attended = causal_attention(q, k, v, site.scale, site.sliding_window, site.softcap, sinks)[0].contiguous()
+        attended = causal_attention(q, k, v, form)[0].contiguous()
         live = {name: part for name, part in live.items() if name in model.needed_from[index + 1]}
         live[site.node.name] = attended
         values[site.node.name] = attended[:, :, prompt:].clone()

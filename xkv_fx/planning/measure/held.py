@@ -11,7 +11,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from xkv_fx.runtime.attention import apply_sinks, causal_attention, merge_attention, slot_attention
+from xkv_fx.runtime.attention import apply_sink_logits, causal_attention, merge_attention, slot_attention
+from xkv_fx.runtime.form import AttentionForm
 from xkv_fx.runtime.selection import write_survivors
 from xkv_fx.runtime.slots import EMPTY, SlotPlan
 
@@ -23,16 +24,13 @@ class LayerRun:
     Attributes:
         k, v: `[1, kv_heads, S, key_dim or value_dim]`, keys rotated.
         scores: what survivors are chosen by, float32 `[1, kv_heads, S]`.
-        scale, sliding_window, softcap, sinks: of its attention.
+        form: of its attention.
     """
 
     k: Tensor
     v: Tensor
     scores: Tensor
-    scale: float
-    sliding_window: int | None
-    softcap: float | None
-    sinks: Tensor | None
+    form: AttentionForm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +62,12 @@ class HeldScored:
 
 def hold_all(run: LayerRun, tokens: int) -> Held:
     """The full cache: every token that the layer's sliding window reaches."""
-    if run.sliding_window is None:
+    window = run.form.sliding_window
+    if window is None:
         return Held(run.k, run.v, None, None)
     length = run.k.shape[2]
     query = length + torch.arange(tokens, device=run.k.device)[:, None]
-    inside = torch.arange(length + tokens, device=run.k.device) > query - run.sliding_window
+    inside = torch.arange(length + tokens, device=run.k.device) > query - window
     among = inside[:, length:] & torch.ones_like(inside[:, length:]).tril()
     return Held(run.k, run.v, inside[None, None, :, :length], among[None, None])
 
@@ -128,11 +127,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, held: Held | HeldScored, run: LayerR
     if isinstance(held, HeldScored):
         return _decode_each(q, k, v, held, run)
     if held.among is None:
-        among = causal_attention(q, k, v, run.scale, None, run.softcap)
+        among = causal_attention(q, k, v, dataclasses.replace(run.form, sliding_window=None, sink_logits=None))
     else:
-        among = slot_attention(q, k, v, held.among, run.scale, run.softcap)
+        among = slot_attention(q, k, v, held.among, run.form)
     out, lse = merge_attention(among, _over_held(q, held, run))
-    return apply_sinks(out, lse, run.sinks)
+    return apply_sink_logits(out, lse, run.form.sink_logits)
 
 
 def _over_held(q: Tensor, held: Held, run: LayerRun) -> tuple[Tensor, Tensor]:
@@ -140,11 +139,11 @@ def _over_held(q: Tensor, held: Held, run: LayerRun) -> tuple[Tensor, Tensor]:
     rows, heads, tokens, dim = q.shape
     if held.reach is not None:
         k, v = held.k.expand(rows, -1, -1, -1), held.v.expand(rows, -1, -1, -1)
-        return slot_attention(q, k, v, held.reach, run.scale, run.softcap)
+        return slot_attention(q, k, v, held.reach, run.form)
     kv_heads = held.k.shape[1]
     folded = q.reshape(rows, kv_heads, -1, dim).transpose(0, 1).reshape(1, kv_heads, -1, dim)
     everything = torch.ones(1, 1, 1, held.k.shape[2], dtype=torch.bool, device=q.device)
-    out, lse = slot_attention(folded, held.k, held.v, everything, run.scale, run.softcap)
+    out, lse = slot_attention(folded, held.k, held.v, everything, run.form)
     out = out.reshape(kv_heads, rows, -1, out.shape[-1]).transpose(0, 1).reshape(rows, heads, tokens, -1)
     return out, lse.reshape(kv_heads, rows, -1).transpose(0, 1).reshape(rows, heads, tokens)
 
@@ -152,15 +151,21 @@ def _over_held(q: Tensor, held: Held, run: LayerRun) -> tuple[Tensor, Tensor]:
 def _decode_each(q: Tensor, k: Tensor, v: Tensor, held: HeldScored, run: LayerRun) -> Tensor:
     """One token after another through the op that serves: what is evicted depends on the attention itself."""
     rows, plan = q.shape[0], held.plan
-    buffers = [part.repeat(rows, *(1,) * (part.dim() - 1)) for part in (held.k, held.v, held.positions, held.scores)]
+    k_cache, v_cache, positions, scores = (
+        part.repeat(rows, *(1,) * (part.dim() - 1)) for part in (held.k, held.v, held.positions, held.scores)
+    )
     seen = torch.full((rows,), run.k.shape[2], dtype=torch.int64, device=q.device)
     outs = []
     for token in range(q.shape[2]):
         one = (part[:, :, token : token + 1].contiguous() for part in (q, k, v))
+        now = seen + token
+        slot = plan.evicted_slot(positions, scores, now)
+        valid = plan.decode_mask(plan.with_token(positions, slot, now), now, now)
+        mask = torch.zeros(valid.shape, dtype=q.dtype, device=q.device).masked_fill_(~valid, float("-inf"))
         outs.append(
             torch.ops.xkv.decode_scored(
-                *one, *buffers, seen + token, run.scale, plan.recent, plan.sinks, plan.sliding_window, run.softcap,
-                run.sinks,
+                *one, k_cache, v_cache, positions, scores, slot, mask, now, run.form.scale, run.form.softcap,
+                run.form.sink_logits,
             )
         )  # fmt: skip
     return torch.cat(outs, 2)

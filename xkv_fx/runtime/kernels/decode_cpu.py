@@ -15,7 +15,7 @@ from xkv_fx.runtime.kernels.build_cpu import TAGS, build_kernel, library
 
 library.define(
     "decode_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot, "
-    "Tensor mask, float scale, float? softcap=None, Tensor? sinks=None) -> Tensor",
+    "Tensor mask, float scale, float? softcap=None, Tensor? sink_logits=None) -> Tensor",
     tags=TAGS,
 )
 
@@ -24,7 +24,7 @@ library.define(
 def build(dtype: torch.dtype, group: int, key_dim: int, value_dim: int) -> None:
     """Make `torch.ops.xkv.decode_attention_cpu` serve tensors like these.
 
-    It is `xkv::decode_attention`, which says what the arguments are; K/V buffers are contiguous, sinks float32.
+    It is `xkv::decode_attention`, which says what the arguments are; K/V buffers are contiguous, sink logits float32.
 
     Args:
         dtype: one of `build_cpu.DTYPES`.

@@ -23,8 +23,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from xkv_fx.runtime.slots import SlotPlan
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_QUERY_BYTES = 16 * 1024
 """Of the query group of one KV head, padded; more would not fit the registers."""
@@ -77,12 +75,11 @@ def _cap(x, softcap):
 
 @triton.jit
 def _attend(
-    q, k, v, k_cache, v_cache, slot, count, mask, positions, seen, slopes, sinks, out, lse, logits, scale, softcap,
-    kv_heads, slots, split_size, sliding_window,
+    q, k, v, k_cache, v_cache, slot, count, mask, positions, seen, sink_logits, out, lse, logits, scale, softcap,
+    kv_heads, slots, split_size,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    MASK_HEADS: tl.constexpr,  # 0 without a mask; else 1, or KV heads, or query heads when BIASED
-    BIASED: tl.constexpr, SCORED: tl.constexpr, WINDOWED: tl.constexpr, SLOPED: tl.constexpr, CAPPED: tl.constexpr,
-    SINKS: tl.constexpr,
+    MASK_HEADS: tl.constexpr,  # 1, or KV heads, or query heads when BIASED
+    BIASED: tl.constexpr, SCORED: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
     WHOLE: tl.constexpr,  # one split: `out` is the result, not a part of it
     WIDEN: tl.constexpr, ROWS: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -118,15 +115,13 @@ def _attend(
     )
     new_key = tl.load(k + pair * KEY_DIM + d, mask=is_key_dim, other=0.0)
     new_value = tl.load(v + pair * VALUE_DIM + e, mask=is_value_dim, other=0.0)
-    slope = tl.load(slopes + head * GROUP + g, mask=is_query, other=0.0).to(tl.float32)
 
     # The new token, from the arguments: the running softmax of the split that owns its slot starts with it.
     logit = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
     if CAPPED:
         logit = _cap(logit, softcap)
-    if MASK_HEADS > 0:
-        own = mask + (g * slots if BIASED else g * 0) + taken
-        logit += tl.load(own, mask=is_query & mine, other=0.0).to(tl.float32)
+    own = mask + (g * slots if BIASED else g * 0) + taken
+    logit += tl.load(own, mask=is_query & mine, other=0.0).to(tl.float32)
     if SCORED:
         tl.store(logits + g * slots + taken, logit, mask=is_query & mine)
         tl.store(positions + taken, token.to(tl.int32), mask=mine)
@@ -159,18 +154,11 @@ def _attend(
         if BIASED:
             bias = mask + g[:, None] * slots + n[None, :]
             x += tl.load(bias, mask=is_query[:, None] & valid[None, :], other=0.0).to(tl.float32)
-        elif MASK_HEADS > 0:
+        else:
             x += tl.load(mask + n, mask=valid, other=0.0).to(tl.float32)[None, :]
-        if WINDOWED or SLOPED:
-            age = token - tl.load(positions + n, mask=valid, other=0)
-            if SLOPED:
-                x -= slope[:, None] * age.to(tl.float32)[None, :]
-            if WINDOWED:
-                valid = valid & (age < sliding_window)
         x = tl.where(valid[None, :], x, float("-inf"))
         if SCORED:
-            own_place = is_query[:, None] & ((n < stop) & (n != taken))[None, :]
-            tl.store(logits + g[:, None] * slots + n[None, :], x, mask=own_place)
+            tl.store(logits + g[:, None] * slots + n[None, :], x, mask=is_query[:, None] & valid[None, :])
         highest = tl.maximum(maximum, tl.max(x, 1))
         base = tl.where(highest == float("-inf"), 0.0, highest)
         weight = tl.exp(x - base[:, None])
@@ -185,7 +173,7 @@ def _attend(
 
     if WHOLE:
         if SINKS:
-            sink = tl.load(sinks + head * GROUP + g, mask=is_query, other=0.0).to(tl.float32)
+            sink = tl.load(sink_logits + head * GROUP + g, mask=is_query, other=0.0).to(tl.float32)
             highest = tl.maximum(maximum, sink)
             total = total * tl.exp(maximum - highest) + tl.exp(sink - highest)
             values = values * tl.exp(maximum - highest)[:, None]
@@ -201,7 +189,7 @@ def _attend(
 
 @triton.jit
 def _merge(
-    parts, lse, sinks, out, whole_lse, query_heads, splits,
+    parts, lse, sink_logits, out, whole_lse, query_heads, splits,
     VALUE_DIM: tl.constexpr, SINKS: tl.constexpr, VALUE_PAD: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """One query's output from the outputs of its splits, and the log-sum-exp of all of its logits, the sink's too."""
@@ -209,7 +197,7 @@ def _merge(
     queries = tl.num_programs(0).to(tl.int64)
     e = tl.arange(0, VALUE_PAD)
     if SINKS:
-        maximum = tl.load(sinks + query % query_heads).to(tl.float32)
+        maximum = tl.load(sink_logits + query % query_heads).to(tl.float32)
         total = maximum * 0.0 + 1.0
     else:
         maximum = query.to(tl.float32) * 0.0 + float("-inf")
@@ -264,7 +252,7 @@ def decode_attention_triton(
     count: Tensor,
     scale: float,
     softcap: float | None,
-    sinks: Tensor | None,
+    sink_logits: Tensor | None,
     splits: int,
     block: int,
     warps: int,
@@ -276,9 +264,8 @@ def decode_attention_triton(
         count: int64 `[rows]`, one more than the last slot that the mask lets through; later ones are not read.
         splits, block, warps, stages: as in `Launch`.
     """
-    return _decode(
-        q, k, v, k_cache, v_cache, slot, count, scale, softcap, sinks, Launch(splits, block, warps, stages), mask=mask
-    )
+    launch = Launch(splits, block, warps, stages)
+    return _decode(q, k, v, k_cache, v_cache, slot, mask, count, scale, softcap, sink_logits, launch)
 
 
 @triton_op("xkv::decode_scored_triton", mutates_args=("k_cache", "v_cache", "positions", "scores"))
@@ -290,28 +277,23 @@ def decode_scored_triton(
     v_cache: Tensor,
     positions: Tensor,
     scores: Tensor,
+    slot: Tensor,
+    mask: Tensor,
+    count: Tensor,
     seen: Tensor,
     scale: float,
-    recent: int,
-    sink_tokens: int,
-    sliding_window: int | None,
     softcap: float | None,
-    sinks: Tensor | None,
-    slopes: Tensor | None,
+    sink_logits: Tensor | None,
     splits: int,
     block: int,
     warps: int,
     stages: int,
 ) -> Tensor:
-    """As `xkv::decode_scored`, which says what the other arguments are; `splits` and so on as in `Launch`."""
-    slots = positions.shape[2]
-    plan = SlotPlan(slots, slots, recent, sink_tokens, "scored", sliding_window)
-    slot = plan.evicted_slot(positions, scores, seen)
-    count = torch.clamp(seen + 1, max=slots)
-    return _decode(
-        q, k, v, k_cache, v_cache, slot, count, scale, softcap, sinks, Launch(splits, block, warps, stages),
-        positions=positions, scores=scores, seen=seen, sliding_window=sliding_window, slopes=slopes,
-    )  # fmt: skip
+    """As `xkv::decode_scored`, which says what the other arguments are; `count`, `splits` and so on as in
+    `decode_attention_triton`."""
+    launch = Launch(splits, block, warps, stages)
+    scored = positions, scores, seen
+    return _decode(q, k, v, k_cache, v_cache, slot, mask, count, scale, softcap, sink_logits, launch, scored)
 
 
 def _decode(
@@ -321,44 +303,42 @@ def _decode(
     k_cache: Tensor,
     v_cache: Tensor,
     slot: Tensor,
+    mask: Tensor,
     count: Tensor,
     scale: float,
     softcap: float | None,
-    sinks: Tensor | None,
+    sink_logits: Tensor | None,
     launch: Launch,
-    mask: Tensor | None = None,
-    positions: Tensor | None = None,
-    scores: Tensor | None = None,
-    seen: Tensor | None = None,
-    sliding_window: int | None = None,
-    slopes: Tensor | None = None,
+    scored: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Both ops: validity by `mask`, or by `count`, positions and the sliding window where scores are kept.
+    """Both ops.
 
     What a launch does not use still needs an argument; it is given another tensor, and a constant says not to look.
     Triton's interpreter multiplies matrices of bfloat16 by their bits, so that there they are widened first.
+
+    Args:
+        scored: positions, scores and the tokens seen, where scores are kept.
     """
     rows, kv_heads, slots, key_dim = k_cache.shape
     value_dim, heads = v_cache.shape[3], q.shape[1]
     group, pairs = heads // kv_heads, rows * kv_heads
     split_size = _split_size(slots, launch)
     splits = -(-slots // split_size)
-    scored, whole = scores is not None, splits == 1 and scores is None
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    mask = None if mask is None else mask.contiguous()
+    whole = splits == 1 and scored is None
+    q, k, v, mask = q.contiguous(), k.contiguous(), v.contiguous(), mask.contiguous()
+    positions, scores, seen = (slot, slot, slot) if scored is None else scored
 
     out = q.new_empty((rows, heads, 1, value_dim))
     narrow: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     parts = out if whole else torch.empty((splits, rows * heads, value_dim), **narrow)
     lse = q if whole else torch.empty((splits, rows * heads), **narrow)
-    logits = torch.empty((rows, heads, slots), **narrow) if scored else q
-    sizes = {"VALUE_DIM": value_dim, "VALUE_PAD": _padded(value_dim), "SINKS": sinks is not None}
+    logits = q if scored is None else torch.empty((rows, heads, slots), **narrow)
+    sinks = q if sink_logits is None else sink_logits
+    sizes = {"VALUE_DIM": value_dim, "VALUE_PAD": _padded(value_dim), "SINKS": sink_logits is not None}
     wrap_triton(_attend)[(pairs, splits)](
-        q, k, v, k_cache, v_cache, slot, count, _given(mask, q), _given(positions, slot), _given(seen, slot),
-        _given(slopes, q), _given(sinks, q), parts, lse, logits, scale, softcap or 1.0, kv_heads, slots, split_size,
-        sliding_window or 0, GROUP=group, KEY_DIM=key_dim, MASK_HEADS=0 if mask is None else mask.shape[1],
-        BIASED=mask is not None and mask.shape[1] not in (1, kv_heads), SCORED=scored,
-        WINDOWED=sliding_window is not None, SLOPED=slopes is not None, CAPPED=softcap is not None, WHOLE=whole,
+        q, k, v, k_cache, v_cache, slot, count, mask, positions, seen, sinks, parts, lse, logits, scale,
+        softcap or 1.0, kv_heads, slots, split_size, GROUP=group, KEY_DIM=key_dim, MASK_HEADS=mask.shape[1],
+        BIASED=mask.shape[1] not in (1, kv_heads), SCORED=scored is not None, CAPPED=softcap is not None, WHOLE=whole,
         WIDEN=not isinstance(_attend, triton.JITFunction) and q.dtype == torch.bfloat16,
         ROWS=_rows(group), KEY_PAD=_padded(key_dim), BLOCK=launch.block, **sizes,
         num_warps=launch.warps, num_stages=launch.stages,
@@ -367,18 +347,14 @@ def _decode(
         return out
     whole_lse = torch.empty((rows * heads,), **narrow)
     wrap_triton(_merge)[(rows * heads,)](
-        parts, lse, _given(sinks, q), out, whole_lse, heads, splits, AT_ONCE=_MERGED_AT_ONCE, **sizes
+        parts, lse, sinks, out, whole_lse, heads, splits, AT_ONCE=_MERGED_AT_ONCE, **sizes
     )
-    if scores is not None:
+    if scored is not None:
         wrap_triton(_add_scores)[(pairs, -(-slots // _SCORED_AT_ONCE))](
             logits, whole_lse, slot, count, scores, kv_heads, slots, GROUP=group, ROWS=_rows(group),
             BLOCK=_SCORED_AT_ONCE,
         )  # fmt: skip
     return out
-
-
-def _given(tensor: Tensor | None, other: Tensor) -> Tensor:
-    return other if tensor is None else tensor
 
 
 def _split_size(slots: int, launch: Launch) -> int:

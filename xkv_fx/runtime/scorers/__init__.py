@@ -23,6 +23,7 @@ from xkv_fx.runtime.scorers.base import (
     score_tokens,
     scorer_names,
     scorer_of,
+    scoring_call,
 )
 from xkv_fx.runtime.scorers.expected_attention import ExpectedAttention
 from xkv_fx.runtime.scorers.key_diff import KeyDiff
@@ -55,4 +56,5 @@ __all__ = [
     "score_tokens",
     "scorer_names",
     "scorer_of",
+    "scoring_call",
 ]

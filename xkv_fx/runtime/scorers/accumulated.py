@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xkv_fx.runtime.attention import BLOCK
+from xkv_fx.runtime.form import AttentionForm
 from xkv_fx.runtime.scorers.base import register_scorer
 from xkv_fx.runtime.scorers.prompt import PromptView
 
@@ -41,7 +42,7 @@ class H2O:
             prompt.old_ordinals,
             prompt.sliding_window,
             prompt.softcap,
-            prompt.sinks,
+            prompt.sink_logits,
             prompt.slopes,
         )
         return mass
@@ -59,19 +60,19 @@ def accumulated_attention(
     old_ordinals: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
 ) -> Tensor:
-    """Attention that each candidate is paid by all valid new queries; the arguments are fields of `PromptView`.
+    """Attention that each candidate is paid by all valid new queries; the arguments are those of `PromptView`, the form
+    flattened.
 
     The queries are taken `BLOCK` at a time, so that no more than `[rows, query_heads, BLOCK, N]` weights exist at once.
 
     Returns:
         float32 `[rows, kv_heads, N]`, summed over queries, mean over the query group.
     """
-    prompt = PromptView(
-        q, k, None, length, scale, seen, old_k, None, old_ordinals, sliding_window, softcap, sinks, slopes
-    )
+    form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes)
+    prompt = PromptView(q, k, None, length, form, seen, old_k, None, old_ordinals)
     mass = torch.zeros(prompt.ordinals.shape, dtype=torch.float32, device=q.device)
     for start in range(0, q.shape[2], BLOCK):
         paid = prompt.attention_of_block(start, min(start + BLOCK, q.shape[2]))
@@ -90,7 +91,7 @@ def _(
     old_ordinals: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
 ) -> Tensor:
     slots = 0 if old_k is None else old_k.shape[2]

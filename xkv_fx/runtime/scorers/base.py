@@ -13,6 +13,8 @@ from xkv_fx.errors import BudgetError
 from xkv_fx.files import is_int
 from xkv_fx.policy import Policy
 from xkv_fx.runtime.attention import values_of
+from xkv_fx.runtime.form import AttentionForm
+from xkv_fx.runtime.graph_calls import named_call
 from xkv_fx.runtime.scorers.prompt import PromptView
 from xkv_fx.runtime.slots import SlotPlan
 
@@ -183,20 +185,15 @@ def score_tokens(
     scorer: Scorer,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
     unrotated: Tensor | None = None,
     rotation: Tensor | None = None,
 ) -> Tensor:
     """Scores of the new tokens in a fresh prefill, float32 `[rows, kv_heads, S]`; see `PromptView` for the shapes."""
     seen = torch.zeros_like(length) if seen is None else seen
-    return _run(
-        scorer,
-        PromptView(
-            q, k, v, length, scale, seen, sliding_window=sliding_window, softcap=softcap, sinks=sinks, slopes=slopes,
-            unrotated=unrotated, rotation=rotation,
-        ),
-    )  # fmt: skip
+    form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes)
+    return _run(scorer, PromptView(q, k, v, length, form, seen, unrotated=unrotated, rotation=rotation))
 
 
 def rescore_tokens(
@@ -214,20 +211,34 @@ def rescore_tokens(
     plan: SlotPlan,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
     unrotated: Tensor | None = None,
     rotation: Tensor | None = None,
 ) -> Tensor:
     """Scores of a layer's slots and of the new tokens together, float32 `[rows, kv_heads, slots + S]`."""
-    ordinals = plan.ordinals(positions, seen, base)
-    return _run(
-        scorer,
-        PromptView(
-            q, k, v, length, scale, seen, k_cache, values_of(k_cache, v_cache), ordinals, sliding_window, softcap,
-            sinks, slopes, unrotated, rotation,
-        ),
-    )  # fmt: skip
+    form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes)
+    held = k_cache, values_of(k_cache, v_cache), plan.ordinals(positions, seen, base)
+    return _run(scorer, PromptView(q, k, v, length, form, seen, *held, unrotated, rotation))
+
+
+def scoring_call(
+    function: Callable[..., Tensor], scorer: Scorer, slots: int = 0, **fixed: object
+) -> Callable[..., Tensor]:
+    """`score_tokens` or `rescore_tokens` as a function that a graph can call and print: the scorer, and what else a
+    graph cannot hold, are fixed in it. The shape of the scores is what every scorer promises.
+
+    Args:
+        slots: candidates besides the new tokens.
+    """
+
+    def score(*args: object, **kwargs: object) -> Tensor:
+        return function(*args, scorer=scorer, **kwargs, **fixed)
+
+    def fake(q: Tensor, k: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return k.new_empty((*k.shape[:2], slots + k.shape[2]), dtype=torch.float32)
+
+    return named_call(score, fake, f"{function.__name__}_by_{type(scorer).__name__}", function.__module__)
 
 
 def _run(scorer: Scorer, prompt: PromptView) -> Tensor:

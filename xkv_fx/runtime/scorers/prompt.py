@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from xkv_fx.errors import BudgetError
-from xkv_fx.runtime.attention import apply_sinks, distance_bias, group_logits
+from xkv_fx.runtime.attention import apply_sink_logits, distance_bias, group_logits
+from xkv_fx.runtime.form import AttentionForm
 from xkv_fx.runtime.slots import EMPTY
 
 
@@ -22,11 +23,10 @@ class PromptView:
         k: new keys `[rows, kv_heads, S, key_dim]`, rotated.
         v: new values `[rows, kv_heads, S, value_dim]`; None for a scorer that does not read them.
         length: int64 `[rows]`, valid new tokens; they come first.
-        scale: factor on the logits.
+        form: of the layer's attention; its fields are properties here too.
         seen: int64 `[rows]`, tokens seen before these.
         old_k, old_v: what the slots hold, `[rows, kv_heads, slots, ...]`; None in a fresh prefill.
         old_ordinals: int64 `[rows, kv_heads, slots]`, -1 for a free slot; None in a fresh prefill.
-        sliding_window, softcap, sinks, slopes: as in the layer's attention.
         unrotated: `[rows, query_heads, S, dim]`, the queries before their positions turned them; None for a scorer
             that does not need them.
         rotation: `[rows, dim, key_dim]`, or `[rows, query_heads, dim, key_dim]` where heads differ (queries of an MLA
@@ -38,17 +38,40 @@ class PromptView:
     k: Tensor
     v: Tensor | None
     length: Tensor
-    scale: float
+    form: AttentionForm
     seen: Tensor
     old_k: Tensor | None = None
     old_v: Tensor | None = None
     old_ordinals: Tensor | None = None
-    sliding_window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    slopes: Tensor | None = None
     unrotated: Tensor | None = None
     rotation: Tensor | None = None
+
+    @property
+    def scale(self) -> float:
+        """Factor on the products of queries and keys."""
+        return self.form.scale
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The newest tokens that a query sees; None for all."""
+        return self.form.sliding_window
+
+    @property
+    def softcap(self) -> float | None:
+        """Bound on the logits' size; None for no bound."""
+        return self.form.softcap
+
+    @property
+    def sink_logits(self) -> Tensor | None:
+        """`[query_heads]`, one more logit a head in the softmax's denominator; None for none."""
+        logits: Tensor | None = self.form.sink_logits
+        return logits
+
+    @property
+    def slopes(self) -> Tensor | None:
+        """`[query_heads]`, what a logit loses for each token of distance; None for nothing."""
+        slopes: Tensor | None = self.form.slopes
+        return slopes
 
     @functools.cached_property
     def ordinals(self) -> Tensor:
@@ -130,7 +153,7 @@ class PromptView:
         return self.weights_of(logits, reach)
 
     def weights_of(self, logits: Tensor, reach: Tensor) -> Tensor:
-        """The softmax of logits over the keys that are reached, learned sinks counted.
+        """The softmax of logits over the keys that are reached, sink logits counted.
 
         Args:
             logits: `[rows, kv_heads, group, count, keys]`.
@@ -142,7 +165,7 @@ class PromptView:
         logits = logits.masked_fill(~reach[:, :, None], float("-inf"))  # in place could not be traced in a loop
         lse = torch.logsumexp(logits, -1)
         weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-        flat = apply_sinks(weights.flatten(1, 2), lse.flatten(1, 2), self.sinks)
+        flat = apply_sink_logits(weights.flatten(1, 2), lse.flatten(1, 2), self.sink_logits)
         return flat.view(weights.shape).float()  # scores are float32 whatever the model computes in
 
     def in_order(self, values: Tensor) -> Tensor:

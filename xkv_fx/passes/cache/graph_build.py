@@ -1,0 +1,101 @@
+"""What states add their parts of a graph with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from xkv_fx.errors import PassError
+from xkv_fx.passes.analyses.find_attention import AttentionSite, attention_sites, cached_layers, check_borrowed
+from xkv_fx.passes.analyses.find_rotation import unrotated_inputs
+from xkv_fx.passes.tools.graph import add_input, emit
+from xkv_fx.passes.tools.inline import inline
+from xkv_fx.passes.tools.roles import LENGTH, find_role, give_role, with_role
+from xkv_fx.runtime.scorers import Scorer
+from xkv_fx.runtime.state import Attention, BorrowedState, CachePlan, LayerState
+
+
+class GraphBuild:
+    """A graph whose inputs are the buffers of a plan's states; see `runtime.state.Build`.
+
+    Making one adds the inputs. Each has its buffer's name as its role.
+
+    Attributes:
+        sites: the graph's attentions, in execution order.
+        states: of the plan.
+
+    Raises:
+        PassError: the graph's attentions are not the planned layers.
+        BudgetError: an attention that borrows a cache which evicts by score.
+    """
+
+    def __init__(self, module: GraphModule, plan: CachePlan, scorer: Scorer | None = None) -> None:
+        self.graph = module.graph
+        self.states = plan.states
+        self.sites = _planned_sites(module, plan)
+        self._plan = plan
+        self._scorer = scorer
+        self._held: dict[LayerState, dict[str, Node]] = {}
+        for state in plan.states:
+            self._held[state] = {}
+            for buffer in state.buffers:
+                node = add_input(self.graph, buffer.name, buffer.shape, buffer.dtype, plan.device)
+                give_role(node, buffer.name)
+                self._held[state][buffer.field] = node
+        self._length = find_role(self.graph, LENGTH)
+        self._scorer_inputs = {} if scorer is None else unrotated_inputs(module, self.sites, scorer)
+        self._first = next(node for node in self.graph.nodes if node.op != "placeholder")
+        self._made: dict[object, Any] = {}
+
+    @property
+    def scorer(self) -> Scorer:
+        if self._scorer is None:
+            raise PassError("the graph of one token ranks no tokens")
+        return self._scorer
+
+    @property
+    def length(self) -> Node:
+        return with_role(self.graph, LENGTH) if self._length is None else self._length
+
+    def state_of(self, site: AttentionSite) -> LayerState:
+        """What an attention reads: its own cache, or an earlier one's."""
+        cache = self._plan.caches[site.index]
+        return BorrowedState(cache) if site.borrows else cache
+
+    @property
+    def borrowed(self) -> str:
+        """How many attentions read another one's cache, for records; nothing if none does."""
+        count = sum(site.borrows for site in self.sites)
+        return f"; {count} attentions read an earlier one's cache" if count else ""
+
+    def held(self, state: LayerState) -> Mapping[str, Node]:
+        return self._held[state]
+
+    def scorer_inputs(self, attention: Attention) -> Mapping[str, Any]:
+        return self._scorer_inputs[attention.node]
+
+    def emit(self, target: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> Node:
+        return emit(self.graph, target, *args, name=name, **kwargs)
+
+    def inline(self, function: Callable[..., Any], *args: Any, name: str | None = None) -> Any:
+        return inline(self.graph, function, *args, name=name)
+
+    def once(self, key: object, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            with self.graph.inserting_before(self._first):
+                self._made[key] = make()
+        return self._made[key]
+
+
+def _planned_sites(module: GraphModule, plan: CachePlan) -> Sequence[AttentionSite]:
+    sites = attention_sites(module)
+    if cached_layers(sites) != plan.layers:
+        names = ", ".join(site.node.name for site in sites)
+        raise PassError(
+            f"the graph's {len(sites)} attention nodes ({names}) are not the {len(plan.layers)} planned layers"
+        )
+    for site in sites:
+        check_borrowed(site, plan.slots[site.index].eviction)
+    return sites

@@ -1,0 +1,34 @@
+"""What is kept between calls: one file for each kind of state, and the plan that puts them together.
+
+kv          keys and values in the model's dtype, with their positions, and their scores where these decide
+latent      the latent and rotary key of multi-head latent attention, which are keys and values at once
+borrowed    the cache of an earlier attention, read by one that makes no keys and values of its own
+counters    how many tokens each row has seen
+
+A kind says what it keeps, and what prefill, extend and decode do to it; everybody else iterates over what it says. A
+new kind is a file here and a row in `plan.KINDS`, if layers have it, or in `CachePlan.states`, if one serves all.
+"""
+
+from xkv_fx.runtime.state.base import Attention, Buffer, Build, GraphKind, LayerState, Value
+from xkv_fx.runtime.state.borrowed import BorrowedState
+from xkv_fx.runtime.state.counters import CountersState
+from xkv_fx.runtime.state.kv import KVState
+from xkv_fx.runtime.state.latent import LatentState
+from xkv_fx.runtime.state.plan import KINDS, CachePlan
+from xkv_fx.runtime.state.tensors import State
+
+__all__ = [
+    "KINDS",
+    "Attention",
+    "BorrowedState",
+    "Buffer",
+    "Build",
+    "CachePlan",
+    "CountersState",
+    "GraphKind",
+    "KVState",
+    "LatentState",
+    "LayerState",
+    "State",
+    "Value",
+]

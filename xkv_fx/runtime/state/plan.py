@@ -1,0 +1,92 @@
+"""All states of a program: everything that decides the shapes of a session's tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+from xkv_fx.errors import BudgetError
+from xkv_fx.layers import LayerSpec
+from xkv_fx.runtime.slots import SlotPlan
+from xkv_fx.runtime.state.base import Buffer, LayerState
+from xkv_fx.runtime.state.counters import CountersState
+from xkv_fx.runtime.state.kv import KVState
+from xkv_fx.runtime.state.latent import LatentState
+from xkv_fx.runtime.state.tensors import State
+
+KINDS: tuple[type[KVState], ...] = (LatentState, KVState)
+"""The kinds of states that a layer's cache may be; the first that serves a layer is taken."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CachePlan:
+    """What each session allocates; the graphs are compiled for it.
+
+    Attributes:
+        layers: what each layer caches.
+        slots: how each layer uses its slots.
+        rows: batch rows.
+        dtype: of keys and values.
+        device: where the tensors live.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    slots: tuple[SlotPlan, ...]
+    rows: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @functools.cached_property
+    def caches(self) -> tuple[KVState, ...]:
+        """The state of each layer that owns a cache, in execution order."""
+        pairs = enumerate(zip(self.layers, self.slots, strict=True))
+        return tuple(
+            next(kind for kind in KINDS if kind.serves(spec))(index, spec, slots, self.rows, self.dtype)
+            for index, (spec, slots) in pairs
+        )
+
+    @functools.cached_property
+    def counters(self) -> CountersState:
+        """How many tokens each row has seen."""
+        return CountersState(self.rows)
+
+    @functools.cached_property
+    def states(self) -> tuple[LayerState, ...]:
+        """All states, in the order in which graphs take their buffers."""
+        return (*self.caches, self.counters)
+
+    @functools.cached_property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """The buffers of all states, in the order in which every graph takes them."""
+        return tuple(buffer for state in self.states for buffer in state.buffers)
+
+    def names(self) -> tuple[str, ...]:
+        """The names of the buffers, in that order."""
+        return tuple(buffer.name for buffer in self.buffers)
+
+    def allocate(self) -> State:
+        """Fresh buffers: no token seen.
+
+        Raises:
+            BudgetError: there is not enough memory.
+        """
+        try:
+            tensors = tuple(buffer.allocate(self.device) for buffer in self.buffers)
+        except (RuntimeError, MemoryError, TypeError, OverflowError) as error:
+            raise BudgetError(
+                f"this plan needs {self.kv_bytes:,} bytes of KV cache for {self.rows} rows, more than {self.device} "
+                "could give; use smaller budgets or a smaller batch"
+            ) from error
+        return State(self.states, tensors)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the buffers of keys and values."""
+        return sum(buffer.nbytes for buffer in self.buffers if buffer.holds == "kv")
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all other buffers: positions, scores and counters."""
+        return sum(buffer.nbytes for buffer in self.buffers if buffer.holds != "kv")
