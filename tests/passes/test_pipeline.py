@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from ready_models import cache_plan, captured, model
+from ready_models import cache_plan, captured, model, transformed
 from tiny_models import llama
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from xkv_fx.errors import PassError
+from xkv_fx import Budgets
+from xkv_fx.errors import BackendError, PassError
 from xkv_fx.hf.capture import capture
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.cache.check_cache import CheckCache
@@ -27,7 +28,7 @@ from xkv_fx.passes.pipeline import (
     profile_pipeline,
     run_pipeline,
 )
-from xkv_fx.passes.tools.graph import calls, output_node
+from xkv_fx.passes.tools.graph import calls, output_node, placeholders
 from xkv_fx.runtime.scorers import SnapKV
 
 NAMES = ("prefill", "prefill of all logits", "extend", "extend of all logits", "decode", "profile")
@@ -214,3 +215,23 @@ def test_a_pipeline_can_be_printed(show: Callable[[object], str]) -> None:
     text = show(pipelines()["prefill"])
     for word in ("CleanGraph", "CompactPadding", "InsertPrefillCache", "capacity=21", "SnapKV"):
         assert word in text
+
+
+@pytest.mark.parametrize("kind", ["prefill", "extend", "decode"])
+def test_the_graph_can_be_looked_at_after_every_pass(kind: Any) -> None:
+    llm = transformed(Budgets((12, 16)))
+    steps = llm.passes(kind)
+    made = llm.program.graphs.get(kind)
+    assert [step.record for step in steps] == list(made.records)
+    assert all(step.record.seconds > 0 for step in steps)
+    assert readable(steps[-1].module) == readable(made.module)
+    assert len({readable(step.module) for step in steps}) > 1
+    assert str(steps[0]).startswith("clean_graph: matched ")
+    inputs = [len(placeholders(step.module.graph)) for step in steps]
+    assert (inputs[0], inputs[-1]) == (2, len(placeholders(made.module.graph)))
+
+
+def test_another_kind_of_graph_is_refused() -> None:
+    kind: Any = "decoding"
+    with pytest.raises(BackendError, match="no 'decoding' graph; choose one of prefill, extend, decode"):
+        transformed(Budgets((12, 16))).passes(kind)

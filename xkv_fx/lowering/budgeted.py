@@ -13,9 +13,10 @@ from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BackendError, SessionError
 from xkv_fx.layers import LayerSpec
 from xkv_fx.lowering.program import CompiledProgram, compile_program
+from xkv_fx.passes.pipeline import PassStep
 from xkv_fx.runtime.choose_tokens import token_chooser
 from xkv_fx.runtime.decode_steps import decode_steps
-from xkv_fx.runtime.session import Session
+from xkv_fx.runtime.session import KINDS, Kind, Session
 
 
 class Budgeted(nn.Module):
@@ -48,6 +49,19 @@ class Budgeted(nn.Module):
     def decode(self) -> GraphModule:
         """`(input_ids, position_ids, *state)` -> logits `[rows, 1, vocabulary]`."""
         return self.program.graphs.decode
+
+    def passes(self, kind: Kind = "decode") -> tuple[PassStep, ...]:
+        """The passes that made a graph, run again one by one: what each did, how long it took, and the graph behind it.
+
+        Args:
+            kind: `"prefill"`, `"extend"` or `"decode"`.
+
+        Raises:
+            BackendError: another kind.
+        """
+        if kind not in KINDS:
+            raise BackendError(f"there is no {kind!r} graph; choose one of {', '.join(KINDS)}")
+        return self.program.graphs.steps(kind)
 
     @property
     def device(self) -> torch.device:

@@ -18,12 +18,15 @@ from xkv_fx.errors import BackendError, BudgetError, UnsupportedModelError
 from xkv_fx.lowering.backends.eager import lower_eager
 from xkv_fx.lowering.backends.inductor import lower_inductor
 from xkv_fx.lowering.describe import LOWERED, describe_layers, describe_passes, describe_plan, describe_shard
+from xkv_fx.passes.base import GraphPass
 from xkv_fx.passes.pipeline import (
+    PassStep,
     TransformedGraph,
     decode_pipeline,
     extend_pipeline,
     prefill_pipeline,
     run_pipeline,
+    run_stepwise,
 )
 from xkv_fx.runtime.scorers import Scorer, scorer_of
 from xkv_fx.runtime.session import Kind
@@ -54,10 +57,17 @@ class Graphs:
             return self._built[key]
 
     def _build(self, kind: Kind, all_logits: bool) -> TransformedGraph:
+        return run_pipeline(*self._start(kind, all_logits))
+
+    def steps(self, kind: Kind, all_logits: bool = False) -> tuple[PassStep, ...]:
+        """The passes that make the graph of that kind, run again one by one, each with the graph that it leaves."""
+        return run_stepwise(*self._start(kind, all_logits))
+
+    def _start(self, kind: Kind, all_logits: bool) -> tuple[GraphModule, tuple[GraphPass, ...]]:
         if kind == "decode":
-            return run_pipeline(self.captured.graph("token"), decode_pipeline(self.plan))
+            return self.captured.graph("token"), decode_pipeline(self.plan)
         pipeline = prefill_pipeline if kind == "prefill" else extend_pipeline
-        return run_pipeline(self.captured.graph("prompt"), pipeline(self.plan, self.scorer, all_logits))
+        return self.captured.graph("prompt"), pipeline(self.plan, self.scorer, all_logits)
 
     @property
     def prefill(self) -> GraphModule:

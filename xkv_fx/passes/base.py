@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import ClassVar
 
 from torch.fx import GraphModule
@@ -20,12 +21,14 @@ class PassRecord:
         matched: nodes that it looked for and found.
         changed: nodes that it added, replaced or removed.
         note: anything a reader of `describe()` should know.
+        seconds: how long it took; no part of what it did.
     """
 
     name: str
     matched: int
     changed: int
     note: str = ""
+    seconds: float = dataclasses.field(default=0.0, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +48,14 @@ class GraphPass:
         Raises:
             PassError: a size of an input was open and is a number now, so that the graph would be wrong for others.
         """
+        started = time.perf_counter()
         before = open_sizes(module.graph)
         record = self.run(module)
         if fixed := sorted(before - open_sizes(module.graph)):
             raise PassError(f"the pass {self.name!r} fixed dimension {fixed[0][1]} of the input {fixed[0][0]!r}")
         module.graph.eliminate_dead_code()
         module.graph.lint()
-        return record
+        return dataclasses.replace(record, seconds=time.perf_counter() - started)
 
     def __call__(self, module: GraphModule) -> PassRecord:
         record = self.rewrite(module)

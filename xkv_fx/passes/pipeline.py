@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -76,6 +77,36 @@ def profile_pipeline(
         ScoreOutputs(scorer),
         *((ExpandLatents(),) if any_latent(layers) else ()),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class PassStep:
+    """One pass of a pipeline, and the graph as it left it.
+
+    Attributes:
+        record: what it did, and how long it took.
+        module: the graph behind it; it shares the weights, and runs.
+    """
+
+    record: PassRecord
+    module: GraphModule
+
+    def __str__(self) -> str:
+        record = self.record
+        return f"{record.name}: matched {record.matched}, changed {record.changed}, {record.seconds * 1e3:.1f} ms"
+
+    def print_readable(self) -> str:
+        """Print the graph, as `torch.fx.GraphModule.print_readable` does; returns what is printed."""
+        return self.module.print_readable()
+
+
+def run_stepwise(module: GraphModule, passes: Sequence[GraphPass]) -> tuple[PassStep, ...]:
+    """As `run_pipeline`, with a copy of the graph after every pass."""
+    steps = []
+    for graph_pass in passes:
+        record = graph_pass.rewrite(module)
+        steps.append(PassStep(record, GraphModule(module, copy.deepcopy(module.graph))))
+    return tuple(steps)
 
 
 def run_pipeline(module: GraphModule, passes: Sequence[GraphPass]) -> TransformedGraph:

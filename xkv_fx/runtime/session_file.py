@@ -94,7 +94,7 @@ def _check_state(plan: CachePlan, state: State) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise FileFormatError(f"{buffer.name} holds numbers that are not finite")
     counts = state.of(plan.counters)
-    for part in (plan.counters, *plan.caches):  # counters first: others are judged by them
+    for part in (plan.counters, *(other for other in plan.states if other is not plan.counters)):
         problem = part.problem(state.of(part), counts)
         if problem is not None:
             raise FileFormatError(problem)
