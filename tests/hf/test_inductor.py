@@ -179,6 +179,16 @@ def test_the_lowering_is_described() -> None:
     assert "graph of torch kernels" in big("eager").describe().split("decode")[1]
 
 
+def test_who_serves_which_call_is_kept() -> None:
+    choices = big("inductor").program.lowered.choices
+    assert collections.Counter((choice.op, choice.kernel) for choice in choices) == {
+        ("attention", "CPU kernel"): 2,
+        ("linear layer", "CPU kernel"): 15,
+    }
+    assert not any(choice.refusals for choice in choices)
+    assert not big("eager").program.lowered.choices
+
+
 def test_a_compiler_that_fails_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no C++ compiler\nand much more")

@@ -17,6 +17,7 @@ from rich.table import Table
 
 import xkv_fx
 from xkv_fx.errors import BudgetError
+from xkv_fx.lowering.backends.table import BACKENDS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,6 +45,8 @@ def out_file(help: str) -> Any:
 Model = Annotated[str, typer.Option(help="A model folder, a .gguf file, or the alias smollm2.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Plan = Annotated[Path, typer.Argument(help="A budgets file.")]
+BACKEND_NAMES = " or ".join(BACKENDS)
+"""For the help of commands."""
 
 
 SPREAD = ("profile", "calibrate")

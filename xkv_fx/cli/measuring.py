@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from xkv_fx.cli.common import (
+    BACKEND_NAMES,
     Json,
     Model,
     app,
@@ -48,7 +49,7 @@ def eval_(
     quantized: Annotated[
         str | None, typer.Option(help="transformers' quantized caches: int8, int4, fp8; by default those installed.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="eager or inductor, which compiles every plan.")] = "eager",
+    backend: Annotated[str, typer.Option(help=f"{BACKEND_NAMES}; inductor compiles every plan.")] = "eager",
     out: Annotated[Path | None, out_file("Write the result as JSON here, its tables beside it.")] = None,
     pictures: Annotated[Path | None, typer.Option(help="Write pictures into this folder.")] = None,
     smallest: Annotated[
@@ -109,7 +110,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="How often the contestants take turns.", min=1)] = 5,
     new_tokens: Annotated[int, typer.Option(help="Tokens that each decodes in a round.", min=1)] = 8,
     only: Annotated[str | None, typer.Option(help="Contestants, between commas; all by default.")] = None,
-    backend: Annotated[str, typer.Option(help="Of ours: inductor or eager.")] = "inductor",
+    backend: Annotated[str, typer.Option(help=f"Of ours: {BACKEND_NAMES}.")] = "inductor",
     prefill: Annotated[
         bool | None,
         typer.Option(help="Feed real prompts, or fill caches directly; by default prompts if they are short."),

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 import xkv_fx
-from xkv_fx.cli.common import Json, Model, Plan, app, console, load, read, show, show_plan
+from xkv_fx.cli.common import BACKEND_NAMES, Json, Model, Plan, app, console, load, read, show, show_plan
 from xkv_fx.errors import BudgetError, PromptError
 
 
@@ -22,7 +22,7 @@ def generate(
     prompt_file: Annotated[Path | None, typer.Option(help="A text file with the prompt.")] = None,
     model: Model = "smollm2",
     max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate.", min=1)] = 64,
-    backend: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
+    backend: Annotated[str, typer.Option(help=f"{BACKEND_NAMES}.")] = "inductor",
     trust: Annotated[bool, typer.Option(help="Take an engine of the target pt2, which is read with pickle.")] = False,
     json_: Json = False,
 ) -> None:

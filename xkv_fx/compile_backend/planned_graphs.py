@@ -19,8 +19,9 @@ from xkv_fx.capture.export import export_graph
 from xkv_fx.capture.plain_module import PROBE_LENGTH
 from xkv_fx.compile_backend.dynamo_graph import DynamoGraph
 from xkv_fx.errors import BackendError, SessionError
-from xkv_fx.lowering.backends.inductor import compile_lifted
-from xkv_fx.lowering.describe import LOWERED, describe_passes
+from xkv_fx.lowering.backends.backend import Lowered
+from xkv_fx.lowering.backends.table import backend_of
+from xkv_fx.lowering.describe import describe_passes
 from xkv_fx.lowering.lift_weights import lift_weights
 from xkv_fx.lowering.program import Graphs, check_request
 from xkv_fx.passes.analyses.find_attention import any_latent, attention_sites, cached_layers
@@ -43,11 +44,11 @@ class PlannedGraphs:
 
     def __init__(self, source: DynamoGraph, plan: CachePlan, budgets: Budgets, lower: str, longest: int | None) -> None:
         self.source = source
-        self.lower = lower
+        self.backend = backend_of(lower)
         self.many = source.many
         captured, self.all_logits = _capture(source, plan, longest)
         self.graphs = Graphs(captured, plan, check_request(budgets, lower))
-        self.attention = "torch ops"
+        self._decode: Lowered | None = None
         self._lowered: dict[tuple[Kind, bool], Callable[..., Tensor]] = {}
         self._lock = threading.RLock()
         self.lowered("prefill" if self.many else "decode")
@@ -67,8 +68,9 @@ class PlannedGraphs:
     def _lower(self, kind: Kind, all_logits: bool) -> Callable[..., Tensor]:
         lifted, constants = lift_weights(self.graphs.get(kind, all_logits).module)
         code: Callable[..., Tensor] = lifted
-        if kind == "decode" and self.lower == "inductor":
-            code, self.attention = compile_lifted(lifted)
+        if kind == "decode":
+            self._decode = self.backend.lower(lifted)
+            code = self._decode.run
 
         def run(weights: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
             with torch.no_grad():
@@ -82,9 +84,11 @@ class PlannedGraphs:
 
     def describe(self) -> list[str]:
         """What was made, as lines of text."""
-        code = f"{LOWERED[self.lower]}; attention: {self.attention}"
-        made = "several tokens    graph of torch kernels, length dynamic" if self.many else f"one token         {code}"
-        lines = ["", made]
+        lines = [""]
+        if self.many:
+            lines.append("several tokens    graph of torch kernels, length dynamic")
+        if self._decode is not None:
+            lines.append(f"one token         {self.backend.describe(self._decode)}")
         for kind, all_logits in self._lowered:
             lines += describe_passes(kind, self.graphs.get(kind, all_logits))
         return lines

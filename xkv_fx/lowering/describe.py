@@ -13,8 +13,6 @@ if TYPE_CHECKING:  # an engine is described without the passes
     from xkv_fx.capture.captured import Shard
     from xkv_fx.passes.pipeline import TransformedGraph
 
-LOWERED = {"inductor": "one graph, compiled by Inductor, static shapes", "eager": "graph of torch kernels"}
-
 
 def describe_plan(fingerprint: str, plan: CachePlan, scorer: Scorer, budgets: Budgets) -> list[str]:
     """What was planned, as lines of text."""

@@ -7,17 +7,16 @@ import functools
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
 
 from torch import Tensor
 from torch.fx import GraphModule
 
 from xkv_fx.budgets import Budgets
 from xkv_fx.capture.captured import WHOLE, CapturedModel, Shard
-from xkv_fx.errors import BackendError, BudgetError, UnsupportedModelError
-from xkv_fx.lowering.backends.eager import lower_eager
-from xkv_fx.lowering.backends.inductor import lower_inductor
-from xkv_fx.lowering.describe import LOWERED, describe_layers, describe_passes, describe_plan, describe_shard
+from xkv_fx.errors import BudgetError, UnsupportedModelError
+from xkv_fx.lowering.backends.eager import run_eager
+from xkv_fx.lowering.backends.table import backend_of
+from xkv_fx.lowering.describe import describe_layers, describe_passes, describe_plan, describe_shard
 from xkv_fx.passes.base import GraphPass
 from xkv_fx.passes.pipeline import (
     PassStep,
@@ -33,8 +32,6 @@ from xkv_fx.runtime.session import Kind
 from xkv_fx.runtime.slots import SlotPlan, slot_plans
 from xkv_fx.runtime.state import CachePlan
 
-Backend = Literal["inductor", "eager"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
 Compiled = Callable[..., Tensor]
 
 
@@ -91,8 +88,7 @@ def check_request(budgets: Budgets, backend: str) -> Scorer:
     """
     if not isinstance(budgets, Budgets):
         raise BudgetError(f"budgets must be an xkv_fx.Budgets; got {type(budgets).__name__}")
-    if backend not in BACKENDS:
-        raise BackendError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    backend_of(backend)
     return scorer_of(budgets.policy)
 
 
@@ -129,7 +125,11 @@ def _check_reach(captured: CapturedModel, budgets: Budgets, slots: Sequence[Slot
 class CompiledProgram:
     """Lowered graphs; satisfies `runtime.session.Program`.
 
-    Prefill and extend run as graphs of torch's own kernels; decode is compiled by the backend.
+    Prefill and extend run as graphs of torch's own kernels; decode is what the backend makes of it.
+
+    Attributes:
+        backend: its name.
+        lowered: the decode graph.
     """
 
     def __init__(self, graphs: Graphs, backend: str) -> None:
@@ -138,7 +138,7 @@ class CompiledProgram:
         self.plan = graphs.plan
         self.max_positions = graphs.captured.max_positions
         self.key = program_key(graphs.captured.fingerprint, self.plan, graphs.scorer, graphs.captured.shard)
-        self._decode, self._attention = self._lower_decode()
+        self.lowered = backend_of(backend).lower(graphs.decode)
         self._prompt = functools.cache(self._lower_prompt)
         self._prompt("prefill", False)
 
@@ -149,15 +149,10 @@ class CompiledProgram:
         return self._prompt("extend", all_logits)
 
     def decode(self) -> Compiled:
-        return self._decode
-
-    def _lower_decode(self) -> tuple[Compiled, str]:
-        if self.backend == "inductor":
-            return lower_inductor(self.graphs.decode)
-        return lower_eager(self.graphs.decode), "torch ops"
+        return self.lowered.run
 
     def _lower_prompt(self, kind: Kind, all_logits: bool) -> Compiled:
-        return lower_eager(self.graphs.get(kind, all_logits).module)
+        return run_eager(self.graphs.get(kind, all_logits).module)
 
     def _ends(self) -> str:
         why = self.graphs.captured.ends_early
@@ -169,7 +164,7 @@ class CompiledProgram:
             *describe_plan(self.graphs.captured.fingerprint, self.plan, self.graphs.scorer, budgets),
             *describe_shard(self.graphs.captured.shard),
             f"prefill       graph of torch kernels, length dynamic, up to {self.max_positions} positions{self._ends()}",
-            f"decode        {LOWERED[self.backend]}; attention: {self._attention}",
+            f"decode        {backend_of(self.backend).describe(self.lowered)}",
             "",
             *describe_layers(self.plan),
         ]

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from xkv_fx.errors import BackendError
-from xkv_fx.lowering.kernels.attention import choose_attention
+from xkv_fx.lowering.kernels.table import choose_kernels, describe_choices
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 
 xkv = torch.ops.xkv
@@ -58,6 +58,10 @@ def masked(slots: int = 1000, heads: int = 1, dtype: torch.dtype = torch.bfloat1
     return [on_gpu(2, dtype=torch.int64), on_gpu(2, heads, 1, slots, dtype=dtype)]
 
 
+def choose(module: GraphModule) -> str:
+    return describe_choices(choose_kernels(module))
+
+
 def targets(module: GraphModule) -> list[Any]:
     return [node.target for node in module.graph.nodes if node.op == "call_function"]
 
@@ -75,7 +79,7 @@ def test_layers_that_share_a_mask_share_its_count() -> None:
         return first + xkv.decode_attention(*values[5:10], slot, short, 0.1, softcap=30.0)
 
     module = graph(two_layers, *layer(), *layer(slots=600), *masked())
-    assert choose_attention(module) == "2 layers by Triton kernel"
+    assert choose(module) == "2 layers by Triton kernel"
     first, second = triton_nodes(module)
     assert first.target is second.target is xkv.decode_attention_triton.default
     assert first.args[7] is second.args[7]
@@ -99,7 +103,7 @@ def scored_layer(slots: int) -> list[torch.Tensor]:
 def test_eviction_by_score_is_served() -> None:
     values = scored_layer(1000)
     module = graph(scored, *values)
-    assert choose_attention(module) == "1 layers by Triton kernel"
+    assert choose(module) == "1 layers by Triton kernel"
     assert triton_nodes(module)[0].target is xkv.decode_scored_triton.default
     module.graph.lint()
 
@@ -116,7 +120,7 @@ def test_eviction_by_score_is_served() -> None:
 def test_what_is_not_served_is_announced(values: Callable[[], list[torch.Tensor]], reason: str) -> None:
     module = graph(decode, *values())
     with unittest.TestCase().assertLogs("xkv_fx", logging.WARNING) as log:
-        chosen = choose_attention(module)
+        chosen = choose(module)
     assert chosen.startswith("1 layers by torch ops (")
     assert reason in chosen
     assert reason in "".join(log.output)
@@ -125,7 +129,7 @@ def test_what_is_not_served_is_announced(values: Callable[[], list[torch.Tensor]
 def test_without_triton_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BackendError, match="Triton is missing"):
-        choose_attention(graph(decode, *layer(), *masked()))
+        choose(graph(decode, *layer(), *masked()))
 
 
 class Hopper:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.functional import linear as linear_of_torch
 
-from xkv_fx.lowering.kernels.linear import choose_linear
+from xkv_fx.lowering.kernels.table import choose_kernels, describe_choices
 from xkv_fx.passes.tools.graph import calls
 from xkv_fx.runtime.kernels import linear_cpu
 
@@ -110,7 +110,7 @@ def test_int8_layers_of_one_input_are_one_call() -> None:
     inputs = (first, second, torch.rand(6, generator=generator), torch.randn(3, 2, 32, generator=generator))
     exported = torch.export.export(Quantized(), inputs).module(check_guards=False)
     assert isinstance(exported, GraphModule)
-    assert "2 of 2 linear layers" in choose_linear(exported)
+    assert "2 of 2 linear layers" in describe_choices(choose_kernels(exported))
     kernels = calls(exported, torch.ops.xkv.linear_cpu.default)
     assert [len(node.args[1]) for node in kernels] == [2]  # type: ignore[arg-type]
     torch.testing.assert_close(exported(*inputs), Quantized()(*inputs), rtol=1e-5, atol=1e-3)
@@ -145,7 +145,7 @@ def test_layers_that_do_not_fit_stay_as_they_are() -> None:
     inputs = tuple(torch.randn(shape, generator=generator) for shape in shapes)
     exported = torch.export.export(Layers(), inputs).module(check_guards=False)
     assert isinstance(exported, GraphModule)
-    said = choose_linear(exported)
+    said = describe_choices(choose_kernels(exported))
     assert said.startswith("3 of 7 linear layers")
     kernels = calls(exported, torch.ops.xkv.linear_cpu.default)
     assert [len(node.args[1]) for node in kernels] == [2, 1]  # type: ignore[arg-type]  # with a bias, and without

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from xkv_fx.lowering.backends.backend import Backend, Lowered
 
-def lower_eager(module: GraphModule) -> Callable[..., Tensor]:
+
+def run_eager(module: GraphModule) -> Callable[..., Tensor]:
     """Run `module` as it is, without recording gradients."""
 
     def run(*inputs: Tensor) -> Tensor:
@@ -18,3 +20,14 @@ def lower_eager(module: GraphModule) -> Callable[..., Tensor]:
         return logits
 
     return run
+
+
+def _lower(module: GraphModule) -> Lowered:
+    return Lowered(run_eager(module))
+
+
+def _describe(lowered: Lowered) -> str:
+    return "graph of torch kernels; attention: torch ops"
+
+
+BACKEND = Backend(_lower, _describe)

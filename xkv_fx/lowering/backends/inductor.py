@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from xkv_fx.errors import BackendError, first_line
+from xkv_fx.lowering.backends.backend import Backend, Lowered
 from xkv_fx.lowering.cuda_graph import RecordedSteps
-from xkv_fx.lowering.kernels.attention import choose_attention
-from xkv_fx.lowering.kernels.linear import choose_linear
+from xkv_fx.lowering.kernels.kernel import Choice
+from xkv_fx.lowering.kernels.table import choose_kernels, describe_choices
 from xkv_fx.lowering.lift_weights import lift_weights
 from xkv_fx.passes.tools.graph import output_node
 from xkv_fx.runtime.kernels.functions_cpu import FUNCTIONS
@@ -27,34 +28,31 @@ CALLS_FROM_CPP = {
 }
 
 
-def lower_inductor(module: GraphModule) -> tuple[Callable[..., Tensor], str]:
-    """Compile `module` with its weights as inputs; on a GPU its steps are recorded as CUDA graphs besides.
-
-    Returns:
-        the compiled function, and what was chosen for its attention and its linear layers.
+def _lower(module: GraphModule) -> Lowered:
+    """Compile `module` with its weights as inputs. On a GPU its steps are recorded as CUDA graphs too, if it holds its
+    weights: of those that it is given nobody knows whether they stay where they are.
 
     Raises:
         BackendError: the compiler is missing or fails, or torch lies in a folder that it cannot be given.
     """
     lifted, weights = lift_weights(module)
-    compiled, chosen = compile_lifted(lifted)
+    choices, compiled = _compile(lifted)
 
     def run(*inputs: Tensor) -> Tensor:
         return compiled(*weights.values(), *inputs)
 
-    if any(weight.device.type == "cuda" for weight in weights.values()):
-        return RecordedSteps(run), f"{chosen}; a CUDA graph recorded once a session"
-    return run, chosen
+    on_gpu = any(weight.device.type == "cuda" for weight in weights.values())
+    return Lowered(RecordedSteps(run) if on_gpu else run, choices)
 
 
-def compile_lifted(lifted: GraphModule) -> tuple[Callable[..., Tensor], str]:
-    """As `lower_inductor`, for a graph that takes its weights as its first inputs already; the graph is changed."""
+def _compile(lifted: GraphModule) -> tuple[tuple[Choice, ...], Callable[..., Tensor]]:
+    """Choose kernels for a graph that takes its weights as inputs, which is changed, and compile it."""
     if any(character.isspace() for character in torch.__file__):
         raise BackendError(
             f"Inductor cannot compile with a torch whose path has spaces ({torch.__file__}); install it elsewhere, or "
             "start Python through a link without spaces. backend='eager' runs without"
         )
-    chosen = f"{choose_attention(lifted)}; {choose_linear(lifted)}"
+    choices = choose_kernels(lifted)
     output = output_node(lifted.graph)
     output.args = ((output.args[0],),)
     lifted.recompile()
@@ -77,4 +75,12 @@ def compile_lifted(lifted: GraphModule) -> tuple[Callable[..., Tensor], str]:
             logits: Tensor = compiled(*inputs)[0]
         return logits
 
-    return run, chosen
+    return choices, run
+
+
+def _describe(lowered: Lowered) -> str:
+    recorded = "; a CUDA graph recorded once a session" if isinstance(lowered.run, RecordedSteps) else ""
+    return f"one graph, compiled by Inductor, static shapes; attention: {describe_choices(lowered.choices)}{recorded}"
+
+
+BACKEND = Backend(_lower, _describe)

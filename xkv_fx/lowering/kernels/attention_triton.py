@@ -1,10 +1,11 @@
-"""Which decode attentions become the Triton kernel when a graph is compiled for a GPU."""
+"""Decode attention on GPU by our Triton kernel, under eviction by score too."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 import logging
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,34 +14,35 @@ from torch import Tensor
 from torch.fx import Node
 
 from xkv_fx.errors import BackendError
-from xkv_fx.passes.tools.graph import arguments, call_instead
+from xkv_fx.lowering.kernels.attention import ATTENTION, DECODE
+from xkv_fx.lowering.kernels.kernel import Call, Kernel
+from xkv_fx.passes.tools.graph import call_instead
 from xkv_fx.passes.tools.inline import inline
 
 _log = logging.getLogger(__name__)
 _PROCESSORS = 108  # of a GPU that is not there to be asked, as when its fake tensors stand for it
 
 
-def use_triton(node: Node) -> str | None:
-    """Put the Triton op in the place of a decode attention on a GPU.
-
-    Returns:
-        why it does not serve, which is also logged; the node is then left as it is.
+def _accepts(call: Call) -> str | None:
+    """Why not is also logged.
 
     Raises:
         BackendError: Triton is missing.
     """
-    kernel = _kernel()
-    given = arguments(node)
-    obstacle = _obstacle(kernel, {name: _value(argument) for name, argument in given.items()})
+    obstacle = _obstacle(_kernel(), call.values)
     if obstacle is not None:
-        _log.warning("%s is not served by the Triton kernel (%s); torch ops take its place", node.name, obstacle)
-        return obstacle
-    given["count"] = _count(node, given["mask"])
-    scored = node.target is torch.ops.xkv.decode_scored.default
-    target = torch.ops.xkv.decode_scored_triton if scored else torch.ops.xkv.decode_attention_triton
-    given.update(_launch(kernel, given["k_cache"].meta["val"], given["v_cache"].meta["val"]))
-    call_instead(node, target.default, given)
-    return None
+        _log.warning("%s is not served by the Triton kernel (%s); torch ops take its place", call.node.name, obstacle)
+    return obstacle
+
+
+def _use(calls: Sequence[Call]) -> None:
+    for call in calls:
+        given, values = call.given, call.values
+        given.update(_launch(_kernel(), values["k_cache"], values["v_cache"]))
+        given["count"] = _count(call.node, given["mask"])
+        plain = call.node.target is DECODE
+        target = torch.ops.xkv.decode_attention_triton if plain else torch.ops.xkv.decode_scored_triton
+        call_instead(call.node, target.default, given)
 
 
 def _kernel() -> ModuleType:
@@ -101,5 +103,4 @@ def _launch(kernel: ModuleType, k_cache: Tensor, v_cache: Tensor) -> dict[str, i
     )
 
 
-def _value(argument: Any) -> Any:
-    return argument.meta["val"] if isinstance(argument, Node) else argument
+KERNEL = Kernel(ATTENTION, "Triton kernel", _accepts, _use, device="cuda")

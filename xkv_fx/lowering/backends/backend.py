@@ -1,0 +1,37 @@
+"""What a backend is: a way of making a decode graph run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from xkv_fx.lowering.kernels.kernel import Choice
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A graph that runs.
+
+    Attributes:
+        run: takes the graph's inputs and returns the logits.
+        choices: which kernel serves which call of the graph, where kernels were chosen.
+    """
+
+    run: Callable[..., Tensor]
+    choices: tuple[Choice, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """
+    Attributes:
+        lower: makes a graph run that holds its weights or takes them as its first inputs; the graph stays as it is.
+            Raises BackendError where it cannot.
+        describe: what `lower` has made, and who serves its attention, for people.
+    """
+
+    lower: Callable[[GraphModule], Lowered]
+    describe: Callable[[Lowered], str]
