@@ -25,9 +25,9 @@ from torch import Tensor
 import xkv_fx
 from xkv_fx import Budgets, Calibration, LayerSpec, Policy, Profile
 from xkv_fx.budgets import Provenance
-from xkv_fx.engines import engine, export
+from xkv_fx.engines.form import KEY_FILE
+from xkv_fx.engines.forms import PACKAGE_FORMS
 from xkv_fx.engines.manifest import NAME, Manifest
-from xkv_fx.engines.pt2 import KEY_FILE
 from xkv_fx.errors import XkvError
 from xkv_fx.files import SEAL
 from xkv_fx.planning.data.measured_file import HEADER
@@ -182,15 +182,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llm = ready_models.transformed(Budgets((12, 16)))
     weights: dict[str, Tensor] = {"weight": torch.arange(24.0).view(4, 6)}
 
-    def without_graph(program: Any, path: Path, key: str) -> None:
+    def without_graph(program: Any, path: Path, key: str, plan: Any) -> None:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr(f"program/extra/{KEY_FILE}", key)
             archive.writestr("program/models/model.json", "{}")
 
     path = tmp_path_factory.mktemp("engines") / "engine"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "trace_program", lambda *args: (None, weights))
-        patch.setattr(export, "save_program", without_graph)
+        form = PACKAGE_FORMS["program"]
+        form = dataclasses.replace(form, trace=lambda *args: (None, weights), write=without_graph)
+        patch.setitem(PACKAGE_FORMS, "program", form)  # type: ignore[arg-type]
         xkv_fx.export(llm, path, target="pt2")
     return path
 
@@ -233,7 +234,8 @@ def test_an_engine(exported: Path, folder: Path, seed: int) -> None:
     knowing = name == NAME and chance.random() < 0.6
     content = resealed(whole, chance) if knowing else damaged(whole, chance)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "_load_program", lambda path: lambda inputs: torch.zeros(1))
+        form = dataclasses.replace(PACKAGE_FORMS["program"], load=lambda *args: lambda inputs: torch.zeros(1))
+        patch.setitem(PACKAGE_FORMS, "program", form)  # type: ignore[arg-type]
         loaded = read(path, content, lambda _: xkv_fx.load(twin, trust=True))
     if loaded is not None:
         assert knowing or json_or_bytes(content) == json_or_bytes(whole)

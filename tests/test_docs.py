@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import xkv_fx
 from xkv_fx import cli
 from xkv_fx.capture.captured import CapturedModel
-from xkv_fx.engines import export as export_engine
+from xkv_fx.engines import trace
 from xkv_fx.hf import capture as capturing
 from xkv_fx.planning.solve import allocators
 from xkv_fx.runtime.scorers import base
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-trace_once = functools.cache(export_engine.trace_program)
+trace_once = functools.cache(trace.trace_program)
 SLOW = ("README.md", "api.md", "engines.md")
 """Pages whose blocks take half a minute; `make test-exhaustive` runs them."""
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -88,7 +88,7 @@ def _spare_time(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capturing, "capture", once)
     remember_programs(monkeypatch)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda path: model)
-    monkeypatch.setattr(export_engine, "trace_program", trace_once)
+    monkeypatch.setattr(trace, "trace_program", trace_once)
     monkeypatch.setattr(xkv_fx, "transform", functools.partial(transform, backend="eager"))
     monkeypatch.setattr(xkv_fx, "export", functools.partial(export, target="pt2"))
     monkeypatch.setattr(xkv_fx, "load", functools.partial(load, trust=True))

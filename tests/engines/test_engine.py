@@ -166,6 +166,8 @@ import torch, xkv_fx
 engine = xkv_fx.load({str(folder)!r}, trust=True)
 print(engine.generate(torch.tensor({ids.tolist()}), 8).tolist())
 assert "transformers" not in sys.modules
+rooms = ("xkv_fx.capture", "xkv_fx.passes", "xkv_fx.lowering.program", "xkv_fx.runtime.ops")
+assert not [name for name in sys.modules if name.startswith(rooms)]
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -372,7 +374,7 @@ def test_an_export_that_fails_leaves_nothing(llm: Any, tmp_path: Path, monkeypat
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("xkv_fx.engines.export.trace_program", interrupted)
+    monkeypatch.setattr("xkv_fx.engines.trace.trace_program", interrupted)
     with pytest.raises(KeyboardInterrupt):
         xkv_fx.export(llm, tmp_path / "engine")
     assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ from rich.table import Table
 
 import xkv_fx
 from xkv_fx.cli.common import BACKEND_NAMES, Json, Model, Plan, app, console, load, read, show, show_plan
+from xkv_fx.engines.targets import TARGETS
 from xkv_fx.errors import BudgetError, PromptError
 
 
@@ -60,9 +61,7 @@ def export(
     model: Model = "smollm2",
     target: Annotated[
         str,
-        typer.Option(
-            help="aoti: compiled for this machine; pt2: portable, with pickle; tensorrt: on a GPU, decode by TensorRT."
-        ),
+        typer.Option(help="; ".join(f"{name}: {target.summary}" for name, target in TARGETS.items()) + "."),
     ] = "aoti",
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.", min=1)] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Room for generated tokens under append.", min=0)] = 0,
@@ -71,7 +70,7 @@ def export(
     """Write an engine: a folder that generates without transformers, the model's code, or a compiler."""
     budgets = xkv_fx.Budgets.load(plan)
     loaded, tokenizer = load(model)
-    if target == "tensorrt":
+    if target in TARGETS and "cpu" not in TARGETS[target].devices:
         import torch
 
         if torch.cuda.is_available():  # where there is none, export says so

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,17 +12,17 @@ from torch import Tensor
 
 from xkv_fx.budgets import Budgets
 from xkv_fx.engines.folder import check_files, check_packages
-from xkv_fx.engines.manifest import FORMATS, WEIGHTS, Manifest
+from xkv_fx.engines.form import Run
+from xkv_fx.engines.forms import forms_of
+from xkv_fx.engines.manifest import WEIGHTS, Manifest
 from xkv_fx.engines.records import spec_of
-from xkv_fx.engines.tensorrt.run import TensorRTDecode, check_library
+from xkv_fx.engines.targets import TARGETS
 from xkv_fx.errors import BackendError, EngineError, FileFormatError, PromptError
 from xkv_fx.files import check_safetensors_size
 from xkv_fx.lowering.describe import describe_layers
 from xkv_fx.runtime.decode_steps import generate_tokens
-from xkv_fx.runtime.session import KINDS, Kind, Session
+from xkv_fx.runtime.session import Kind, Session
 from xkv_fx.runtime.state import CachePlan
-
-Run = Callable[[list[Tensor]], Tensor]
 
 
 class Engine:
@@ -170,13 +169,14 @@ def load_engine(folder: str | os.PathLike[str], trust: bool = False) -> Engine:
     """See `xkv_fx.load`."""
     path = Path(folder)
     manifest = Manifest.load(path)
+    forms = forms_of(TARGETS[manifest.target])
     try:
         manifest.machine.check()
-        if manifest.tensorrt is not None:
-            check_library(manifest.tensorrt)
+        for form in forms.values():
+            form.check_runtime(manifest)
     except EngineError as error:
         raise EngineError(f"{path}: {error!s:.1000}") from error
-    if "program" in FORMATS[manifest.target].values() and not trust:
+    if any(form.pickled for form in forms.values()) and not trust:
         raise EngineError(
             f"{path}: torch reads the target {manifest.target!r} with pickle, which may run any code; load it with "
             "trust=True if you know where it comes from, or export it with target='aoti'"
@@ -184,7 +184,8 @@ def load_engine(folder: str | os.PathLike[str], trust: bool = False) -> Engine:
     check_files(path, manifest)
     check_packages(path, manifest)
     weights = _load_weights(path / WEIGHTS, manifest)
-    return Engine(manifest, weights, {kind: _load_package(path, manifest, kind) for kind in KINDS})
+    run = {kind: form.load(path / manifest.packages[kind].file, manifest) for kind, form in forms.items()}
+    return Engine(manifest, weights, run)
 
 
 def _load_weights(path: Path, manifest: Manifest) -> dict[str, Tensor]:
@@ -206,31 +207,3 @@ def _load_weights(path: Path, manifest: Manifest) -> dict[str, Tensor]:
     except (FileFormatError, safetensors.SafetensorError) as error:
         raise FileFormatError(f"{path}: {error}") from error
     return weights
-
-
-def _load_package(folder: Path, manifest: Manifest, kind: Kind) -> Run:
-    path, form = folder / manifest.packages[kind].file, manifest.format_of(kind)
-    if form == "tensorrt" and manifest.tensorrt is not None:  # a manifest of that target has both
-        return TensorRTDecode(path, manifest, manifest.tensorrt)
-    return _load_aoti(path) if form == "aoti" else _load_program(path)
-
-
-def _load_aoti(path: Path) -> Run:
-    try:
-        loaded = torch._inductor.aoti_load_package(os.fspath(path))
-    except RuntimeError as error:
-        raise EngineError(f"{path}: torch could not load it ({error})") from error
-
-    def run(inputs: list[Tensor]) -> Tensor:
-        logits: Tensor = loaded.loader.run(inputs)[0]  # calling `loaded` itself would sort hundreds of inputs each time
-        return logits
-
-    return run
-
-
-def _load_program(path: Path) -> Run:
-    try:
-        module = torch.export.load(path).module(check_guards=False)
-    except (RuntimeError, zipfile.BadZipFile) as error:
-        raise EngineError(f"{path}: torch could not load it ({error})") from error
-    return lambda inputs: module(*inputs)

@@ -16,14 +16,11 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from xkv_fx.capture.export import UNBOUNDED
-from xkv_fx.engines import by_sums
-from xkv_fx.engines.aoti import compile_aoti
-from xkv_fx.engines.manifest import DEVICES, FORMATS, TARGETS, WEIGHTS, Format, Manifest, inputs_of
-from xkv_fx.engines.pt2 import save_program
+from xkv_fx.engines.forms import forms_of
+from xkv_fx.engines.manifest import WEIGHTS, Manifest, inputs_of
 from xkv_fx.engines.records import FileRecord, Machine, Package, spec_of
-from xkv_fx.engines.tensorrt.build import caches_of, compile_tensorrt, import_torch_tensorrt, written_in_place
-from xkv_fx.engines.tensorrt.graph import trace_for_tensorrt
-from xkv_fx.engines.trace import SHORTEST, trace_program
+from xkv_fx.engines.targets import target_of
+from xkv_fx.engines.trace import SHORTEST
 from xkv_fx.errors import BackendError, EngineError, UnsupportedModelError
 from xkv_fx.files import folder_written_whole
 from xkv_fx.lowering.budgeted import Budgeted
@@ -31,15 +28,13 @@ from xkv_fx.passes.tools.graph import calls, placeholders
 from xkv_fx.runtime.session import Kind
 
 TOKENIZER = "tokenizer"
-_SUFFIXES: dict[Format, str] = {"aoti": ".pt2", "program": ".pt2", "tensorrt": ".trt"}
 
 
 def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, tokenizer: Any) -> None:
     """See `xkv_fx.export`."""
     if not isinstance(llm, Budgeted):
         raise UnsupportedModelError(f"a {type(llm).__name__} cannot be exported; give what xkv_fx.transform returned")
-    if target not in TARGETS:
-        raise BackendError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
+    devices, forms = target_of(target).devices, forms_of(target_of(target))
     graphs = llm.program.graphs
     plan = graphs.plan
     if graphs.captured.shard.size > 1:
@@ -47,11 +42,12 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
             f"this model is split among {graphs.captured.shard.size} processes, and an engine runs in one; export what "
             "was made from the whole model"
         )
-    if target == "tensorrt":
-        import_torch_tensorrt()
-    if plan.device.type not in DEVICES[target]:
-        devices = " and ".join(DEVICES[target])
-        raise BackendError(f"engines of the target {target!r} run on {devices}; this model is on {plan.device.type}")
+    for form in forms.values():
+        form.check_tools()
+    if plan.device.type not in devices:
+        raise BackendError(
+            f"engines of the target {target!r} run on {' and '.join(devices)}; this model is on {plan.device.type}"
+        )
     longest = graphs.captured.max_positions or UNBOUNDED
     if longest < SHORTEST:
         raise UnsupportedModelError(f"a model of {longest} positions cannot be exported")
@@ -60,14 +56,9 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
             weights = _Weights()
             programs: dict[Kind, ExportedProgram] = {}
             packages: dict[Kind, Package] = {}
-            for kind, form in FORMATS[target].items():
-                taken: dict[str, Tensor] = {}
-                if form == "tensorrt":  # holds its weights itself
-                    programs[kind] = trace_for_tensorrt(graphs.get(kind).module, plan)
-                else:
-                    forms = by_sums.FORMS if form == "aoti" and kind == "decode" else {}
-                    programs[kind], taken = trace_program(graphs.get(kind).module, graphs.scorer, longest, forms)
-                packages[kind] = Package(f"{kind}{_SUFFIXES[form]}", weights.add(taken), inputs_of(kind, plan))
+            for kind, form in forms.items():
+                programs[kind], taken = form.trace(graphs, kind, longest)
+                packages[kind] = Package(f"{kind}{form.suffix}", weights.add(taken), inputs_of(kind, plan))
             manifest = Manifest(
                 target=target,
                 machine=Machine.here(plan.device.type),
@@ -90,15 +81,10 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
                 packages=packages,
                 files={},
             )
-            for kind, form in FORMATS[target].items():
-                path, key = part / packages[kind].file, manifest.package_key(kind)
-                if form == "aoti":
-                    compile_aoti(programs.pop(kind), path, key)
-                elif form == "program":
-                    save_program(programs.pop(kind), path, key)
-                else:
-                    caches = caches_of(plan) if written_in_place(plan) else ()
-                    build = compile_tensorrt(programs.pop(kind), path, key, len(caches))
+            for kind, form in forms.items():
+                key = manifest.package_key(kind)
+                build = form.write(programs.pop(kind), part / packages[kind].file, key, plan)
+                if build is not None:
                     manifest = dataclasses.replace(manifest, tensorrt=build)
             save_file(weights.separate(), part / WEIGHTS)
             shutil.copymode(part / packages["decode"].file, part / WEIGHTS)  # safetensors lets nobody else read it

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xkv_fx.engines.aoti import METADATA_KEY
-from xkv_fx.engines.manifest import Format, Manifest
-from xkv_fx.engines.pt2 import KEY_FILE
+from xkv_fx.engines.form import PackageForm
+from xkv_fx.engines.forms import forms_of
+from xkv_fx.engines.manifest import Manifest
 from xkv_fx.engines.records import FileRecord
-from xkv_fx.engines.tensorrt.build import ENGINE
+from xkv_fx.engines.targets import TARGETS
 from xkv_fx.errors import EngineError, FileFormatError, XkvError
-from xkv_fx.runtime.session import KINDS, Kind
+from xkv_fx.runtime.session import Kind
 
 _MAX_SMALL_BYTES = 1 << 20
-# What torch writes around the code of a package.
-_ABOUT = {"archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id"}
-_CODE = "data/aotinductor/model/"
 
 
 def inspect_engine(folder: Path) -> dict[str, Any]:
@@ -96,48 +92,27 @@ def check_packages(folder: Path, manifest: Manifest) -> None:
         FileFormatError: it does not.
         EngineError: it was made for another plan than the manifest's.
     """
-    for kind in KINDS:
-        _check_package(folder, manifest, kind)
+    for kind, form in forms_of(TARGETS[manifest.target]).items():
+        _check_package(folder, manifest, kind, form)
 
 
-def _check_package(folder: Path, manifest: Manifest, kind: Kind) -> None:
+def _check_package(folder: Path, manifest: Manifest, kind: Kind, form: PackageForm) -> None:
     path = folder / manifest.packages[kind].file
-    form = manifest.format_of(kind)
     try:
         with zipfile.ZipFile(path) as archive:
             members = {name.partition("/")[2]: name for name in archive.namelist()}
-            foreign = [name for name in members if not _belongs(name, form)]
+            foreign = [name for name in members if not form.belongs(name)]
             if foreign:
                 raise FileFormatError(f"it holds {foreign[0]!r}, which is no part of compiled code")
-            keys = {_read(archive, members[name]) for name in members if _holds_key(name, form)}
+            keys = {_read(archive, members[name]) for name in members if form.holds_key(name)}
+        found = {form.key_in(content) for content in keys} - {None}
     except (FileFormatError, zipfile.BadZipFile, ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: {error}") from error
-    found = {_key_in(text, form) for text in keys} - {None}
     if found != {manifest.package_key(kind)}:
         raise EngineError(f"{path}: it was made for other budgets, weights or shapes than those of the manifest")
-
-
-def _belongs(member: str, form: Format) -> bool:
-    if form == "aoti":
-        return member in _ABOUT or member.startswith(_CODE)
-    return form == "program" or member in (ENGINE, KEY_FILE)
-
-
-def _holds_key(member: str, form: Format) -> bool:
-    if form == "aoti":
-        return member.startswith(_CODE) and member.endswith("_metadata.json")
-    return member.rpartition("/")[2] == KEY_FILE
 
 
 def _read(archive: zipfile.ZipFile, member: str) -> str:
     if archive.getinfo(member).file_size > _MAX_SMALL_BYTES:
         raise FileFormatError(f"{member} is larger than {_MAX_SMALL_BYTES} bytes")
     return archive.read(member).decode("utf-8", errors="replace")
-
-
-def _key_in(text: str, form: Format) -> str | None:
-    if form != "aoti":
-        return text
-    data = json.loads(text)
-    key = data.get(METADATA_KEY) if isinstance(data, dict) else None
-    return key if isinstance(key, str) else None

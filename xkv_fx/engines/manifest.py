@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -23,6 +23,7 @@ from xkv_fx.engines.records import (
     fields_of,
     spec_of,
 )
+from xkv_fx.engines.targets import TARGETS
 from xkv_fx.errors import FileFormatError, XkvError
 from xkv_fx.files import is_int, read_sealed_json, write_sealed_json
 from xkv_fx.layers import LayerSpec, layer_specs
@@ -35,26 +36,13 @@ FORMAT_VERSION = 3  # 1 knew nothing of TensorRT, 2 had no checksum of its own
 NAME = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
-Target = Literal["aoti", "pt2", "tensorrt"]
-TARGETS: tuple[str, ...] = get_args(Target)
-Format = Literal["aoti", "program", "tensorrt"]
-"""Of a package: AOTInductor's, torch.export's, which is read with pickle, or an engine of TensorRT's."""
-FORMATS: Mapping[str, Mapping[Kind, Format]] = {
-    "aoti": {"prefill": "aoti", "extend": "aoti", "decode": "aoti"},
-    "pt2": {"prefill": "program", "extend": "program", "decode": "program"},
-    "tensorrt": {"prefill": "aoti", "extend": "aoti", "decode": "tensorrt"},
-}
-"""What the packages of each target are."""
-DEVICES: Mapping[str, tuple[str, ...]] = {"aoti": ("cpu", "cuda"), "pt2": ("cpu", "cuda"), "tensorrt": ("cuda",)}
-"""Where the engines of each target run."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """An engine, all but its code and weights.
 
     Attributes:
-        target: one of `TARGETS`.
+        target: one of `targets.TARGETS`.
         machine: what it was built for.
         xkv_fx: version of this package that wrote it.
         model: the model's fingerprint.
@@ -97,10 +85,6 @@ class Manifest:
     packages: Mapping[Kind, Package]
     files: Mapping[str, FileRecord]
     tensorrt: TensorRTBuild | None = None
-
-    def format_of(self, kind: Kind) -> Format:
-        """What the package of that kind is."""
-        return FORMATS[self.target][kind]
 
     @property
     def plan(self) -> CachePlan:
@@ -216,8 +200,8 @@ class Manifest:
             raise FileFormatError(f"its target {self.target!r} is unknown; known are {', '.join(TARGETS)}")
         if (self.target == "tensorrt") != (self.tensorrt is not None):
             raise FileFormatError("'tensorrt' says what TensorRT built, and stands with that target alone")
-        if self.machine.device not in DEVICES[self.target]:
-            devices = ", ".join(DEVICES[self.target])
+        if self.machine.device not in TARGETS[self.target].devices:
+            devices = ", ".join(TARGETS[self.target].devices)
             raise FileFormatError(f"its device {self.machine.device!r} is unknown; known are {devices}")
         if self.dtype not in DTYPES:
             raise FileFormatError(f"its dtype {self.dtype!r} is unknown")

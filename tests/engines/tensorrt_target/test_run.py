@@ -23,10 +23,11 @@ from torch import Tensor
 
 import xkv_fx
 from xkv_fx import Budgets, Policy
-from xkv_fx.engines import manifest as manifests
 from xkv_fx.engines.folder import inspect_engine
-from xkv_fx.engines.manifest import Manifest
+from xkv_fx.engines.forms import PACKAGE_FORMS
+from xkv_fx.engines.manifest import Manifest, inputs_of
 from xkv_fx.engines.records import TensorRTBuild
+from xkv_fx.engines.targets import TARGETS
 from xkv_fx.engines.tensorrt import build as tensorrt
 from xkv_fx.engines.tensorrt.graph import trace_for_tensorrt
 
@@ -46,8 +47,14 @@ def test_without_torch_tensorrt_it_is_said_what_to_install(llm: Any, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+def with_tools(patch: pytest.MonkeyPatch) -> None:
+    """As if Torch-TensorRT were installed."""
+    form = dataclasses.replace(PACKAGE_FORMS["tensorrt"], check_tools=lambda: None)
+    patch.setitem(PACKAGE_FORMS, "tensorrt", form)  # type: ignore[arg-type]
+
+
 def test_the_model_must_be_on_a_gpu(llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xkv_fx.engines.export.import_torch_tensorrt", lambda: None)
+    with_tools(monkeypatch)
     with pytest.raises(xkv_fx.BackendError, match="'tensorrt' run on cuda; this model is on cpu"):
         xkv_fx.export(llm, tmp_path / "engine", target="tensorrt")
 
@@ -57,7 +64,7 @@ def stand_in(llm: Any) -> types.ModuleType:
     """Runs the traced graph at the addresses that it is given, as an engine would."""
     program = trace_for_tensorrt(llm.decode, llm.program.plan)
     decode = program.module()
-    inputs = {spec.name: spec for spec in manifests.inputs_of("decode", llm.program.plan)}
+    inputs = {spec.name: spec for spec in inputs_of("decode", llm.program.plan)}
     plan = llm.program.plan
     caches = tensorrt.caches_of(plan) if tensorrt.written_in_place(plan) else ()
     returned = {
@@ -126,11 +133,10 @@ def at(address: int, shape: Any, dtype: torch.dtype) -> Tensor:
 @pytest.fixture(scope="module")
 def without_a_gpu(llm: Any) -> Iterator[None]:
     """The target takes the CPU, its prompts the form that needs no compiler, and TensorRT builds nothing."""
-    prompts = {"prefill": "program", "extend": "program"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(manifests.FORMATS, "tensorrt", {**prompts, "decode": "tensorrt"})  # type: ignore[arg-type]
-        patch.setitem(manifests.DEVICES, "tensorrt", ("cpu",))  # type: ignore[arg-type]
-        patch.setattr("xkv_fx.engines.export.import_torch_tensorrt", lambda: None)
+        target = dataclasses.replace(TARGETS["tensorrt"], prompts="program", devices=("cpu",))
+        patch.setitem(TARGETS, "tensorrt", target)  # type: ignore[arg-type]
+        with_tools(patch)
         patch.setattr("xkv_fx.engines.tensorrt.build.build_engine", lambda *_: (memoryview(b"an engine"), BUILD))
         patch.setattr("torch.cuda.current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
         yield

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from xkv_fx.engines.pt2 import KEY_FILE
+from xkv_fx.engines.form import KEY_FILE
 from xkv_fx.engines.records import TensorRTBuild
 from xkv_fx.errors import BackendError, EngineError, first_line
 from xkv_fx.runtime.state import Buffer, CachePlan
 
 ENGINE = "engine"
-"""Under this name the decode package, a zip file, holds what TensorRT built; beside it `portable.KEY_FILE`."""
+"""Under this name the decode package, a zip file, holds what TensorRT built; beside it `form.KEY_FILE`."""
 
 _INSTALL = "install torch-tensorrt-rtx (for RTX GPUs) or torch-tensorrt, of the version of the installed torch"
 
