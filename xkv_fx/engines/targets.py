@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """
+    """What an engine is made of, and where it runs.
+
     Attributes:
         prompts, decode: the forms of the packages, by their names in `forms.PACKAGE_FORMS`.
         devices: kinds of device on which its engines run.

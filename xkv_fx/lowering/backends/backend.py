@@ -1,4 +1,4 @@
-"""What a backend is: a way of making a decode graph run."""
+"""What a backend is, and what it makes of a decode graph."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ class Lowered:
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """
+    """A way of making a decode graph run.
+
     Attributes:
-        lower: makes a graph run that holds its weights or takes them as its first inputs; the graph stays as it is.
-            Raises BackendError where it cannot.
+        lower: makes a graph run, which holds its weights or takes them as its first inputs, and is not changed. Raises
+            BackendError where it cannot.
         describe: what `lower` has made, and who serves its attention, for people.
     """
 
