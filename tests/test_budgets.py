@@ -17,8 +17,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xkv_fx import Budgets
 from xkv_fx import layers as module
-from xkv_fx.budgets import FORMAT_VERSION, Budgets, Provenance
+from xkv_fx.budgets import FORMAT_VERSION, Plan, Provenance
 from xkv_fx.errors import BudgetError, FileFormatError, ModelMismatchError
 from xkv_fx.layers import LayerSpec
 from xkv_fx.policy import EVICTIONS, Policy
@@ -503,10 +504,10 @@ def test_kv_bytes_of_what_carries_its_layers() -> None:
 def test_kv_bytes_of_a_model_asks_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(2, 2)
     monkeypatch.setattr(module, "_model_reader", lambda given: (GQA, MLA) if given is model else ())
-    assert Budgets((1, 2)).kv_bytes(model) == 256 + 2 * 80
+    assert Plan((1, 2)).kv_bytes(model) == 256 + 2 * 80
     monkeypatch.setattr(module, "_model_reader", None)
     with pytest.raises(BudgetError, match="LayerSpecs"):
-        Budgets((1, 2)).kv_bytes(model)
+        Plan((1, 2)).kv_bytes(model)
 
 
 # Does the plan fit the model?

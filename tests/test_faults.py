@@ -19,7 +19,7 @@ from xkv_fx import Budgets
 TESTS = Path(__file__).parent
 WRITER = """
 import sys
-from xkv_fx.budgets import Budgets
+from xkv_fx import Budgets
 small, large = Budgets((1,)), Budgets(tuple(range(1, 60_000)))
 print("started", flush=True)
 while True:
@@ -28,7 +28,7 @@ while True:
 """
 FULL_DISK = """
 import resource, signal, sys
-from xkv_fx.budgets import Budgets
+from xkv_fx import Budgets
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 Budgets(tuple(range(1, 60_000))).save(sys.argv[1])

@@ -1,5 +1,5 @@
-"""Imports point one way: cli -> evaluation -> the face -> api -> compile_backend -> hf, engines -> planning,
-lowering -> capture -> passes -> runtime -> the plan's files.
+"""Imports point one way: cli -> evaluation -> the face -> api -> compile_backend -> the users' plan -> hf, engines ->
+planning, lowering -> capture -> passes -> runtime -> the plan's files.
 
 Every import counts, also one inside a function, under TYPE_CHECKING, or by the name of a module in a string.
 """
@@ -33,6 +33,7 @@ LEVELS = (
     ("capture",),
     ("lowering", "planning"),
     ("hf", "engines"),
+    ("public_budgets",),
     ("compile_backend",),
     ("api",),
     ("register_attention",),
@@ -42,7 +43,10 @@ LEVELS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MAY_IMPORT_TRANSFORMERS = {"hf", "compile_backend", "register_attention", "evaluation"}
-WITHOUT_TORCH = {"errors", "files", "engine_settings", "formats", "layers", "policy", "budgets", "register_attention"}
+WITHOUT_TORCH = {
+    "errors", "files", "engine_settings", "formats", "layers", "policy", "budgets", "public_budgets",
+    "register_attention",
+}  # fmt: skip
 
 
 def described(path: Path, found: list[tuple[int, str]]) -> list[str]:

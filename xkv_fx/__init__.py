@@ -14,7 +14,6 @@ from xkv_fx.register_attention import register_attention as _register_attention
 
 if TYPE_CHECKING:
     from xkv_fx.api import calibrate, export, fit_quality, load, profile, solve, transform, verify
-    from xkv_fx.budgets import Budgets
     from xkv_fx.compile_backend.backend import compiled_session
     from xkv_fx.compile_backend.cache import Cache
     from xkv_fx.engines.engine import Engine
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from xkv_fx.planning.data.profile_data import Profile
     from xkv_fx.planning.measure.verify import Verification
     from xkv_fx.policy import Policy
+    from xkv_fx.public_budgets import Budgets
 
 __version__ = "0.1.0"
 
@@ -74,7 +74,7 @@ __all__ = [
 _HOMES = {
     "BackendError": "xkv_fx.errors",
     "BudgetError": "xkv_fx.errors",
-    "Budgets": "xkv_fx.budgets",
+    "Budgets": "xkv_fx.public_budgets",
     "Cache": "xkv_fx.compile_backend.cache",
     "Calibration": "xkv_fx.planning.data.calibration_data",
     "CapacityError": "xkv_fx.errors",

@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from xkv_fx.budgets import Budgets
+from xkv_fx.budgets import Plan
 from xkv_fx.errors import BudgetError, UnsupportedModelError
 from xkv_fx.files import is_int
-from xkv_fx.planning.solve.plan import solve
 from xkv_fx.policy import Policy
+from xkv_fx.public_budgets import Budgets, budgets_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from xkv_fx.capture.captured import CapturedModel
     from xkv_fx.engines.engine import Engine
     from xkv_fx.hf.generation import BudgetedLM
+    from xkv_fx.layers import HasItemSize
     from xkv_fx.lowering.plain import BudgetedModule
     from xkv_fx.planning.data.calibration_data import Calibration
     from xkv_fx.planning.data.profile_data import Profile
     from xkv_fx.planning.measure.verify import Verification
+    from xkv_fx.planning.solve.allocators import Allocator
 
 __all__ = ["calibrate", "export", "fit_quality", "load", "profile", "solve", "transform", "verify"]
 
@@ -137,10 +139,69 @@ def calibrate(
     return measure_calibration(captured, rows, policy, grid, continuation, progress, resume, team)
 
 
+def solve(
+    profile: Profile | Calibration,
+    *,
+    fraction: float | None = None,
+    total_tokens: int | None = None,
+    retention: float | None = None,
+    kv_bytes: int | None = None,
+    context: int | None = None,
+    allocator: str | Allocator | None = None,
+    multiple: int = 16,
+    floor: int = 1,
+    batch_size: int = 1,
+    dtype: HasItemSize | None = None,
+) -> Budgets:
+    """Solve how many KV slots each layer gets, under exactly one constraint.
+
+    Args:
+        profile: measured retention curves, or a calibration's measured divergences.
+        fraction: the share of `layers * context` tokens to keep, above 0 and at most 1.
+        total_tokens: the sum of the capacities, exact.
+        retention: the mean over layers of the share of attention mass to keep at least, with the fewest tokens; for a
+            profile only.
+        kv_bytes: the most bytes that the K/V buffers of `batch_size` rows in `dtype` may take.
+        context: tokens of prompt to plan for; the longest profiled prompt by default.
+        allocator: a registered name or an `Allocator`; by default `"xkv"` for a profile, `"calibrated"` for a
+            calibration.
+        multiple: round capacities to multiples of this; a total stays exact. Few distinct sizes compile faster.
+        floor: the fewest slots of every layer; a layer whose sliding window is smaller gets that.
+        batch_size: rows after expansion, batch x beams or return sequences; counts for `kv_bytes` only, since
+            capacities are per row.
+        dtype: dtype of the cache for `kv_bytes`; each layer's own by default.
+
+    Returns:
+        the plan; its provenance says how it was made, and which retention (of a profile) or KL (of a calibration) is
+        expected of it.
+
+    Raises:
+        BudgetError: no constraint or several, one that cannot be met or is out of range, or an allocator that needs
+            what was not measured.
+    """
+    from xkv_fx.planning.solve import plan
+
+    return budgets_of(
+        plan.solve(
+            profile,
+            fraction=fraction,
+            total_tokens=total_tokens,
+            retention=retention,
+            kv_bytes=kv_bytes,
+            context=context,
+            allocator=allocator,
+            multiple=multiple,
+            floor=floor,
+            batch_size=batch_size,
+            dtype=dtype,
+        )
+    )
+
+
 @overload
 def verify(
     model: Any,
-    budgets: Budgets,
+    budgets: Plan,
     prompts: Sequence[str | Tensor | Sequence[int]],
     continuation: int = ...,
     tokenizer: Any = ...,
@@ -151,7 +212,7 @@ def verify(
 @overload
 def verify(
     model: Any,
-    budgets: Sequence[Budgets],
+    budgets: Sequence[Plan],
     prompts: Sequence[str | Tensor | Sequence[int]],
     continuation: int = ...,
     tokenizer: Any = ...,
@@ -161,7 +222,7 @@ def verify(
 
 def verify(
     model: Any,
-    budgets: Budgets | Sequence[Budgets],
+    budgets: Plan | Sequence[Plan],
     prompts: Sequence[str | Tensor | Sequence[int]],
     continuation: int = 48,
     tokenizer: Any = None,
@@ -198,14 +259,14 @@ def verify(
     from xkv_fx.planning.measure.calibrate import check_measurable
     from xkv_fx.planning.measure.verify import verify_plans
 
-    plans = (budgets,) if isinstance(budgets, Budgets) else budgets
-    if not isinstance(plans, Sequence) or not plans or not all(isinstance(plan, Budgets) for plan in plans):
+    plans = (budgets,) if isinstance(budgets, Plan) else budgets
+    if not isinstance(plans, Sequence) or not plans or not all(isinstance(plan, Plan) for plan in plans):
         raise BudgetError(f"budgets must be an xkv_fx.Budgets, or several; got {type(budgets).__name__}")
     for plan in plans:
         check_measurable(plan.policy, continuation)
     rows = tokenize(prompts, tokenizer)
     reports = verify_plans(capture(model, decode=False), plans, rows, continuation, progress)
-    return reports[0] if isinstance(budgets, Budgets) else reports
+    return reports[0] if isinstance(budgets, Plan) else reports
 
 
 def fit_quality(
@@ -251,13 +312,13 @@ def fit_quality(
         raise BudgetError(f"fit_quality takes an xkv_fx.Calibration; got {type(calib).__name__}")
     rows = tokenize(prompts, tokenizer)
     captured = capture(model, decode=False)
-    return smallest_plan(captured, calib, rows, kl, context, multiple, resolution, continuation, progress)
+    return budgets_of(smallest_plan(captured, calib, rows, kl, context, multiple, resolution, continuation, progress))
 
 
 @overload
 def transform(
     model: Any,
-    budgets: Budgets,
+    budgets: Plan,
     batch_size: int = 1,
     backend: str = "inductor",
     max_new_tokens: int = 0,
@@ -269,7 +330,7 @@ def transform(
 @overload
 def transform(
     model: Any,
-    budgets: Budgets,
+    budgets: Plan,
     batch_size: int = 1,
     backend: str = "inductor",
     max_new_tokens: int = 0,
@@ -281,7 +342,7 @@ def transform(
 
 def transform(
     model: Any,
-    budgets: Budgets,
+    budgets: Plan,
     batch_size: int = 1,
     backend: str = "inductor",
     max_new_tokens: int = 0,
@@ -370,4 +431,4 @@ def load(folder: str | os.PathLike[str], trust: bool = False) -> Engine:
     """
     from xkv_fx.engines.engine import load_engine
 
-    return load_engine(folder, trust)
+    return load_engine(folder, trust, Budgets)

@@ -1,7 +1,7 @@
 """The plan that every part shares: how many K/V slots each layer owns, and the policy that fills them.
 
 This module sits below every room of the package. A plan needs neither torch nor transformers to be read, written or
-checked.
+checked. Users hold an `xkv_fx.Budgets`, which is a `Plan` that can also read a transformers model.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from xkv_fx.engine_settings import engine_settings
 from xkv_fx.errors import BudgetError, FileFormatError, ModelMismatchError
 from xkv_fx.files import check_format, is_finite, is_int, read_json, write_json
-from xkv_fx.layers import HasItemSize, LayerSpec, layers_of
+from xkv_fx.layers import HasItemSize, Layers, layers_of
 from xkv_fx.policy import Policy
 
 FORMAT = "xkv_fx.budgets"
@@ -80,8 +80,10 @@ class Provenance:
 
 
 @dataclasses.dataclass(frozen=True)
-class Budgets:
+class Plan:
     """Per-layer KV cache capacities and the policy that they are valid for.
+
+    Plans of equal content are equal, of whichever subclass they are.
 
     Attributes:
         capacities: K/V slots of each layer that owns a cache, in execution order, *per KV head and row*; recent
@@ -113,15 +115,20 @@ class Budgets:
         if not isinstance(self.provenance, Provenance):
             raise BudgetError(f"provenance must be a Provenance; got {type(self.provenance).__name__}")
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return all(getattr(self, field.name) == getattr(other, field.name) for field in dataclasses.fields(Plan))
+
     @classmethod
-    def uniform(cls, layers: int, tokens: int, policy: Policy | None = None) -> Budgets:
+    def uniform(cls, layers: int, tokens: int, policy: Policy | None = None) -> Self:
         """The same capacity of `tokens` slots for each of `layers` layers."""
         if not is_int(layers) or layers < 1:
             raise BudgetError(f"layers must be a whole number of at least 1; got {layers!r}")
         return cls((tokens,) * layers, policy or Policy(), Provenance(allocator="uniform"))
 
     @classmethod
-    def full(cls, layers: int, tokens: int) -> Budgets:
+    def full(cls, layers: int, tokens: int) -> Self:
         """Room for every one of `tokens` tokens in each layer: nothing is ever evicted, and more is an error."""
         return dataclasses.replace(
             cls.uniform(layers, tokens, Policy(eviction="none")), provenance=Provenance(allocator="full")
@@ -132,16 +139,17 @@ class Budgets:
         """The sum of the capacities."""
         return sum(self.capacities)
 
-    def check_layers(self, layers: Sequence[LayerSpec], model: str | None = None) -> None:
+    def check_layers(self, layers: Layers, model: str | None = None) -> None:
         """Check that this plan fits a model with these layers and, where both are known, this fingerprint.
 
         Raises:
             BudgetError: the number of capacities differs from the number of layers.
             ModelMismatchError: the plan was made for another model.
         """
-        if len(self.capacities) != len(layers):
+        count = len(layers_of(layers))
+        if len(self.capacities) != count:
             raise BudgetError(
-                f"the plan has {len(self.capacities)} capacities but the model has {len(layers)} layers that own a KV "
+                f"the plan has {len(self.capacities)} capacities but the model has {count} layers that own a KV "
                 "cache; give one capacity for each of them"
             )
         planned_for = self.provenance.model
@@ -150,7 +158,7 @@ class Budgets:
                 f"the plan was made for the model {planned_for!r}, not for {model!r}; profile and solve for this model"
             )
 
-    def slots(self, layers: Sequence[LayerSpec], max_new_tokens: int = 0) -> tuple[int, ...]:
+    def slots(self, layers: Layers, max_new_tokens: int = 0) -> tuple[int, ...]:
         """Slots that are really allocated for each layer.
 
         Under `eviction="append"` each layer gets room for `max_new_tokens` besides its capacity. Capacity and room
@@ -164,16 +172,17 @@ class Budgets:
             raise BudgetError(f"max_new_tokens must be a whole number of at least 0; got {max_new_tokens!r}")
         room = max_new_tokens if self.policy.eviction == "append" else 0
         return tuple(
-            spec.effective_capacity(capacity + room) for spec, capacity in zip(layers, self.capacities, strict=True)
+            spec.effective_capacity(capacity + room)
+            for spec, capacity in zip(layers_of(layers), self.capacities, strict=True)
         )
 
     def kv_bytes(
-        self, model: Any, batch_size: int = 1, dtype: HasItemSize | None = None, max_new_tokens: int = 0
+        self, model: Layers, batch_size: int = 1, dtype: HasItemSize | None = None, max_new_tokens: int = 0
     ) -> int:
         """Bytes that the K/V buffers of `batch_size` rows take.
 
         Args:
-            model: a causal language model, a transformed one, or its `LayerSpec`s.
+            model: its `LayerSpec`s, or what carries them as `layers`, such as a transformed model.
             batch_size: rows after expansion: batch x beams or return sequences.
             dtype: dtype of the cache; the model's own by default.
             max_new_tokens: room set aside for generated tokens; counts under `eviction="append"` only.
@@ -227,7 +236,7 @@ class Budgets:
         return result
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Budgets:
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a plan that `save` wrote.
 
         Raises:
@@ -241,7 +250,7 @@ class Budgets:
             raise FileFormatError(f"{os.fspath(path)}: {error!s:.1000}") from error
 
     @classmethod
-    def from_dict(cls, data: Any) -> Budgets:
+    def from_dict(cls, data: Any) -> Self:
         """The plan that `to_dict` gave.
 
         Raises:
@@ -259,3 +268,9 @@ class Budgets:
             Policy.from_dict(data.get("policy")),
             Provenance.from_dict(data.get("provenance", {})),
         )
+
+
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+"""Of what returns a plan of the class that it is given."""
+
+Budgets = Plan  # until the rooms import it by its name

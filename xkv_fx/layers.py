@@ -50,6 +50,9 @@ class LayerSpec:
         return capacity if self.sliding_window is None else min(capacity, self.sliding_window)
 
 
+Layers = Any  # LayerSpecs, what carries them, or a model for the reader below
+
+
 def layer_specs(layers: list[Any]) -> tuple[LayerSpec, ...]:
     """LayerSpecs from JSON objects, every number a whole one of at least 1, `value_dim` of at least 0.
 
@@ -82,11 +85,19 @@ def set_model_reader(reader: ModelReader) -> None:
 
 def layers_of(model: Any) -> tuple[LayerSpec, ...]:
     """The layers of a model that own a KV cache, in execution order; `model` may be that tuple itself."""
+    layers = given_layers(model)
+    if layers is not None:
+        return layers
+    if _model_reader is None:
+        raise BudgetError("give the model's LayerSpecs, or import xkv_fx, which knows how to read models")
+    return _model_reader(model)
+
+
+def given_layers(model: object) -> tuple[LayerSpec, ...] | None:
+    """As `layers_of`; None for a model that must be read to know them."""
     if isinstance(model, Sequence) and all(isinstance(spec, LayerSpec) for spec in model):
         return tuple(model)
     layers = getattr(model, "layers", None)
     if isinstance(layers, tuple) and layers and all(isinstance(spec, LayerSpec) for spec in layers):
         return layers
-    if _model_reader is None:
-        raise BudgetError("give the model's LayerSpecs, or import xkv_fx, which knows how to read models")
-    return _model_reader(model)
+    return None

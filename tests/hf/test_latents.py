@@ -16,9 +16,9 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 import xkv_fx
 from xkv_fx import Budgets, Policy
 from xkv_fx.compile_backend.dynamo_graph import _has_effects
-from xkv_fx.hf.capture import capture
+from xkv_fx.hf.capture import capture, layers_of_model
 from xkv_fx.hf.generation import BudgetedLM
-from xkv_fx.layers import LayerSpec, layers_of
+from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.pipeline import profile_pipeline, run_pipeline
 from xkv_fx.runtime.scorers.expected_attention import ExpectedAttention
 from xkv_fx.runtime.scorers.prompt import PromptView
@@ -59,7 +59,7 @@ def gathered(latents: list[tuple[Tensor, Tensor]], kept: list[list[int]]) -> Dyn
 
 
 def test_what_is_cached(model: Any, llm: BudgetedLM) -> None:
-    assert llm.layers == layers_of(model) == (LATENT,) * 2
+    assert llm.layers == layers_of_model(model) == (LATENT,) * 2
     assert llm.kv_bytes == llm.new_session().kv_bytes == sum(CAPACITIES) * (16 + 8) * 4
     assert "latent of 24" in llm.describe()
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xkv_fx.budgets import Budgets
+from xkv_fx import Budgets
 from xkv_fx.layers import LayerSpec
 from xkv_fx.policy import EVICTIONS, Eviction, Policy
 from xkv_fx.runtime import any_length, ops

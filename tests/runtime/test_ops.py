@@ -12,7 +12,7 @@ from by_policy import keep_by, scored_by, scored_choice
 from runtime_inputs import HEADS, empty_buffers, named_tokens, random_qkv
 from torch import Tensor
 
-from xkv_fx.budgets import Budgets
+from xkv_fx import Budgets
 from xkv_fx.layers import LayerSpec
 from xkv_fx.policy import EVICTIONS
 from xkv_fx.runtime import ops

@@ -11,7 +11,7 @@ import torch
 from oracles import keep
 from torch import Tensor
 
-from xkv_fx.budgets import Budgets
+from xkv_fx import Budgets
 from xkv_fx.errors import CapacityError, PromptError, SessionError, XkvError
 from xkv_fx.layers import LayerSpec
 from xkv_fx.policy import EVICTIONS, Eviction, Policy

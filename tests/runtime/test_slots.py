@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracles import reference_ordinals, reference_slot
 from torch import Tensor
 
-from xkv_fx.budgets import Budgets
+from xkv_fx import Budgets
 from xkv_fx.errors import BudgetError, CapacityError
 from xkv_fx.layers import LayerSpec
 from xkv_fx.policy import Eviction, Policy

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xkv_fx.budgets import Budgets
+from xkv_fx import Budgets
 from xkv_fx.errors import BudgetError
 from xkv_fx.layers import LayerSpec
 from xkv_fx.policy import Eviction, Policy

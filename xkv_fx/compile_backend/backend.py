@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from xkv_fx.budgets import Budgets
 from xkv_fx.compile_backend.cache import Cache, cache_of, plan_of
 from xkv_fx.compile_backend.dynamo_graph import DynamoGraph, leave_lengths_open, locals_of_call, model_of_call
 from xkv_fx.compile_backend.models_of_calls import ModelsOfCalls
@@ -30,6 +29,7 @@ from xkv_fx.compile_backend.planned_graphs import PlannedGraphs
 from xkv_fx.errors import BackendError, PromptError, SessionError, XkvError
 from xkv_fx.hf.inspect import check_model
 from xkv_fx.lowering.program import check_request
+from xkv_fx.public_budgets import Budgets
 from xkv_fx.runtime.state import CachePlan
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache as TransformersCache
 
-from xkv_fx.budgets import Budgets
+from xkv_fx.budgets import Plan
 from xkv_fx.compile_backend.planned_graphs import BoundGraphs, PlannedGraphs
 from xkv_fx.errors import BudgetError, SessionError, UnsupportedModelError
 from xkv_fx.files import is_int
@@ -30,6 +30,7 @@ from xkv_fx.hf.rotary import refuse_changing_rotary
 from xkv_fx.hf.tensor_parallel import shards_of
 from xkv_fx.lowering.describe import describe_layers, describe_plan
 from xkv_fx.lowering.program import program_key
+from xkv_fx.public_budgets import Budgets, budgets_of
 from xkv_fx.runtime import tracing_marks  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.scorers import scorer_of
 from xkv_fx.runtime.session import Graph
@@ -61,7 +62,7 @@ class Cache(SessionCache):
     """
 
     def __init__(
-        self, model: Any, budgets: Budgets | str | os.PathLike[str], batch_size: int = 1, max_new_tokens: int = 0
+        self, model: Any, budgets: Plan | str | os.PathLike[str], batch_size: int = 1, max_new_tokens: int = 0
     ) -> None:
         budgets = plan_of(budgets)
         if not is_int(batch_size) or batch_size < 1:
@@ -170,8 +171,8 @@ def plan_of(budgets: Any) -> Budgets:
         BudgetError: neither.
         FileFormatError, FileNotFoundError: see `Budgets.load`.
     """
-    if isinstance(budgets, Budgets):
-        return budgets
+    if isinstance(budgets, Plan):
+        return budgets_of(budgets)
     if isinstance(budgets, str | os.PathLike):
         return Budgets.load(budgets)
     raise BudgetError(f"budgets must be an xkv_fx.Budgets or the path of one; got {type(budgets).__name__}")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from xkv_fx.budgets import Budgets
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.capture.check import LENGTH, check_capture
 from xkv_fx.capture.export import export_graph
@@ -29,6 +28,7 @@ from xkv_fx.passes.prepare.absorb_latents import AbsorbLatents
 from xkv_fx.passes.prepare.clean_graph import CleanGraph
 from xkv_fx.passes.prepare.open_last_logits import OpenLastLogits
 from xkv_fx.passes.tools.graph import output_node
+from xkv_fx.public_budgets import Budgets
 from xkv_fx.runtime.session import Kind
 from xkv_fx.runtime.state import CachePlan
 

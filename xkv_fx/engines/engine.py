@@ -10,7 +10,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from xkv_fx.budgets import Budgets
+from xkv_fx.budgets import Plan
 from xkv_fx.engines.folder import check_files, check_packages
 from xkv_fx.engines.form import Run
 from xkv_fx.engines.forms import forms_of
@@ -37,7 +37,7 @@ class Engine:
         self._program = _EngineProgram(manifest, weights, run)
 
     @property
-    def budgets(self) -> Budgets:
+    def budgets(self) -> Plan:
         """The plan that it was made with."""
         return self.manifest.budgets
 
@@ -165,10 +165,10 @@ class _EngineProgram:
             raise PromptError(f"the token {wrong} is none of the model's {self._manifest.known_tokens}")
 
 
-def load_engine(folder: str | os.PathLike[str], trust: bool = False) -> Engine:
-    """See `xkv_fx.load`."""
+def load_engine(folder: str | os.PathLike[str], trust: bool = False, plan_type: type[Plan] = Plan) -> Engine:
+    """See `xkv_fx.load`; its plan will be of the class `plan_type`."""
     path = Path(folder)
-    manifest = Manifest.load(path)
+    manifest = Manifest.load(path, plan_type)
     forms = forms_of(TARGETS[manifest.target])
     try:
         manifest.machine.check()

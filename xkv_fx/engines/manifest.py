@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from xkv_fx.budgets import Budgets
+from xkv_fx.budgets import Plan
 from xkv_fx.engines.records import (
     DTYPES,
     LENGTH,
@@ -69,7 +69,7 @@ class Manifest:
     xkv_fx: str
     model: str
     program: str
-    budgets: Budgets
+    budgets: Plan
     layers: tuple[LayerSpec, ...]
     room: int
     batch_size: int
@@ -145,8 +145,11 @@ class Manifest:
         )
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest:
+    def load(cls, folder: Path, plan_type: type[Plan] = Plan) -> Manifest:
         """Read the manifest of a folder and check that it is one, and agrees with itself.
+
+        Args:
+            plan_type: the class that its plan will be of.
 
         Raises:
             FileFormatError: no manifest, damaged or changed, of another format, or one that contradicts itself.
@@ -156,14 +159,14 @@ class Manifest:
             raise FileFormatError(f"{path}: there is no such file; {folder} is not an engine's folder")
         data = read_sealed_json(path, FORMAT, FORMAT_VERSION, oldest=3)
         try:
-            manifest = cls._from_dict(data)
+            manifest = cls._from_dict(data, plan_type)
             manifest._check()
         except XkvError as error:
             raise FileFormatError(f"{path}: {error!s:.1000}") from error
         return manifest
 
     @classmethod
-    def _from_dict(cls, data: dict[str, Any]) -> Manifest:
+    def _from_dict(cls, data: dict[str, Any], plan_type: type[Plan]) -> Manifest:
         kinds: dict[str, Any] = {
             "str": str, "int": int, "int | None": (int, type(None)), "TensorRTBuild | None": (dict, type(None)),
         }  # fmt: skip
@@ -179,7 +182,7 @@ class Manifest:
         if set(fields["packages"]) != set(KINDS):
             raise FileFormatError(f"'packages' must be {', '.join(KINDS)}")
         fields["machine"] = Machine.from_dict(fields["machine"])
-        fields["budgets"] = Budgets.from_dict(fields["budgets"])
+        fields["budgets"] = plan_type.from_dict(fields["budgets"])
         fields["layers"] = layer_specs(fields["layers"])
         fields["end_tokens"] = tuple(fields["end_tokens"])
         fields["weights"] = tuple(TensorSpec.from_dict(spec) for spec in fields["weights"])

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xkv_fx.budgets import Budgets
 from xkv_fx.errors import XkvError
 from xkv_fx.evaluation.quality.results import CONTINUATION, FULL, Evaluation, Row
 from xkv_fx.planning.data.profile_data import Profile
+from xkv_fx.public_budgets import Budgets
 
 
 def new_figure(width: float, height: float) -> Any:

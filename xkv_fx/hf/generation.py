@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from xkv_fx.budgets import Budgets
+from xkv_fx.budgets import Plan
 from xkv_fx.errors import PromptError, SessionError
 from xkv_fx.hf.cache import SessionCache
 from xkv_fx.lowering.budgeted import Budgeted
@@ -31,7 +31,7 @@ class BudgetedLM(Budgeted, GenerationMixin):
     _supports_cache_class = True
 
     def __init__(
-        self, config: PreTrainedConfig, generation_config: GenerationConfig, budgets: Budgets, program: CompiledProgram
+        self, config: PreTrainedConfig, generation_config: GenerationConfig, budgets: Plan, program: CompiledProgram
     ) -> None:
         super().__init__(budgets, program)
         self.config = config
@@ -53,7 +53,7 @@ class BudgetedLM(Budgeted, GenerationMixin):
         pad = self.generation_config.pad_token_id
         return next(iter(self.end_tokens), 0) if pad is None else pad
 
-    def _remade(self, budgets: Budgets, program: CompiledProgram) -> BudgetedLM:
+    def _remade(self, budgets: Plan, program: CompiledProgram) -> BudgetedLM:
         return BudgetedLM(self.config, self.generation_config, budgets, program)
 
     def forward(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from xkv_fx.budgets import Budgets
+from xkv_fx.budgets import Plan
 from xkv_fx.errors import BackendError, SessionError
 from xkv_fx.layers import LayerSpec
 from xkv_fx.lowering.program import CompiledProgram, compile_program
@@ -28,7 +28,7 @@ class Budgeted(nn.Module):
         program: the graphs and what they were lowered to.
     """
 
-    def __init__(self, budgets: Budgets, program: CompiledProgram) -> None:
+    def __init__(self, budgets: Plan, program: CompiledProgram) -> None:
         super().__init__()
         self.budgets = budgets
         self.program = program
@@ -91,7 +91,7 @@ class Budgeted(nn.Module):
         """The token that fills rows which have ended."""
         return 0
 
-    def with_budgets(self, budgets: Budgets, backend: str | None = None, max_new_tokens: int = 0) -> Self:
+    def with_budgets(self, budgets: Plan, backend: str | None = None, max_new_tokens: int = 0) -> Self:
         """The same captured model under another plan, sharing weights; `transform` without capturing again.
 
         Args:
@@ -148,7 +148,7 @@ class Budgeted(nn.Module):
         """Layers, capacities, policy, lowering and every choice that was made, as text."""
         return self.program.describe(self.budgets)
 
-    def _remade(self, budgets: Budgets, program: CompiledProgram) -> Self:
+    def _remade(self, budgets: Plan, program: CompiledProgram) -> Self:
         return type(self)(budgets, program)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xkv_fx.budgets import Budgets
+from xkv_fx.budgets import Plan
 from xkv_fx.runtime.scorers import Scorer
 from xkv_fx.runtime.session import Kind
 from xkv_fx.runtime.state import CachePlan
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # an engine is described without the passes
     from xkv_fx.passes.pipeline import TransformedGraph
 
 
-def describe_plan(fingerprint: str, plan: CachePlan, scorer: Scorer, budgets: Budgets) -> list[str]:
+def describe_plan(fingerprint: str, plan: CachePlan, scorer: Scorer, budgets: Plan) -> list[str]:
     """What was planned, as lines of text."""
     policy, source = budgets.policy, budgets.provenance
     return [

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from torch.fx import GraphModule
 
-from xkv_fx.budgets import Budgets
+from xkv_fx.budgets import Plan
 from xkv_fx.capture.captured import WHOLE, CapturedModel, Shard
 from xkv_fx.errors import BudgetError, UnsupportedModelError
 from xkv_fx.lowering.backends.eager import run_eager
@@ -79,22 +79,20 @@ class Graphs:
         return self.get("decode").module
 
 
-def check_request(budgets: Budgets, backend: str) -> Scorer:
+def check_request(budgets: Plan, backend: str) -> Scorer:
     """What can be said before a model is looked at; returns the scorer that the plan names.
 
     Raises:
         BudgetError: not a plan, or its scorer cannot be made or does not go with its eviction.
         BackendError: an unknown backend.
     """
-    if not isinstance(budgets, Budgets):
+    if not isinstance(budgets, Plan):
         raise BudgetError(f"budgets must be an xkv_fx.Budgets; got {type(budgets).__name__}")
     backend_of(backend)
     return scorer_of(budgets.policy)
 
 
-def compile_program(
-    captured: CapturedModel, budgets: Budgets, backend: str, max_new_tokens: int = 0
-) -> CompiledProgram:
+def compile_program(captured: CapturedModel, budgets: Plan, backend: str, max_new_tokens: int = 0) -> CompiledProgram:
     """Give a captured model its caches and lower it.
 
     Raises:
@@ -111,7 +109,7 @@ def compile_program(
     return CompiledProgram(Graphs(captured, plan, scorer), backend)
 
 
-def _check_reach(captured: CapturedModel, budgets: Budgets, slots: Sequence[SlotPlan]) -> None:
+def _check_reach(captured: CapturedModel, budgets: Plan, slots: Sequence[SlotPlan]) -> None:
     """Refuse a plan that says that it is for more tokens than a model is taken for which has positions for them."""
     full = (plan.slots for plan in slots if plan.eviction == "none")
     tokens, longest = max((budgets.provenance.context or 0, *full)), captured.max_positions
@@ -158,7 +156,7 @@ class CompiledProgram:
         why = self.graphs.captured.ends_early
         return f", behind which {why}" if why else ""
 
-    def describe(self, budgets: Budgets) -> str:
+    def describe(self, budgets: Plan) -> str:
         """What was planned and what was done about it, as text."""
         lines = [
             *describe_plan(self.graphs.captured.fingerprint, self.plan, self.graphs.scorer, budgets),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from xkv_fx.budgets import Budgets
+from xkv_fx.budgets import Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, ModelMismatchError
 from xkv_fx.planning.data.calibration_data import Calibration
@@ -33,7 +33,7 @@ def smallest_plan(
     resolution: float = 0.01,
     continuation: int = CONTINUATION,
     progress: Progress | None = None,
-) -> Budgets:
+) -> Plan:
     """The plan of the fewest tokens whose mean held-out KL is at most `kl`; see `xkv_fx.fit_quality`.
 
     Totals are narrowed down by rounds of several plans at once, to within `resolution` of layers x context.
@@ -53,7 +53,7 @@ def smallest_plan(
     rounds = max(1, math.ceil(math.log(max(2, most / gap), _TRIED + 1)))
     steps = rounds * len(prompts)
     low, high = 0, most  # `low` is known not to be enough
-    found: tuple[Budgets, list[float]] | None = None
+    found: tuple[Plan, list[float]] | None = None
     for turn in range(rounds):
         totals = sorted({low + (high - low) * step // (_TRIED + 1) for step in range(1, _TRIED + 1)} | {high})
         totals = [total for total in totals if total >= layers]

@@ -21,7 +21,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from xkv_fx.budgets import Budgets
+from xkv_fx.budgets import Plan
 from xkv_fx.layers import LayerSpec
 from xkv_fx.policy import Eviction
 
@@ -158,7 +158,7 @@ class SlotPlan:
         return (ordinals != EMPTY) & (ordinals > (query - self.sliding_window)[:, None, :, None])
 
 
-def slot_plans(budgets: Budgets, layers: tuple[LayerSpec, ...], max_new_tokens: int = 0) -> tuple[SlotPlan, ...]:
+def slot_plans(budgets: Plan, layers: tuple[LayerSpec, ...], max_new_tokens: int = 0) -> tuple[SlotPlan, ...]:
     """One plan a layer. A layer that holds its whole sliding window is a ring of that size: nothing needed is lost."""
     plans = []
     policy = budgets.policy

@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from xkv_fx.budgets import Budgets
+from xkv_fx import Budgets
 from xkv_fx.errors import BudgetError
 from xkv_fx.layers import LayerSpec
 from xkv_fx.planning.data.curves import retention_curve

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 import xkv_fx
 from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.evaluation.coverage.tiny import VOCABULARY, Registered, tiny_model
+from xkv_fx.hf.capture import layers_of_model
 
 PROMPT, STEPS, LONG = 40, 32, 64
 TOLERANCE = 1e-3
@@ -65,9 +66,7 @@ def _judge(entry: Registered) -> tuple[Outcome, str]:
         expected, broken = None, _line(error)
     try:
         if expected is None:
-            xkv_fx.transform(
-                model, xkv_fx.Budgets.full(len(xkv_fx.layers.layers_of(model)), PROMPT + STEPS), backend="eager"
-            )
+            xkv_fx.transform(model, xkv_fx.Budgets.full(len(layers_of_model(model)), PROMPT + STEPS), backend="eager")
             return "refused", f"no reference: transformers' own cached generation fails: {broken}"
         outcome, reason = compare(model, prompt, expected)
         if outcome == "failed" and (off := _reference_error(model, prompt, expected)) > TOLERANCE:
@@ -100,7 +99,7 @@ def compare(model: PreTrainedModel, prompt: Tensor, expected: tuple[Tensor, Tens
     Raises:
         UnsupportedModelError: the model is refused.
     """
-    specs = xkv_fx.layers.layers_of(model)
+    specs = layers_of_model(model)
     layers = len(specs)
     tokens = prompt.shape[1] + expected[0].shape[0]
     llm = xkv_fx.transform(model, xkv_fx.Budgets.full(layers, tokens), backend="eager")

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 import xkv_fx
-from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BudgetError
 from xkv_fx.layers import LayerSpec
 from xkv_fx.planning.data.calibration_data import Calibration
@@ -17,6 +16,7 @@ from xkv_fx.planning.measure.verify import uniform_like
 from xkv_fx.planning.solve.limits import make_limits
 from xkv_fx.planning.solve.plan import capacities_within_bytes
 from xkv_fx.policy import Policy
+from xkv_fx.public_budgets import Budgets
 
 UNIFORM = "uniform"
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BudgetError
 from xkv_fx.evaluation.pictures import draw_evaluation
 from xkv_fx.evaluation.quality.candidates import (
@@ -24,9 +23,11 @@ from xkv_fx.evaluation.quality.smallest import smallest_shares
 from xkv_fx.evaluation.tasks import NEEDLES, check_task
 from xkv_fx.evaluation.texts import cut_prompts, source_code
 from xkv_fx.files import write_json
-from xkv_fx.layers import LayerSpec, layers_of
+from xkv_fx.hf.capture import layers_of_model
+from xkv_fx.layers import LayerSpec
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.profile_data import Profile
+from xkv_fx.public_budgets import Budgets
 
 Progress = Callable[[int, int], None]
 
@@ -76,7 +77,7 @@ def run(
             quantized(name).new_cache(model.config)  # says that it is not installed
     there = tuple(name for name in asked if name not in missing)
 
-    layers = layers_of(model)
+    layers = layers_of_model(model)
     common = (request.measured, request.allocators, request.scorers)
     candidates = list(candidates_of_fractions(layers, settings.length, request.fractions, *common))
     sizes = {f"{name} bytes": planned_bytes(name, model, layers, settings.length, 1) for name in there}

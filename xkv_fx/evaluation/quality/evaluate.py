@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 import xkv_fx
-from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BudgetError, PromptError
 from xkv_fx.evaluation.quality.answering import (
     BudgetedReader,
@@ -32,8 +31,9 @@ from xkv_fx.evaluation.quality.results import CONTINUATION, FULL, Evaluation, Ro
 from xkv_fx.evaluation.quality.shared_prefill import Recorded, Recorder, can_record
 from xkv_fx.evaluation.tasks import Instance, make_instances
 from xkv_fx.evaluation.texts import cut_prompts, source_code
-from xkv_fx.layers import layers_of
+from xkv_fx.hf.capture import layers_of_model
 from xkv_fx.policy import Policy
+from xkv_fx.public_budgets import Budgets
 
 Progress = Callable[[int, int], None]
 
@@ -118,7 +118,7 @@ def evaluate(
     room = max(instance.new_tokens for made in examples.values() for instance in made)
     longest = max(instance.prompt.shape[1] for made in examples.values() for instance in made) + room
     if llm is None:
-        llm = xkv_fx.transform(model, Budgets.full(len(layers_of(model)), longest), backend=backend)
+        llm = xkv_fx.transform(model, Budgets.full(len(layers_of_model(model)), longest), backend=backend)
     limit = llm.program.max_positions
     if limit is not None and longest > limit:
         raise PromptError(f"prompts and answers of {longest} tokens are more than the model's {limit} positions")

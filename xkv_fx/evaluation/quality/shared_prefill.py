@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BudgetError
 from xkv_fx.evaluation.quality.answering import BudgetedReader
 from xkv_fx.policy import Policy
+from xkv_fx.public_budgets import Budgets
 from xkv_fx.runtime.scorers import scorer_of
 from xkv_fx.runtime.selection import write_survivors
 

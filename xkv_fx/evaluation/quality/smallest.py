@@ -10,10 +10,10 @@ import numpy as np
 from torch import Tensor
 
 import xkv_fx
-from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BudgetError
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.profile_data import Profile
+from xkv_fx.public_budgets import Budgets
 
 # Totals that are tried for each allocator in one round; each round leaves one gap between two of them.
 _TRIED = 6

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import xkv_fx
-from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BackendError, BudgetError
 from xkv_fx.evaluation.machine import BYTES_READ, MemoryReader, available_bytes, describe_machine, seconds
 from xkv_fx.evaluation.quality.quantized import QUANTIZED
@@ -23,8 +22,9 @@ from xkv_fx.evaluation.speed.bench_result import Bench, Run
 from xkv_fx.evaluation.speed.contestants import Contestant, Ours, dynamic, quantized, sliding, static
 from xkv_fx.evaluation.speed.peers import PEERS, PeerRequest, run_peer
 from xkv_fx.evaluation.speed.weights import weight_bytes, with_int8_weights
+from xkv_fx.hf.capture import layers_of_model
 from xkv_fx.hf.generation import BudgetedLM
-from xkv_fx.layers import layers_of
+from xkv_fx.public_budgets import Budgets
 
 OURS = ("ours-full", "ours", "ours-int8", "ours-plain", "ours-equal-bytes")
 PLAIN = ("ours-plain", "static-plain")
@@ -272,7 +272,7 @@ def _makers(model: PreTrainedModel, settings: BenchSettings) -> dict[str, Callab
 
 
 def _full(settings: BenchSettings, model: PreTrainedModel) -> Budgets:
-    return Budgets.full(len(layers_of(model)), settings.context + settings.steps)
+    return Budgets.full(len(layers_of_model(model)), settings.context + settings.steps)
 
 
 def _seen(name: str, settings: BenchSettings) -> int:

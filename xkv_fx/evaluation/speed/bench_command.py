@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BackendError, BudgetError
+from xkv_fx.hf.capture import layers_of_model
 from xkv_fx.hf.models import load_model
-from xkv_fx.layers import layers_of
+from xkv_fx.public_budgets import Budgets
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -36,4 +36,4 @@ def model_and_plan(
     model, _ = load_model(name, getattr(torch, dtype), device)
     if plan is not None:
         return model, Budgets.load(plan)
-    return model, Budgets.uniform(len(layers_of(model)), max(1, round(fraction * context)))
+    return model, Budgets.uniform(len(layers_of_model(model)), max(1, round(fraction * context)))

@@ -25,14 +25,15 @@ import typer
 from transformers import PreTrainedModel
 
 import xkv_fx
-from xkv_fx.budgets import Budgets
 from xkv_fx.errors import BackendError, BudgetError
 from xkv_fx.evaluation.machine import available_bytes, describe_machine, seconds
 from xkv_fx.evaluation.speed.bench_result import Run
 from xkv_fx.evaluation.speed.contestants import Contestant, Ours, dynamic, static
 from xkv_fx.evaluation.speed.presets import PRESETS, random_model
 from xkv_fx.evaluation.timing import medians_in_turns
-from xkv_fx.layers import LayerSpec, layers_of
+from xkv_fx.hf.capture import layers_of_model
+from xkv_fx.layers import LayerSpec
+from xkv_fx.public_budgets import Budgets
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 
 NOT_MEASURED = "not measured"
@@ -171,7 +172,7 @@ def _beyond_caches(device: torch.device) -> int:
 
 def throughput_runs(model: PreTrainedModel, settings: GpuBenchSettings) -> list[Run]:
     """A run of everybody, one after another; nobody's memory is left when the next one starts."""
-    layers, most = len(layers_of(model)), settings.context + settings.steps + WARM_STEPS + 1
+    layers, most = len(layers_of_model(model)), settings.context + settings.steps + WARM_STEPS + 1
     full = Budgets.full(layers, most)
     plans = {"full": full}
     for fraction in settings.fractions:
@@ -277,7 +278,7 @@ def bench(model: PreTrainedModel, settings: GpuBenchSettings) -> dict[str, Any]:
     """
     settings.check(model)
     device, dtype = model.device, model.dtype
-    attention = attention_runs(layers_of(model)[0], settings, dtype, device)
+    attention = attention_runs(layers_of_model(model)[0], settings, dtype, device)
     runs = throughput_runs(model, settings)
     return {
         "runs": [*attention, *(dataclasses.asdict(run) for run in runs)],

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xkv_fx.budgets import Budgets
+from xkv_fx.budgets import Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, PromptError, UnsupportedModelError
 from xkv_fx.files import SEAL, is_int, written_whole
@@ -159,7 +159,7 @@ def single_layer_plans(
     """For each capacity a plan under which `layer` holds so many tokens and all others everything."""
     plans: list[LayerPlans] = []
     for capacity in capacities:
-        slots = slot_plans(Budgets((capacity,), policy), (layers[layer],), continuation)
+        slots = slot_plans(Plan((capacity,), policy), (layers[layer],), continuation)
         plan: list[SlotPlan | None] = [None] * len(layers)
         plan[layer] = slots[0]
         plans.append(plan)

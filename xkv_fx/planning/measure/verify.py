@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xkv_fx.budgets import Budgets
+from xkv_fx.budgets import AnyPlan, Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, PromptError
 from xkv_fx.layers import LayerSpec
@@ -82,12 +82,12 @@ class Verification:
             "ratio_high": self.ratio.high,
         }
 
-    def stored_in(self, budgets: Budgets) -> Budgets:
+    def stored_in(self, budgets: AnyPlan) -> AnyPlan:
         """The plan with this in its provenance."""
         provenance = dataclasses.replace(budgets.provenance, held_out=self.to_dict())
         return dataclasses.replace(budgets, provenance=provenance)
 
-    def uniform_plan(self, budgets: Budgets) -> Budgets:
+    def uniform_plan(self, budgets: AnyPlan) -> AnyPlan:
         """The uniform plan of equal bytes in the place of `budgets`, saying so, with this in its provenance."""
         provenance = dataclasses.replace(
             budgets.provenance,
@@ -115,7 +115,7 @@ def summary(kl: Sequence[float]) -> dict[str, float]:
 
 def verify_plans(
     captured: CapturedModel,
-    plans: Sequence[Budgets],
+    plans: Sequence[Plan],
     prompts: Sequence[Tensor],
     continuation: int = CONTINUATION,
     progress: Progress | None = None,
@@ -140,7 +140,7 @@ def verify_plans(
 
 def divergence_of_plans(
     captured: CapturedModel,
-    plans: Sequence[Budgets],
+    plans: Sequence[Plan],
     prompts: Sequence[Tensor],
     continuation: int = CONTINUATION,
     progress: Progress | None = None,
@@ -179,14 +179,14 @@ def divergence_of_plans(
     return np.stack(results)
 
 
-def _one_policy(plans: Sequence[Budgets]) -> Policy:
+def _one_policy(plans: Sequence[Plan]) -> Policy:
     policies = {plan.policy for plan in plans}
     if len(policies) != 1:
         raise BudgetError(f"plans that are measured together must have one policy; got {len(policies)}")
     return policies.pop()
 
 
-def uniform_like(budgets: Budgets, layers: Sequence[LayerSpec]) -> Budgets:
+def uniform_like(budgets: AnyPlan, layers: Sequence[LayerSpec]) -> AnyPlan:
     """The largest uniform plan of at most the same bytes, of exactly the same where slots are of equal size.
 
     Raises:
@@ -200,7 +200,7 @@ def uniform_like(budgets: Budgets, layers: Sequence[LayerSpec]) -> Budgets:
     limits = make_limits(len(layers), context, 1, caps, 1)
     kv_bytes = int(slot_bytes @ np.array(capacities, dtype=np.int64))
     even = capacities_within_bytes("uniform", np.zeros((len(layers), context + 1)), slot_bytes, kv_bytes, limits)
-    plain = Budgets.uniform(len(layers), 1, budgets.policy)
+    plain = type(budgets).uniform(len(layers), 1, budgets.policy)
     return dataclasses.replace(plain, capacities=tuple(even.tolist()))
 
 

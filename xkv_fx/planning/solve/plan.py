@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xkv_fx.budgets import Budgets, Provenance
+from xkv_fx.budgets import Plan, Provenance
 from xkv_fx.errors import BudgetError
 from xkv_fx.files import is_int
 from xkv_fx.layers import HasItemSize
@@ -40,33 +40,8 @@ def solve(
     floor: int = 1,
     batch_size: int = 1,
     dtype: HasItemSize | None = None,
-) -> Budgets:
-    """Solve how many KV slots each layer gets, under exactly one constraint.
-
-    Args:
-        profile: measured retention curves, or a calibration's measured divergences.
-        fraction: the share of `layers * context` tokens to keep, above 0 and at most 1.
-        total_tokens: the sum of the capacities, exact.
-        retention: the mean over layers of the share of attention mass to keep at least, with the fewest tokens; for a
-            profile only.
-        kv_bytes: the most bytes that the K/V buffers of `batch_size` rows in `dtype` may take.
-        context: tokens of prompt to plan for; the longest profiled prompt by default.
-        allocator: a registered name or an `Allocator`; by default `"xkv"` for a profile, `"calibrated"` for a
-            calibration.
-        multiple: round capacities to multiples of this; a total stays exact. Few distinct sizes compile faster.
-        floor: the fewest slots of every layer; a layer whose sliding window is smaller gets that.
-        batch_size: rows after expansion, batch x beams or return sequences; counts for `kv_bytes` only, since
-            capacities are per row.
-        dtype: dtype of the cache for `kv_bytes`; each layer's own by default.
-
-    Returns:
-        the plan; its provenance says how it was made, and which retention (of a profile) or KL (of a calibration) is
-        expected of it.
-
-    Raises:
-        BudgetError: no constraint or several, one that cannot be met or is out of range, or an allocator that needs
-            what was not measured.
-    """
+) -> Plan:
+    """See `xkv_fx.solve`."""
     if not isinstance(profile, Profile | Calibration):
         raise BudgetError(f"solve takes an xkv_fx.Profile or Calibration; got {type(profile).__name__}")
     name, value = _only_constraint(fraction=fraction, total_tokens=total_tokens, retention=retention, kv_bytes=kv_bytes)
@@ -99,7 +74,7 @@ def solve(
         curves = profile.mean_curve(context)
         capacities = _share(share, curves, total, limits)
 
-    return Budgets(
+    return Plan(
         capacities=tuple(capacities.tolist()),
         policy=profile.policy,
         provenance=Provenance(

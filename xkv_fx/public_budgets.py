@@ -1,0 +1,57 @@
+"""The plan as users hold it: it counts the bytes of a transformers model, too.
+
+`Plan` stands on the ground, which knows no library of models. This class stands above the room that reads them, so that
+nothing needs to reach up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from xkv_fx.budgets import Plan
+from xkv_fx.layers import HasItemSize, given_layers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # equal and hashed as every plan is
+class Budgets(Plan):
+    """Per-layer KV cache capacities and the policy that they are valid for.
+
+    Attributes:
+        capacities: K/V slots of each layer that owns a cache, in execution order, *per KV head and row*; recent
+            tokens are part of it.
+        policy: how those slots are filled.
+        provenance: how the plan was made.
+
+    Raises:
+        BudgetError: no layers, or a capacity that is not a whole number of at least 1.
+    """
+
+    def kv_bytes(
+        self, model: Any, batch_size: int = 1, dtype: HasItemSize | None = None, max_new_tokens: int = 0
+    ) -> int:
+        """Bytes that the K/V buffers of `batch_size` rows take.
+
+        Args:
+            model: a transformers causal language model, a transformed one, or its `LayerSpec`s.
+            batch_size: rows after expansion: batch x beams or return sequences.
+            dtype: dtype of the cache; the model's own by default.
+            max_new_tokens: room set aside for generated tokens; counts under `eviction="append"` only.
+
+        Raises:
+            BudgetError: another number of layers, or a count that is not a whole number in its range.
+            UnsupportedModelError: the model has no KV cache that can be planned.
+        """
+        layers = given_layers(model)
+        if layers is None:
+            from xkv_fx.hf.capture import layers_of_model  # loads transformers
+
+            layers = layers_of_model(model)
+        return super().kv_bytes(layers, batch_size, dtype, max_new_tokens)
+
+
+def budgets_of(plan: Plan) -> Budgets:
+    """The same plan in the class of users; one that is in it already, itself."""
+    if isinstance(plan, Budgets):
+        return plan
+    return Budgets(**{field.name: getattr(plan, field.name) for field in dataclasses.fields(Plan)})
