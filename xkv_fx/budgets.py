@@ -272,5 +272,3 @@ class Plan:
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
 """Of what returns a plan of the class that it is given."""
-
-Budgets = Plan  # until the rooms import it by its name
