@@ -18,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xkv_fx import Budgets
-from xkv_fx import layers as module
 from xkv_fx.budgets import FORMAT_VERSION, Plan, Provenance
 from xkv_fx.errors import BudgetError, FileFormatError, ModelMismatchError
 from xkv_fx.layers import LayerSpec
@@ -501,13 +500,11 @@ def test_kv_bytes_of_what_carries_its_layers() -> None:
     assert Budgets((1, 2)).kv_bytes(Transformed((GQA, MLA))) == 256 + 2 * 80
 
 
-def test_kv_bytes_of_a_model_asks_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = torch.nn.Linear(2, 2)
-    monkeypatch.setattr(module, "_model_reader", lambda given: (GQA, MLA) if given is model else ())
-    assert Plan((1, 2)).kv_bytes(model) == 256 + 2 * 80
-    monkeypatch.setattr(module, "_model_reader", None)
-    with pytest.raises(BudgetError, match="LayerSpecs"):
-        Plan((1, 2)).kv_bytes(model)
+def test_the_plan_on_the_ground_reads_no_model() -> None:
+    assert Plan((1, 2)).kv_bytes(Transformed((GQA, MLA))) == Plan((1, 2)).kv_bytes((GQA, MLA)) == 256 + 2 * 80
+    for ask in (Plan((1, 2)).kv_bytes, Plan((1, 2)).slots, Plan((1, 2)).check_layers):
+        with pytest.raises(BudgetError, match=r"LayerSpecs or a transformed model, not a Linear; xkv_fx\.Budgets"):
+            ask(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
 # Does the plan fit the model?

@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import xkv_fx.budgets  # noqa: F401  (so that `xkv_fx.budgets.Provenance` is there at once)
-from xkv_fx.layers import set_model_reader as _set_model_reader
 from xkv_fx.register_attention import register_attention as _register_attention
 
 if TYPE_CHECKING:
@@ -116,12 +115,4 @@ if not TYPE_CHECKING:  # a type checker that sees __getattr__ takes every misspe
         return sorted({*globals(), *__all__})
 
 
-def _read_model(model: Any) -> tuple[LayerSpec, ...]:
-    """The layers of a model that own a KV cache. Only a call that is given a model loads transformers."""
-    from xkv_fx.hf.capture import layers_of_model
-
-    return layers_of_model(model)
-
-
-_set_model_reader(_read_model)
 _register_attention()

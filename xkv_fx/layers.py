@@ -6,7 +6,7 @@ Like the plan, this needs neither torch nor transformers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from xkv_fx.errors import BudgetError, FileFormatError
@@ -50,7 +50,14 @@ class LayerSpec:
         return capacity if self.sliding_window is None else min(capacity, self.sliding_window)
 
 
-Layers = Any  # LayerSpecs, what carries them, or a model for the reader below
+class HasLayers(Protocol):
+    """What carries its layers, such as a transformed model."""
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]: ...
+
+
+Layers = Sequence[LayerSpec] | HasLayers
 
 
 def layer_specs(layers: list[Any]) -> tuple[LayerSpec, ...]:
@@ -73,24 +80,19 @@ def layer_specs(layers: list[Any]) -> tuple[LayerSpec, ...]:
     return tuple(LayerSpec(**fields) for fields in layers)
 
 
-ModelReader = Callable[[Any], tuple[LayerSpec, ...]]
-_model_reader: ModelReader | None = None
+def layers_of(model: Layers) -> tuple[LayerSpec, ...]:
+    """The layers that own a KV cache, in execution order, given as such or by what carries them.
 
-
-def set_model_reader(reader: ModelReader) -> None:
-    """Tell this module how to find the layers of a model. The package's face does so once; see `xkv_fx/__init__`."""
-    global _model_reader
-    _model_reader = reader
-
-
-def layers_of(model: Any) -> tuple[LayerSpec, ...]:
-    """The layers of a model that own a KV cache, in execution order; `model` may be that tuple itself."""
+    Raises:
+        BudgetError: neither.
+    """
     layers = given_layers(model)
-    if layers is not None:
-        return layers
-    if _model_reader is None:
-        raise BudgetError("give the model's LayerSpecs, or import xkv_fx, which knows how to read models")
-    return _model_reader(model)
+    if layers is None:
+        raise BudgetError(
+            f"give the model's LayerSpecs or a transformed model, not a {type(model).__name__}; "
+            "xkv_fx.Budgets.kv_bytes alone reads models"
+        )
+    return layers
 
 
 def given_layers(model: object) -> tuple[LayerSpec, ...] | None:

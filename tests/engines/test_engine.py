@@ -65,6 +65,11 @@ def test_tokens_are_those_of_the_transformed_model(llm: Any, engine: xkv_fx.Engi
     assert torch.equal(engine.generate(ids, 24), expected)
 
 
+def test_the_plan_is_the_models(llm: Any, engine: xkv_fx.Engine) -> None:
+    assert type(engine.budgets) is Budgets
+    assert engine.budgets == llm.budgets
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_ragged_batches(llm: Any, engine: xkv_fx.Engine, side: str) -> None:
     ids, valid = padded([random_ids(1, 5), random_ids(1, 21, seed=1)], side)
