@@ -29,8 +29,8 @@ from xkv_fx.engines.form import KEY_FILE
 from xkv_fx.engines.forms import PACKAGE_FORMS
 from xkv_fx.engines.manifest import NAME, Manifest
 from xkv_fx.errors import XkvError
+from xkv_fx.fields import HEADER
 from xkv_fx.files import SEAL
-from xkv_fx.planning.data.measured_file import HEADER
 from xkv_fx.runtime.session import Session
 from xkv_fx.runtime.session_file import load_session, save_session
 from xkv_fx.runtime.slots import slot_plans

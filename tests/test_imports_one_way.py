@@ -26,6 +26,7 @@ from import_graph import (
 LEVELS = (
     ("errors",),
     ("files",),
+    ("fields",),
     ("engine_settings", "formats", "layers", "policy"),
     ("budgets",),
     ("runtime",),
@@ -44,7 +45,7 @@ LEVELS = (
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MAY_IMPORT_TRANSFORMERS = {"hf", "compile_backend", "register_attention", "evaluation"}
 WITHOUT_TORCH = {
-    "errors", "files", "engine_settings", "formats", "layers", "policy", "budgets", "public_budgets",
+    "errors", "files", "fields", "engine_settings", "formats", "layers", "policy", "budgets", "public_budgets",
     "register_attention",
 }  # fmt: skip
 

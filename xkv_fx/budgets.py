@@ -13,12 +13,15 @@ from typing import Any, Self, TypeVar
 
 from xkv_fx.engine_settings import engine_settings
 from xkv_fx.errors import BudgetError, FileFormatError, ModelMismatchError
+from xkv_fx.fields import ANYTHING, DOCUMENT, Fields, check_fields
 from xkv_fx.files import check_format, is_finite, is_int, read_json, write_json
 from xkv_fx.layers import HasItemSize, Layers, layers_of
 from xkv_fx.policy import Policy
 
 FORMAT = "xkv_fx.budgets"
 FORMAT_VERSION = 1
+# What the parts hold, they check themselves.
+_FIELDS: Fields = {**DOCUMENT, **dict.fromkeys(("capacities", "policy", "provenance"), ANYTHING)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +74,13 @@ class Provenance:
 
     @classmethod
     def from_dict(cls, data: Any) -> Provenance:
-        if not isinstance(data, dict):
-            raise FileFormatError(f"provenance must be a JSON object, not {type(data).__name__}")
-        for name in data:
-            if name not in {f.name for f in dataclasses.fields(cls)}:
-                raise FileFormatError(f"unknown provenance field {name!r}; is the file of a newer xkv_fx?")
-        return cls(**data)
+        """The provenance that a file holds; fields that are left out are None.
+
+        Raises:
+            FileFormatError, BudgetError: it holds none; the message does not name the file.
+        """
+        expected = {field.name: ANYTHING for field in dataclasses.fields(cls)}  # the class checks their values
+        return cls(**check_fields(data, expected, "provenance", optional=expected, unknown="provenance field"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,9 +261,7 @@ class Plan:
             FileFormatError, BudgetError: it is none; the message names no file.
         """
         check_format(data, FORMAT, FORMAT_VERSION)
-        unknown = sorted(set(data) - {"format", "version", "capacities", "policy", "provenance"})
-        if unknown:
-            raise FileFormatError(f"unknown fields {', '.join(map(repr, unknown))}")
+        check_fields(data, _FIELDS, "the plan", optional=_FIELDS)
         capacities = data.get("capacities")
         if not isinstance(capacities, list):
             raise FileFormatError("'capacities' is missing or not a list")

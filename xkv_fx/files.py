@@ -99,15 +99,27 @@ def read_json(path: str | os.PathLike[str], kind: str, newest: int, oldest: int 
     if len(raw) > MAX_FILE_BYTES:
         raise FileFormatError(f"{name}: larger than {MAX_FILE_BYTES} bytes; this is not a {kind} file")
     try:
-        data = json.loads(
-            raw, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_duplicates
-        )
-    except (ValueError, RecursionError) as error:
+        data = parse_json(raw)
+    except ValueError as error:
         raise FileFormatError(f"{name}: not valid JSON ({error}); was it cut off? Make it again.") from error
     try:
         return check_format(data, kind, newest, oldest)
     except FileFormatError as error:
         raise FileFormatError(f"{name}: {error}") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a text of JSON says, without what JSON lacks: numbers that are not finite, and fields that are given twice.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_duplicates
+        )
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def write_sealed_json(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:

@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from xkv_fx.errors import BudgetError, FileFormatError
-from xkv_fx.files import is_int
+from xkv_fx.errors import BudgetError
+from xkv_fx.fields import Fields, check_fields, or_null, whole
 
 
 class HasItemSize(Protocol):
@@ -60,24 +60,23 @@ class HasLayers(Protocol):
 Layers = Sequence[LayerSpec] | HasLayers
 
 
+_FIELDS: Fields = {
+    "query_heads": whole(1),
+    "kv_heads": whole(1),
+    "key_dim": whole(1),
+    "value_dim": whole(0),
+    "itemsize": whole(1),
+    "sliding_window": or_null(whole(1)),
+}
+
+
 def layer_specs(layers: list[Any]) -> tuple[LayerSpec, ...]:
     """LayerSpecs from JSON objects, every number a whole one of at least 1, `value_dim` of at least 0.
 
     Raises:
         FileFormatError: they are not; the message does not name the file.
     """
-    names = {field.name for field in dataclasses.fields(LayerSpec)}
-    for layer, fields in enumerate(layers):
-        if not isinstance(fields, dict) or set(fields) != names:
-            raise FileFormatError(f"the fields of layer {layer} are not {', '.join(sorted(names))}")
-        for name, value in fields.items():
-            absent = name == "sliding_window" and value is None
-            least = 0 if name == "value_dim" else 1
-            if not absent and (not is_int(value) or value < least):
-                raise FileFormatError(
-                    f"{name} of layer {layer} is not a whole number of at least {least}: {value!r:.100}"
-                )
-    return tuple(LayerSpec(**fields) for fields in layers)
+    return tuple(LayerSpec(**check_fields(fields, _FIELDS, f"layer {layer}")) for layer, fields in enumerate(layers))
 
 
 def layers_of(model: Layers) -> tuple[LayerSpec, ...]:

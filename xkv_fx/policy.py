@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from xkv_fx.errors import BudgetError, FileFormatError
+from xkv_fx.errors import BudgetError
+from xkv_fx.fields import ANYTHING, check_fields, refuse_missing
 from xkv_fx.files import is_finite, is_int
 
 Eviction = Literal["ring", "scored", "append", "none"]
@@ -76,16 +77,13 @@ class Policy:
 
     @classmethod
     def from_dict(cls, data: Any) -> Policy:
-        """The policy that a file holds, every field of it: one that is left out would quietly be today's default."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(data, dict):
-            raise FileFormatError(f"a policy must be a JSON object, not {type(data).__name__}")
-        unknown = sorted(set(data) - names)
-        if unknown:
-            names_of_unknown = ", ".join(map(repr, unknown))
-            raise FileFormatError(f"unknown policy fields {names_of_unknown}; is the file of a newer xkv_fx?")
-        policy = cls(**data)
-        missing = sorted(names - set(data))
-        if missing:
-            raise FileFormatError(f"the policy lacks {', '.join(map(repr, missing))}; a file states every field of it")
+        """The policy that a file holds, every field of it: one that is left out would quietly be today's default.
+
+        Raises:
+            FileFormatError, BudgetError: it holds none; the message does not name the file.
+        """
+        expected = {field.name: ANYTHING for field in dataclasses.fields(cls)}  # the class checks their values
+        fields = check_fields(data, expected, "the policy", optional=expected, unknown="policy fields")
+        policy = cls(**fields)  # says what is wrong with a value, before it is said what is missing
+        refuse_missing(fields, expected, "the policy")
         return policy

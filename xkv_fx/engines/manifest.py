@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from xkv_fx.engines.records import (
     Package,
     TensorRTBuild,
     TensorSpec,
-    fields_of,
     spec_of,
 )
 from xkv_fx.engines.targets import TARGETS
 from xkv_fx.errors import FileFormatError, XkvError
-from xkv_fx.files import is_int, read_sealed_json, write_sealed_json
+from xkv_fx.fields import DOCUMENT, LIST, OBJECT, TEXT, Field, check_fields, list_of, or_null, whole
+from xkv_fx.files import read_sealed_json, write_sealed_json
 from xkv_fx.layers import LayerSpec, layer_specs
 from xkv_fx.runtime.session import KINDS, Kind
 from xkv_fx.runtime.slots import slot_plans
@@ -122,27 +122,9 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write it into the folder, whole or not at all."""
-        plain = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.type in ("str", "int", "int | None")
-        }
-        write_sealed_json(
-            folder / NAME,
-            {
-                "format": FORMAT,
-                "version": FORMAT_VERSION,
-                **plain,
-                "machine": dataclasses.asdict(self.machine),
-                "budgets": self.budgets.to_dict(),
-                "layers": [dataclasses.asdict(spec) for spec in self.layers],
-                "end_tokens": list(self.end_tokens),
-                "packages": {kind: package.to_dict() for kind, package in self.packages.items()},
-                "weights": [spec.to_dict() for spec in self.weights],
-                "files": {name: record.to_dict() for name, record in self.files.items()},
-                "tensorrt": None if self.tensorrt is None else dataclasses.asdict(self.tensorrt),
-            },
-        )
+        stored = _stored()
+        fields = {field.name: stored[field.name].write(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        write_sealed_json(folder / NAME, {"format": FORMAT, "version": FORMAT_VERSION, **fields})
 
     @classmethod
     def load(cls, folder: Path, plan_type: type[Plan] = Plan) -> Manifest:
@@ -167,30 +149,9 @@ class Manifest:
 
     @classmethod
     def _from_dict(cls, data: dict[str, Any], plan_type: type[Plan]) -> Manifest:
-        kinds: dict[str, Any] = {
-            "str": str, "int": int, "int | None": (int, type(None)), "TensorRTBuild | None": (dict, type(None)),
-        }  # fmt: skip
-        names = {field.name: kinds.get(str(field.type), (dict, list)) for field in dataclasses.fields(cls)}
-        fields = fields_of({name: data[name] for name in data if name not in ("format", "version")}, "it", names)
-        for name in ("machine", "budgets", "packages", "files"):
-            fields_of(fields[name], name)
-        for name in ("layers", "end_tokens", "weights"):
-            if not isinstance(fields[name], list):
-                raise FileFormatError(f"{name!r} must be a list")
-        if not all(is_int(token) and token >= 0 for token in fields["end_tokens"]):
-            raise FileFormatError("'end_tokens' must be token ids")
-        if set(fields["packages"]) != set(KINDS):
-            raise FileFormatError(f"'packages' must be {', '.join(KINDS)}")
-        fields["machine"] = Machine.from_dict(fields["machine"])
-        fields["budgets"] = plan_type.from_dict(fields["budgets"])
-        fields["layers"] = layer_specs(fields["layers"])
-        fields["end_tokens"] = tuple(fields["end_tokens"])
-        fields["weights"] = tuple(TensorSpec.from_dict(spec) for spec in fields["weights"])
-        fields["packages"] = {kind: Package.from_dict(fields["packages"][kind]) for kind in KINDS}
-        fields["files"] = {name: FileRecord.from_dict(record) for name, record in fields["files"].items()}
-        if fields["tensorrt"] is not None:
-            fields["tensorrt"] = TensorRTBuild.from_dict(fields["tensorrt"])
-        return cls(**fields)
+        stored = _stored(plan_type)
+        fields = check_fields(data, {**DOCUMENT, **{name: each.field for name, each in stored.items()}})
+        return cls(**{name: each.read(fields[name]) for name, each in stored.items()})
 
     def _check(self) -> None:
         """That names, files, shapes and the plan agree.
@@ -208,11 +169,8 @@ class Manifest:
             raise FileFormatError(f"its device {self.machine.device!r} is unknown; known are {devices}")
         if self.dtype not in DTYPES:
             raise FileFormatError(f"its dtype {self.dtype!r} is unknown")
-        for name in ("batch_size", "vocabulary", "known_tokens", "shortest"):
-            if getattr(self, name) < 1:
-                raise FileFormatError(f"{name!r} must be at least 1; it is {getattr(self, name)}")
-        if self.longest < self.shortest or self.pad_token < 0:
-            raise FileFormatError("'longest' is below 'shortest', or 'pad_token' below 0")
+        if self.longest < self.shortest:
+            raise FileFormatError(f"'longest' is {self.longest}, below 'shortest', which is {self.shortest}")
         for name in (WEIGHTS, *(package.file for package in self.packages.values())):
             if name not in self.files:
                 raise FileFormatError(f"'files' does not name {name}")
@@ -238,6 +196,82 @@ class Manifest:
                     f"the budgets do not match the package {kind}: by them it takes {len(expected)} inputs besides "
                     f"weights, but it takes {len(package.inputs)}"
                 )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """How a field of the manifest stands in the file.
+
+    Attributes:
+        field: what may stand there.
+        write: makes that of the value.
+        read: makes the value of that.
+    """
+
+    field: Field
+    write: Callable[[Any], Any] = lambda value: value
+    read: Callable[[Any], Any] = lambda value: value
+
+
+def _stored(plan_type: type[Plan] = Plan) -> dict[str, _Stored]:
+    """How each field of a manifest stands in the file; one that is not named here cannot be saved."""
+    count, text = _Stored(whole(1)), _Stored(TEXT)
+    return {
+        "target": text,
+        "machine": _Stored(OBJECT, dataclasses.asdict, Machine.from_dict),
+        "xkv_fx": text,
+        "model": text,
+        "program": text,
+        "budgets": _Stored(OBJECT, plan_type.to_dict, plan_type.from_dict),
+        "layers": _Stored(LIST, _write_layers, layer_specs),
+        "room": _Stored(whole()),  # the plan says what it may be
+        "batch_size": count,
+        "dtype": text,
+        "vocabulary": count,
+        "known_tokens": count,
+        "max_positions": _Stored(or_null(whole(1))),
+        "shortest": count,
+        "longest": count,
+        "end_tokens": _Stored(list_of(whole(0)), list, tuple),
+        "pad_token": _Stored(whole(0)),
+        "weights": _Stored(LIST, _write_weights, _read_weights),
+        "packages": _Stored(OBJECT, _write_named, _read_packages),
+        "files": _Stored(OBJECT, _write_named, _read_files),
+        "tensorrt": _Stored(or_null(OBJECT), _write_build, _read_build),
+    }
+
+
+def _write_layers(layers: Sequence[LayerSpec]) -> list[Any]:
+    return [dataclasses.asdict(spec) for spec in layers]
+
+
+def _write_weights(weights: Sequence[TensorSpec]) -> list[Any]:
+    return [spec.to_dict() for spec in weights]
+
+
+def _read_weights(data: list[Any]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec.from_dict(spec) for spec in data)
+
+
+def _write_named(records: Mapping[str, Package | FileRecord]) -> dict[str, Any]:
+    return {name: record.to_dict() for name, record in records.items()}
+
+
+def _read_packages(data: dict[str, Any]) -> dict[Kind, Package]:
+    check_fields(data, dict.fromkeys(KINDS, OBJECT), "packages")
+    return {kind: Package.from_dict(data[kind]) for kind in KINDS}
+
+
+def _read_files(data: dict[str, Any]) -> dict[str, FileRecord]:
+    return {name: FileRecord.from_dict(record) for name, record in data.items()}
+
+
+def _write_build(build: TensorRTBuild | None) -> dict[str, Any] | None:
+    return None if build is None else dataclasses.asdict(build)
+
+
+def _read_build(data: dict[str, Any] | None) -> TensorRTBuild | None:
+    return None if data is None else TensorRTBuild.from_dict(data)
 
 
 def inputs_of(kind: Kind, plan: CachePlan) -> tuple[TensorSpec, ...]:

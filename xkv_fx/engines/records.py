@@ -6,13 +6,13 @@ import dataclasses
 import hashlib
 import os
 import platform
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from xkv_fx.errors import EngineError, FileFormatError
+from xkv_fx.fields import LIST, TEXT, Field, check_fields, list_of, one_of, whole
 from xkv_fx.files import is_int
 
 LENGTH = "S"
@@ -25,6 +25,11 @@ DTYPES = {
         torch.uint8, torch.bool, torch.complex64,
     )
 }  # fmt: skip
+_SIZE = Field(
+    f"a whole number of at least 0 or {LENGTH!r}",
+    lambda size: is_int(size) or size == LENGTH,
+    lambda size: size == LENGTH or size >= 0,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +45,7 @@ class TensorSpec:
 
     @classmethod
     def from_dict(cls, data: Any) -> TensorSpec:
-        fields = fields_of(data, "a tensor", {"name": str, "shape": list, "dtype": str})
-        for size in fields["shape"]:
-            if size != LENGTH and not (is_int(size) and size >= 0):
-                raise FileFormatError(f"the shape of {fields['name']!r} holds {size!r}")
-        if fields["dtype"] not in DTYPES:
-            raise FileFormatError(f"{fields['name']!r} is of an unknown dtype {fields['dtype']!r}")
+        fields = check_fields(data, {"name": TEXT, "shape": list_of(_SIZE), "dtype": one_of(DTYPES)}, "a tensor")
         return cls(fields["name"], tuple(fields["shape"]), fields["dtype"])
 
 
@@ -63,9 +63,7 @@ class Package:
 
     @classmethod
     def from_dict(cls, data: Any) -> Package:
-        fields = fields_of(data, "a package", {"file": str, "weights": list, "inputs": list})
-        if not all(isinstance(name, str) for name in fields["weights"]):
-            raise FileFormatError("a package's weights must be names")
+        fields = check_fields(data, {"file": TEXT, "weights": list_of(TEXT), "inputs": LIST}, "a package")
         return cls(
             fields["file"], tuple(fields["weights"]), tuple(TensorSpec.from_dict(spec) for spec in fields["inputs"])
         )
@@ -94,8 +92,11 @@ class TensorRTBuild:
 
     @classmethod
     def from_dict(cls, data: Any) -> TensorRTBuild:
-        kinds = {field.name: int if field.type == "int" else str for field in dataclasses.fields(cls)}
-        build = cls(**fields_of(data, "tensorrt", kinds))
+        expected = {
+            "library": TEXT, "version": TEXT, "torch_tensorrt": TEXT, "layers": whole(0), "caches_in_place": whole(0),
+            "native_attentions": whole(0), "left_to_torch": whole(0),
+        }  # fmt: skip
+        build = cls(**check_fields(data, expected, "tensorrt"))
         if build.library not in LIBRARIES:  # it will be imported
             raise FileFormatError(f"its library {build.library!r} is unknown; known are {', '.join(LIBRARIES)}")
         return build
@@ -113,7 +114,7 @@ class FileRecord:
 
     @classmethod
     def from_dict(cls, data: Any) -> FileRecord:
-        fields = fields_of(data, "a file", {"bytes": int, "sha256": str})
+        fields = check_fields(data, {"bytes": whole(0), "sha256": TEXT}, "a file")
         return cls(fields["bytes"], fields["sha256"])
 
     @classmethod
@@ -143,7 +144,8 @@ class Machine:
 
     @classmethod
     def from_dict(cls, data: Any) -> Machine:
-        return cls(**fields_of(data, "machine", {field.name: str for field in dataclasses.fields(cls)}))
+        expected = dict.fromkeys(("torch", "device", "architecture", "instructions"), TEXT)
+        return cls(**check_fields(data, expected, "machine"))
 
     def check(self) -> None:
         """Raise EngineError, saying what differs, unless this is the machine that runs now."""
@@ -161,23 +163,3 @@ class Machine:
 
 def spec_of(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> TensorSpec:
     return TensorSpec(name, tuple(shape), str(dtype).removeprefix("torch."))
-
-
-def fields_of(data: Any, what: str, names: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A JSON object with exactly these fields of these types.
-
-    Raises:
-        FileFormatError: anything else.
-    """
-    if not isinstance(data, dict):
-        raise FileFormatError(f"{what} must be a JSON object, not {type(data).__name__}")
-    if names is None:
-        return data
-    wrong = sorted(set(names) ^ set(data))
-    if wrong:
-        state = "lacks" if wrong[0] in names else "has an unknown field"
-        raise FileFormatError(f"{what} {state} {wrong[0]!r}; is the folder of another xkv_fx?")
-    for name, kind in names.items():
-        if not isinstance(data[name], kind) or isinstance(data[name], bool):
-            raise FileFormatError(f"{name!r} of {what} is of the wrong type: {data[name]!r:.80}")
-    return dict(data)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from typing import Any
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 
 from xkv_fx.errors import FileFormatError, SessionError
-from xkv_fx.files import check_format, check_safetensors_size, is_int, written_whole
+from xkv_fx.fields import HEADER, TEXT, Fields, read_header, whole
+from xkv_fx.files import check_safetensors_size, written_whole
 from xkv_fx.runtime.session import Session
 from xkv_fx.runtime.state import CachePlan, State
 
 FORMAT = "xkv_fx.session"
 FORMAT_VERSION = 2  # 1 had no checksum
-_HEADER = "xkv_fx"
+_FIELDS: Fields = {"program": TEXT, "fed": whole(0), "sha256": TEXT}
 _HEADER_ROOM = 1 << 20
 
 
@@ -30,7 +30,7 @@ def save_session(session: Session, path: str | os.PathLike[str]) -> None:
     digest = _digest(key, fed, session.state)
     header = {"format": FORMAT, "version": FORMAT_VERSION, "program": key, "fed": fed, "sha256": digest}
     with written_whole(path) as temporary:
-        save_file(tensors, temporary, {_HEADER: json.dumps(header)})
+        save_file(tensors, temporary, {HEADER: json.dumps(header)})
 
 
 def load_session(session: Session, path: str | os.PathLike[str]) -> None:
@@ -44,7 +44,7 @@ def load_session(session: Session, path: str | os.PathLike[str]) -> None:
     try:
         check_safetensors_size(path, plan.kv_bytes + plan.state_bytes + _HEADER_ROOM)
         with safetensors.safe_open(os.fspath(path), framework="pt") as file:
-            header = _header(file.metadata())
+            header = read_header(file.metadata(), FORMAT, FORMAT_VERSION, _FIELDS, oldest=2)
             if header["program"] != session.program.key:
                 raise SessionError(
                     f"{os.fspath(path)}: a session of another model, other budgets or another batch size; transform "
@@ -61,18 +61,6 @@ def load_session(session: Session, path: str | os.PathLike[str]) -> None:
     except FileFormatError as error:
         raise FileFormatError(f"{os.fspath(path)}: {error!s:.1000}") from error
     session.restore(state, header["fed"])
-
-
-def _header(metadata: dict[str, str] | None) -> dict[str, Any]:
-    try:
-        header = json.loads((metadata or {}).get(_HEADER, ""))
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError("its metadata holds no JSON of a session") from error
-    header = check_format(header, FORMAT, FORMAT_VERSION, oldest=2)
-    texts = all(isinstance(header.get(name), str) for name in ("program", "sha256"))
-    if not is_int(header.get("fed")) or header["fed"] < 0 or not texts:
-        raise FileFormatError("its metadata lacks what a session needs")
-    return header
 
 
 def _digest(program: str, fed: int, state: State) -> str:

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 import xkv_fx
 from xkv_fx import Budgets, Calibration, LayerSpec, Policy
 from xkv_fx.errors import BudgetError, FileFormatError
+from xkv_fx.fields import HEADER
 from xkv_fx.planning.data.hull import gain_curve
 from xkv_fx.planning.data.load_measured import load_measured
-from xkv_fx.planning.data.measured_file import HEADER
 from xkv_fx.planning.data.profile_data import Profile
 
 GRID = (0.125, 0.25, 0.5)
@@ -208,6 +208,9 @@ def rewritten(path: Path, tensors: dict[str, Any] | None = None, **changes: Any)
         ({"grid": [0.1, 0.2, 0.9]}, "checksum"),
         ({"grid": [0.2, 0.1, 0.9]}, "ascending"),
         ({"grid": "all"}, "wrong type"),
+        ({"grid": ["0.1", "0.2", "0.9"]}, "wrong type"),
+        ({"grid": [0.1, 0.2, 10**400]}, "'grid' must be a list, each item a finite number"),
+        ({"continuation": True}, "'continuation' has the wrong type: True"),
         ({"lengths": [1]}, "prompts, layers, grid"),
         ({"lengths": ["a", "b"]}, "whole number"),
         ({"surprise": 1}, "its fields are"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -17,11 +16,14 @@ from xkv_fx.errors import FileFormatError, ModelMismatchError
 from xkv_fx.evaluation.quality.candidates import Entry
 from xkv_fx.evaluation.quality.results import CONTINUATION, FULL, Row
 from xkv_fx.evaluation.tasks import Instance
+from xkv_fx.fields import DOCUMENT, NUMBER, OBJECT, TEXT, Fields, check_fields, list_of, whole
 from xkv_fx.files import read_json, read_sealed_json, write_json, write_sealed_json
 from xkv_fx.planning.measure.weights import digest_of_weights
 
 PART_FORMAT, RUN_FORMAT = "xkv_fx.evaluation_part", "xkv_fx.evaluation_run"
 VERSION = 1
+_RUN: Fields = {**DOCUMENT, "model": list_of(TEXT), "length": whole(), "seed": whole()}
+_PART: Fields = {**DOCUMENT, "values": OBJECT, "texts": list_of(TEXT), "kv_bytes": whole(0)}
 
 
 class Parts:
@@ -53,14 +55,16 @@ class Parts:
             write_json(path, {"format": RUN_FORMAT, "version": VERSION, **run})
             return
         before = read_json(path, RUN_FORMAT, VERSION)
-        if before.get("model") != run["model"]:
+        try:
+            check_fields(before, _RUN)
+        except FileFormatError as error:
+            raise FileFormatError(f"{path}: {error!s:.1000}; name another folder, or delete it") from error
+        if before["model"] != run["model"]:
             raise ModelMismatchError(
                 f"{self.folder} holds what was measured of another model; name another folder, or delete it"
             )
         other = [
-            f"{name} {before.get(name)!r} instead of {value!r}"
-            for name, value in run.items()
-            if before.get(name) != value
+            f"{name} {before[name]!r} instead of {value!r}" for name, value in run.items() if before[name] != value
         ]
         if other:
             raise FileFormatError(
@@ -84,23 +88,17 @@ class Parts:
         path = self._path(entry, task, form, made)
         if not path.is_file():
             return None
+        metrics = ("kl", "nll_change", "agreement") if task == CONTINUATION else ("score",)
         try:
-            data = read_sealed_json(path, PART_FORMAT, VERSION)
+            data = check_fields(read_sealed_json(path, PART_FORMAT, VERSION), _PART)
+            values = check_fields(data["values"], dict.fromkeys(metrics, list_of(NUMBER)), "values")
         except FileFormatError:
             return None  # damaged: measured again
-        values, texts, kv_bytes = data.get("values"), data.get("texts"), data.get("kv_bytes")
-        wanted = {"kl", "nll_change", "agreement"} if task == CONTINUATION else {"score"}
-        if not isinstance(values, dict) or set(values) != wanted or not isinstance(kv_bytes, int):
-            return None
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            return None
-        if not all(isinstance(part, list) and len(part) == len(made) for part in (*values.values(), texts)):
-            return None
-        if not all(isinstance(value, float) and math.isfinite(value) for part in values.values() for value in part):
+        if any(len(part) != len(made) for part in (*values.values(), data["texts"])):
             return None
         policy = None if entry.budgets is None else entry.budgets.policy
         kept = {name: tuple(part) for name, part in values.items()}
-        return Row(entry.name, entry.size, policy, task, form, kv_bytes, kept, tuple(texts))
+        return Row(entry.name, entry.size, policy, task, form, data["kv_bytes"], kept, tuple(data["texts"]))
 
     def write(self, entry: Entry, task: str, form: str, made: Sequence[Instance], row: Row) -> None:
         """Keep a row."""

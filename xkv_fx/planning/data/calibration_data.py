@@ -17,19 +17,20 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from xkv_fx.errors import BudgetError, FileFormatError
+from xkv_fx.fields import HEADER, LIST, NUMBER, OBJECT, TEXT, Fields, list_of, read_header, whole
 from xkv_fx.files import check_safetensors_size, is_int, written_whole
 from xkv_fx.layers import LayerSpec, layer_specs
 from xkv_fx.planning.data.hull import gain_curve
-from xkv_fx.planning.data.measured_file import HEADER, read_header, reading
+from xkv_fx.planning.data.measured_file import reading
 from xkv_fx.planning.data.profile_data import check_context
 from xkv_fx.policy import Policy
 
 FORMAT = "xkv_fx.calibration"
 FORMAT_VERSION = 1
 MAX_CALIBRATION_BYTES = 256 * 2**20
-_FIELDS = {
-    "format": str, "version": int, "sha256": str, "model": str, "policy": dict, "layers": list, "grid": list,
-    "lengths": list, "continuation": int,
+_FIELDS: Fields = {
+    "sha256": TEXT, "model": TEXT, "policy": OBJECT, "layers": LIST, "grid": list_of(NUMBER),
+    "lengths": list_of(whole(1)), "continuation": whole(1),
 }  # fmt: skip
 
 

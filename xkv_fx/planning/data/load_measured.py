@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import safetensors
 
 from xkv_fx.errors import FileFormatError
-from xkv_fx.files import check_safetensors_size
+from xkv_fx.fields import HEADER
+from xkv_fx.files import check_safetensors_size, parse_json
 from xkv_fx.planning.data import calibration_data, profile_data
 from xkv_fx.planning.data.calibration_data import Calibration
-from xkv_fx.planning.data.measured_file import HEADER, reading
+from xkv_fx.planning.data.measured_file import reading
 from xkv_fx.planning.data.profile_data import Profile
 
 
@@ -27,8 +27,8 @@ def load_measured(path: str | os.PathLike[str]) -> Profile | Calibration:
         with safetensors.safe_open(os.fspath(path), framework="np") as file:
             metadata = file.metadata() or {}
     try:
-        header = json.loads(metadata.get(HEADER, ""))
-    except (ValueError, RecursionError):
+        header = parse_json(metadata.get(HEADER, ""))
+    except ValueError:
         header = None
     kind = header.get("format") if isinstance(header, dict) else None
     if kind == profile_data.FORMAT:

@@ -18,24 +18,17 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from xkv_fx.errors import BudgetError, FileFormatError
+from xkv_fx.fields import HEADER, LIST, OBJECT, TEXT, Fields, read_header
 from xkv_fx.files import check_safetensors_size, is_int, written_whole
 from xkv_fx.layers import LayerSpec, layer_specs
 from xkv_fx.planning.data.curves import mean_retention, rescale
-from xkv_fx.planning.data.measured_file import HEADER, read_header, reading
+from xkv_fx.planning.data.measured_file import reading
 from xkv_fx.policy import Policy
 
 FORMAT = "xkv_fx.profile"
 FORMAT_VERSION = 1
 MAX_PROFILE_BYTES = 8 * 1024**3  # 190 prompts of 131,072 tokens in 80 layers
-_FIELDS = {
-    "format": str,
-    "version": int,
-    "sha256": str,
-    "model": str,
-    "policy": dict,
-    "layers": list,
-    "layer_means": dict,
-}
+_FIELDS: Fields = {"sha256": TEXT, "model": TEXT, "policy": OBJECT, "layers": LIST, "layer_means": OBJECT}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
