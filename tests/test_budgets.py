@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from xkv_fx import Budgets
 from xkv_fx.budgets import FORMAT_VERSION, Plan, Provenance
 from xkv_fx.errors import BudgetError, FileFormatError, ModelMismatchError
+from xkv_fx.formats import SLOT_FORMATS
 from xkv_fx.layers import LayerSpec
 from xkv_fx.policy import EVICTIONS, Policy
 
@@ -260,16 +261,25 @@ policies = st.builds(
     st.none() | st.integers(min_value=1),
     st.integers(min_value=0),
 )
-plans = st.builds(Budgets, st.lists(st.integers(min_value=1), min_size=1).map(tuple), policies)
+pairs = st.none() | st.tuples(st.sampled_from(SLOT_FORMATS), st.sampled_from(SLOT_FORMATS))
 
 
-@given(plans)
+@st.composite
+def plans(draw: st.DrawFn) -> Budgets:
+    capacities = draw(st.lists(st.integers(min_value=1), min_size=1).map(tuple))
+    count = len(capacities)
+    formats = draw(st.none() | st.lists(pairs, min_size=count, max_size=count).map(tuple))
+    return Budgets(capacities, draw(policies), formats=formats)
+
+
+@given(plans())
 def test_round_trip_of_any_plan(tmp_path_factory: pytest.TempPathFactory, budgets: Budgets) -> None:
     path = tmp_path_factory.getbasetemp() / "any_plan.json"
     budgets.save(path)
     loaded = Budgets.load(path)
     assert loaded == budgets
-    assert hash(loaded.policy) == hash(budgets.policy)
+    assert loaded.formats == budgets.formats
+    assert hash(loaded) == hash(budgets)
 
 
 def test_file_is_plain_json_with_format_and_version(tmp_path: Path) -> None:
@@ -316,12 +326,16 @@ json_values = st.recursive(
 )
 
 
-@given(st.sampled_from(["capacities", "policy", "provenance", "version", "format"]), json_values)
+@given(
+    st.sampled_from([RICH, dataclasses.replace(RICH, formats=(("int8", "int4"), None, None))]),
+    st.sampled_from(["capacities", "policy", "provenance", "version", "format", "formats"]),
+    json_values,
+)
 def test_any_value_of_a_field_is_refused_or_read(
-    tmp_path_factory: pytest.TempPathFactory, field: str, value: Any
+    tmp_path_factory: pytest.TempPathFactory, plan: Budgets, field: str, value: Any
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any_field.json"
-    content = {**saved(RICH, path), field: value}
+    content = {**saved(plan, path), field: value}
     path.write_text(json.dumps(content), encoding="utf-8")
     budgets = load_unless_refused(path)
     assert budgets is None or min(budgets.capacities) >= 1

@@ -73,12 +73,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Plans
 
 
-@given(seeds)
+@pytest.mark.parametrize("formats", [None, (("int8", "int4"), None, ("model", "fp8"))], ids=["version 1", "version 2"])
+@given(seed=seeds)
 @examples(80)
-def test_a_plan(folder: Path, seed: int) -> None:
+def test_a_plan(folder: Path, formats: Any, seed: int) -> None:
     """A plan is text that people may edit, without a checksum: what is loaded is what the text says, field by field."""
     path, chance = folder / "plan.json", random.Random(seed)
-    PLAN.save(path)
+    dataclasses.replace(PLAN, formats=formats).save(path)
     content = chance.choice((damaged, rewritten_json))(path.read_bytes(), chance)
     loaded = read(path, content, Budgets.load)
     if loaded is not None:

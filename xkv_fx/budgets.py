@@ -13,15 +13,17 @@ from typing import Any, Self, TypeVar
 
 from xkv_fx.engine_settings import engine_settings
 from xkv_fx.errors import BudgetError, FileFormatError, ModelMismatchError
-from xkv_fx.fields import ANYTHING, DOCUMENT, Fields, check_fields
+from xkv_fx.fields import ANYTHING, DOCUMENT, LIST, Fields, check_fields
 from xkv_fx.files import check_format, is_finite, is_int, read_json, write_json
+from xkv_fx.formats import LayerFormats, checked_formats
 from xkv_fx.layers import HasItemSize, Layers, layers_of
 from xkv_fx.policy import Policy
 
 FORMAT = "xkv_fx.budgets"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 has no formats
 # What the parts hold, they check themselves.
 _FIELDS: Fields = {**DOCUMENT, **dict.fromkeys(("capacities", "policy", "provenance"), ANYTHING)}
+_FIELDS_OF: Mapping[int, Fields] = {1: _FIELDS, 2: {**_FIELDS, "formats": LIST}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +96,18 @@ class Plan:
             tokens are part of it.
         policy: how those slots are filled.
         provenance: how the plan was made.
+        formats: how each layer stores its slots: a pair of names of `xkv_fx.formats`, of its keys and of its values,
+            or None for the model's dtype; None as a whole where every layer stores in that.
 
     Raises:
-        BudgetError: no layers, or a capacity that is not a whole number of at least 1.
+        BudgetError: no layers, a capacity that is not a whole number of at least 1, or formats that are unknown or not
+            one pair for each capacity.
     """
 
     capacities: tuple[int, ...]
     policy: Policy = dataclasses.field(default_factory=Policy)
     provenance: Provenance = Provenance()
+    formats: tuple[LayerFormats | None, ...] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.capacities, str | bytes | bytearray) or not isinstance(self.capacities, Sequence):
@@ -118,6 +124,7 @@ class Plan:
             raise BudgetError(f"policy must be an xkv_fx.Policy; got {type(self.policy).__name__}")
         if not isinstance(self.provenance, Provenance):
             raise BudgetError(f"provenance must be a Provenance; got {type(self.provenance).__name__}")
+        object.__setattr__(self, "formats", checked_formats(self.formats, len(self.capacities)))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
@@ -147,7 +154,8 @@ class Plan:
         """Check that this plan fits a model with these layers and, where both are known, this fingerprint.
 
         Raises:
-            BudgetError: the number of capacities differs from the number of layers.
+            BudgetError: the number of capacities differs from the number of layers, or a layer is to be stored in
+                another format than the model's dtype.
             ModelMismatchError: the plan was made for another model.
         """
         count = len(layers_of(layers))
@@ -156,6 +164,12 @@ class Plan:
                 f"the plan has {len(self.capacities)} capacities but the model has {count} layers that own a KV "
                 "cache; give one capacity for each of them"
             )
+        for layer, pair in enumerate(self.formats or ()):
+            if pair is not None:
+                raise BudgetError(
+                    f"the plan stores keys of layer {layer} as {pair[0]} and its values as {pair[1]}, but this version "
+                    "stores keys and values in the model's dtype only; leave formats out"
+                )
         planned_for = self.provenance.model
         if planned_for is not None and model is not None and planned_for != model:
             raise ModelMismatchError(
@@ -169,7 +183,7 @@ class Plan:
         together are clamped to the layer's sliding window: in that many slots nothing that it reaches is ever lost.
 
         Raises:
-            BudgetError: another number of layers, or `max_new_tokens` is not a whole number of at least 0.
+            BudgetError: as `check_layers`, or `max_new_tokens` is not a whole number of at least 0.
         """
         self.check_layers(layers)
         if not is_int(max_new_tokens) or max_new_tokens < 0:
@@ -192,7 +206,7 @@ class Plan:
             max_new_tokens: room set aside for generated tokens; counts under `eviction="append"` only.
 
         Raises:
-            BudgetError: another number of layers, or a count that is not a whole number in its range.
+            BudgetError: as `check_layers`, or a count that is not a whole number in its range.
         """
         if not is_int(batch_size) or batch_size < 1:
             raise BudgetError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
@@ -205,14 +219,22 @@ class Plan:
         write_json(path, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON's types."""
-        return {
+        """The plan as JSON's types.
+
+        A plan without formats says nothing that version 1 did not, and stays of that version: whatever reads those
+        files goes on reading it. One with formats is of version 2, which an older reader refuses instead of storing its
+        slots otherwise.
+        """
+        data = {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": 1,
             "capacities": list(self.capacities),
             "policy": self.policy.to_dict(),
             "provenance": self.provenance.to_dict(),
         }
+        if self.formats is None:
+            return data
+        return {**data, "version": 2, "formats": [None if pair is None else list(pair) for pair in self.formats]}
 
     def to(self, engine: str, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         """This plan in another engine's own settings. These engines keep the newest tokens only (and sinks): what the
@@ -234,6 +256,8 @@ class Plan:
             BudgetError: an unknown engine, or a plan too small for its blocks.
         """
         settings, note = engine_settings(engine, self.capacities, self.policy.sinks)
+        if self.formats is not None:
+            note += "; the plan's formats are not carried over, so slots are stored as that engine is told to"
         result = {"engine": engine, "settings": settings, "note": note}
         if path is not None:
             write_json(path, result)
@@ -261,7 +285,7 @@ class Plan:
             FileFormatError, BudgetError: it is none; the message names no file.
         """
         check_format(data, FORMAT, FORMAT_VERSION)
-        check_fields(data, _FIELDS, "the plan", optional=_FIELDS)
+        check_fields(data, _FIELDS_OF[data["version"]], "the plan", optional=_FIELDS)
         capacities = data.get("capacities")
         if not isinstance(capacities, list):
             raise FileFormatError("'capacities' is missing or not a list")
@@ -269,6 +293,7 @@ class Plan:
             tuple(capacities),
             Policy.from_dict(data.get("policy")),
             Provenance.from_dict(data.get("provenance", {})),
+            data.get("formats"),
         )
 
 

@@ -22,9 +22,13 @@ class Budgets(Plan):
             tokens are part of it.
         policy: how those slots are filled.
         provenance: how the plan was made.
+        formats: how each layer stores its slots: a pair of names (`"model"`, `"fp8"`, `"int8"`, `"int4"`), of its keys
+            and of its values, or None for the model's dtype; None as a whole where every layer stores in that. This
+            version stores slots in the model's dtype only; a plan that says otherwise fits no model.
 
     Raises:
-        BudgetError: no layers, or a capacity that is not a whole number of at least 1.
+        BudgetError: no layers, a capacity that is not a whole number of at least 1, or formats that are unknown or not
+            one pair for each capacity.
     """
 
     def kv_bytes(
@@ -39,7 +43,8 @@ class Budgets(Plan):
             max_new_tokens: room set aside for generated tokens; counts under `eviction="append"` only.
 
         Raises:
-            BudgetError: another number of layers, or a count that is not a whole number in its range.
+            BudgetError: another number of layers, another format than the model's dtype, or a count that is not a
+                whole number in its range.
             UnsupportedModelError: the model has no KV cache that can be planned.
         """
         layers = given_layers(model)

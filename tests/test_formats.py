@@ -1,0 +1,165 @@
+"""Formats of slots in plans: one normal form, a file that keeps them, and no model yet that takes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ready_models
+from hypothesis import given
+from hypothesis import strategies as st
+from sealed_json import sealed
+
+import xkv_fx
+from xkv_fx import Budgets, LayerSpec
+from xkv_fx.engines.manifest import NAME, Manifest
+from xkv_fx.errors import BudgetError, FileFormatError
+from xkv_fx.formats import SLOT_FORMATS, checked_formats
+
+FILES = Path(__file__).parent / "files_of_0_1"
+LAYER = LayerSpec(8, 2, 16, 16, 4)
+INT8 = (("int8", "int4"), None)
+pairs = st.none() | st.tuples(st.sampled_from(SLOT_FORMATS), st.sampled_from(SLOT_FORMATS))
+
+
+def plan(formats: Any = INT8) -> Budgets:
+    return Budgets((12, 16), formats=formats)
+
+
+# The normal form
+
+
+@pytest.mark.parametrize("formats", [None, (None, None), [["model", "model"], None], (("model", "model"),) * 2])
+def test_plans_in_the_models_dtype_are_one_plan(formats: Any) -> None:
+    assert plan(formats).formats is None
+    assert plan(formats) == Budgets((12, 16))
+    assert hash(plan(formats)) == hash(Budgets((12, 16)))
+
+
+def test_a_pair_in_the_models_dtype_is_none() -> None:
+    assert plan([["model", "model"], ["model", "fp8"]]).formats == (None, ("model", "fp8"))
+    assert plan((("model", "model"), ("int8", "int4"))) == plan([None, ["int8", "int4"]])
+
+
+@given(st.lists(pairs, min_size=2, max_size=2), st.lists(pairs, min_size=2, max_size=2))
+def test_plans_that_store_alike_are_equal(one: list[Any], other: list[Any]) -> None:
+    """And the normal form of a normal form is itself."""
+    alike = [pair or ("model", "model") for pair in one] == [pair or ("model", "model") for pair in other]
+    assert (plan(one) == plan(other)) == alike
+    assert len({plan(one), plan(other)}) == (1 if alike else 2)
+    assert checked_formats(plan(one).formats, 2) == plan(one).formats
+
+
+@pytest.mark.parametrize(
+    ("formats", "message"),
+    [
+        ("int8", "formats must be a sequence of pairs of names, one for each capacity; got str"),
+        ({"0": "int8"}, "formats must be a sequence"),
+        (7, "formats must be a sequence"),
+        ((), "formats has 0 entries for 2 capacities; give one for each of them"),
+        ((("int8", "int8"),), "formats has 1 entries for 2 capacities"),
+        (("int8", "int4"), "the formats of layer 0 must be None or a pair of names, of keys and of values; got 'int8'"),
+        ((None, ("int8",)), "the formats of layer 1 must be None or a pair"),
+        ((None, ("int8", "int8", "int8")), "the formats of layer 1 must be None or a pair"),
+        ((None, "k8"), "the formats of layer 1 must be None or a pair of names, of keys and of values; got 'k8'"),
+        (
+            (None, ("int8", "int5")),
+            "unknown format 'int5' of the values of layer 1; choose one of model, fp8, int8, int4",
+        ),
+        ((("INT8", "int8"), None), "unknown format 'INT8' of the keys of layer 0"),
+        (((8, "int8"), None), "unknown format 8 of the keys of layer 0"),
+        ((([], "int8"), None), "unknown format [] of the keys of layer 0"),
+        (((None, "int8"), None), "unknown format None of the keys of layer 0"),
+    ],
+    ids=repr,
+)
+def test_what_are_no_formats_is_refused(formats: Any, message: str) -> None:
+    with pytest.raises(BudgetError, match=re.escape(message)):
+        plan(formats)
+
+
+def test_other_capacities_need_other_formats() -> None:
+    assert dataclasses.replace(plan(), capacities=(1, 2)).formats == INT8
+    with pytest.raises(BudgetError, match="formats has 2 entries for 3 capacities"):
+        dataclasses.replace(plan(), capacities=(1, 2, 3))
+
+
+# The file
+
+
+def test_only_a_plan_with_formats_is_of_version_2(tmp_path: Path) -> None:
+    """What 0.1 could say is written as it wrote it, so that it can be read there."""
+    assert plan().to_dict() == {**Budgets((12, 16)).to_dict(), "version": 2, "formats": [["int8", "int4"], None]}
+    assert Budgets((12, 16)).to_dict()["version"] == 1
+    assert "formats" not in Budgets((12, 16)).to_dict()
+    Budgets.load(FILES / "budgets.json").save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (FILES / "budgets.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 1}, "unknown field 'formats'"),
+        ({"version": 3}, "newer than 2"),
+        ({"formats": ...}, "the plan lacks 'formats'"),
+        ({"formats": None}, "formats of the plan has the wrong type: None"),
+        ({"formats": {"0": ["int8", "int8"]}}, "formats of the plan has the wrong type"),
+        ({"formats": [["int8", "int4"]]}, "formats has 1 entries for 2 capacities"),
+        ({"formats": [["int8", "int3"], None]}, "unknown format 'int3' of the values of layer 0"),
+        ({"formats": ["int8", "int4"]}, "the formats of layer 0 must be None or a pair"),
+    ],
+    ids=str,
+)
+def test_a_file_with_wrong_formats_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    data = {name: value for name, value in {**plan().to_dict(), **changes}.items() if value is not ...}
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(FileFormatError, match=f"plan.json: .*{message}"):
+        Budgets.load(tmp_path / "plan.json")
+
+
+def test_a_file_whose_formats_are_all_the_models_is_the_plan_without(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps({**plan().to_dict(), "formats": [["model", "model"], None]}))
+    assert Budgets.load(tmp_path / "plan.json") == Budgets((12, 16))
+
+
+# Models
+
+
+STORES = "keys of layer 0 as int8 and its values as int4, but this version stores .* the model's dtype only"
+
+
+def test_no_model_takes_them_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    ready_models.remember_captures(monkeypatch)
+    model = ready_models.model()
+    for ask in (
+        lambda: plan().check_layers((LAYER,) * 2),
+        lambda: plan().slots((LAYER,) * 2),
+        lambda: plan().kv_bytes((LAYER,) * 2),
+        lambda: plan().kv_bytes(model),
+        lambda: xkv_fx.transform(model, plan(), backend="eager"),
+        lambda: ready_models.transformed(Budgets((12, 16))).with_budgets(plan()),
+        lambda: xkv_fx.Cache(model, plan()),
+        lambda: xkv_fx.verify(model, plan(), [list(range(24))], continuation=4),
+    ):
+        with pytest.raises(BudgetError, match=STORES):
+            ask()
+    with pytest.raises(BudgetError, match="keys of layer 1 as model and its values as fp8"):
+        plan((None, ("model", "fp8"))).kv_bytes((LAYER,) * 2)
+
+
+def test_no_engine_has_them_yet(tmp_path: Path) -> None:
+    data = json.loads((FILES / NAME).read_text())
+    data["budgets"] = {**data["budgets"], "version": 2, "formats": INT8}
+    (tmp_path / NAME).write_text(json.dumps(sealed(json.loads(json.dumps(data)))))
+    with pytest.raises(FileFormatError, match=f"{NAME}: .*{STORES}"):
+        Manifest.load(tmp_path)
+
+
+def test_settings_of_other_engines_say_that_formats_are_lost() -> None:
+    assert "formats" not in Budgets((12, 16)).to("executorch")["note"]
+    assert plan().to("executorch")["settings"] == Budgets((12, 16)).to("executorch")["settings"]
+    assert "the plan's formats are not carried over" in plan().to("executorch")["note"]
