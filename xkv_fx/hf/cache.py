@@ -40,6 +40,12 @@ class SessionCache(Cache):
         return self.fed
 
     @property
+    def is_linear(self) -> list[bool]:
+        """For transformers, which takes a cache for one of linear attention when all of this list is true, as of an
+        empty one, and then feeds the whole conversation again."""
+        return [False]
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes allocated for K/V."""
         return self.session.state.kv_bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from typing import Any, cast
 
 import torch
@@ -14,13 +13,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from xkv_fx.budgets import Plan
 from xkv_fx.errors import PromptError, SessionError
 from xkv_fx.hf.cache import SessionCache
+from xkv_fx.hf.cache_name import CACHE_NAME, CACHE_NAMES, CHUNKS_HOLD_NEW_TOKENS, TRANSFORMERS, cache_given
 from xkv_fx.lowering.budgeted import Budgeted
 from xkv_fx.lowering.program import CompiledProgram
 from xkv_fx.runtime.session import refuse_rows_of_padding
-
-_CACHE_FIELD = next(
-    field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in ("past_key_values", "cache")
-)
 
 
 class BudgetedLM(Budgeted, GenerationMixin):
@@ -75,24 +71,20 @@ class BudgetedLM(Budgeted, GenerationMixin):
             input_ids: int64 `[rows, S]`, the new tokens.
             attention_mask: `[rows, >= S]`, 0 for padding; its last S columns belong to `input_ids`.
             position_ids: int64 `[rows, S]`; counted from the attention mask when None.
-            past_key_values, cache: the session, under either of transformers' names; a new one when None.
+            past_key_values, cache: the session, under either of transformers' names, whichever version is installed; a
+                new one when None.
             logits_to_keep: 0 for the logits of every token, 1 for each row's last valid one.
             decoding: take `input_ids` as one decoded token a row instead of a prompt or a turn.
 
         Raises:
             PromptError, CapacityError: see `Session.feed`.
-            SessionError: a session of another model, or another kind of cache.
+            SessionError: a session of another model, another kind of cache, or two sessions under two names.
         """
         _refuse(kwargs, use_cache, self.config)
-        session = past_key_values if past_key_values is not None else cache
+        session = self._session({"past_key_values": past_key_values, "cache": cache})
         if session is None:
             session = self.new_session()
             refuse_rows_of_padding(attention_mask)
-        if not isinstance(session, SessionCache):
-            raise SessionError(
-                f"a {type(session).__name__} has no bounded memory; pass a session from llm.new_session() instead"
-            )
-        session.session.check_owner(self.program)
         if input_ids is None:
             raise PromptError("give input_ids; inputs_embeds are not supported")
         if return_dict is False:
@@ -105,20 +97,33 @@ class BudgetedLM(Budgeted, GenerationMixin):
         else:
             valid = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].to(self.device) != 0
             logits = session.feed(input_ids, position_ids, valid, all_logits=logits_to_keep == 0)
-        held: dict[str, Any] = {_CACHE_FIELD: session}
+        held: dict[str, Any] = {CACHE_NAME: session}
         return CausalLMOutputWithPast(logits=cast(Any, logits), **held)
+
+    def _session(self, arguments: dict[str, Any]) -> SessionCache | None:
+        """The session among a call's arguments, if it is one of this model's; None without."""
+        session = cache_given(arguments)
+        if session is None:
+            return None
+        if not isinstance(session, SessionCache):
+            raise SessionError(
+                f"a {type(session).__name__} has no bounded memory; pass a session from llm.new_session() instead"
+            )
+        session.session.check_owner(self.program)
+        return session
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own `GenerationMixin.generate`, every option of it.
 
-        `past_key_values` may be a session of this model, with the whole conversation as input each time; without one,
-        generation starts from an empty cache. Returns token ids int64 `[rows, prompt + new]`, or transformers' output
-        object with `return_dict_in_generate=True`.
+        `past_key_values`, or `cache` as transformers 5.24 calls it, may be a session of this model, with the whole
+        conversation as input each time; without one, generation starts from an empty cache. Either name is taken,
+        whichever version is installed. Returns token ids int64 `[rows, prompt + new]`, or transformers' output object
+        with `return_dict_in_generate=True`.
 
         Raises:
-            PromptError, CapacityError, SessionError: see `forward`; and for `inputs_embeds`, and for `position_ids`,
-                which the session counts.
+            PromptError, CapacityError, SessionError: see `forward`; and for `inputs_embeds`, for `position_ids`, which
+                the session counts, and for a conversation that has nothing new to its session.
         """
         if kwargs.get("position_ids") is not None:
             raise PromptError("leave position_ids out: the session counts the valid tokens of each row")
@@ -127,6 +132,10 @@ class BudgetedLM(Budgeted, GenerationMixin):
         ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
         if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.shape[-1] < ids.shape[-1]:
             raise PromptError(f"the attention mask has {mask.shape[-1]} columns for {ids.shape[-1]} tokens a row")
+        session = self._session(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        if session is not None:
+            kwargs[CACHE_NAME] = session
         return GenerationMixin.generate(self, *args, **kwargs)  # type: ignore[arg-type]
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # parameters differ between versions of transformers
@@ -137,19 +146,26 @@ class BudgetedLM(Budgeted, GenerationMixin):
         position_ids: Tensor | None = None,
         is_first_iteration: bool = False,
         logits_to_keep: int = 1,
+        prompt_columns: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """transformers' hook: slice what is new, and say whether it is a prompt or a decoded token."""
+        """transformers' hook: slice what is new, and say whether it is a prompt or a decoded token.
+
+        `prompt_columns` is what `_prepare_cache_for_generation` put among the arguments.
+        """
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:] if next_sequence_length > 0 else input_ids[:, :0]
+        # Older versions of transformers do not say that a chunk is part of a prompt.
+        decoding = not is_first_iteration and next_sequence_length is not None
+        if not decoding and prompt_columns is not None:
+            _refuse_tokens_fed_before(kwargs[CACHE_NAME].get_seq_length(), input_ids.shape[1], prompt_columns)
         return {
             **kwargs,
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": None,  # transformers counts from the last column, which may be padding
             "logits_to_keep": 1,
-            # Older versions of transformers do not say that a chunk is part of a prompt.
-            "decoding": not is_first_iteration and next_sequence_length is not None,
+            "decoding": decoding,
         }
 
     def _prepare_cache_for_generation(  # type: ignore[override]
@@ -163,21 +179,17 @@ class BudgetedLM(Budgeted, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r} cannot be chosen: the cache of a "
                 "transformed model is its budgets'"
             )
-        given = model_kwargs.pop("past_key_values", None)
-        if given is None:
-            given = model_kwargs.pop("cache", None)
-        if given is None:
-            given = self.new_session()
-        elif not isinstance(given, SessionCache):
-            raise SessionError(
-                f"a {type(given).__name__} has no bounded memory; pass a session from llm.new_session() instead"
-            )
-        given.session.check_owner(self.program)
-        refuse_rows_of_padding(model_kwargs.get("attention_mask"))
-        _refuse_rows_without_last_token(
-            model_kwargs.get("attention_mask"), given.get_seq_length(), generation_config.prefill_chunk_size
-        )
-        model_kwargs[_CACHE_FIELD] = given
+        session = self._session(model_kwargs)
+        mask, chunk = model_kwargs.get("attention_mask"), generation_config.prefill_chunk_size
+        if session is None:
+            session = self.new_session()
+        refuse_rows_of_padding(mask)
+        held = session.get_seq_length()
+        # transformers drops a mask of ones and notes its length, which counts the whole conversation.
+        columns = generation_config._mask_length if mask is None else mask.shape[1]
+        _refuse_conversations(held, columns, chunk)
+        _refuse_rows_without_last_token(mask, held, chunk)
+        model_kwargs[CACHE_NAME], model_kwargs["prompt_columns"] = session, columns
 
     def is_remote_code(self) -> bool:
         """Part of what `GenerationMixin` asks of a model."""
@@ -202,6 +214,28 @@ def _own_copy(config: GenerationConfig) -> GenerationConfig:
     if config.use_cache is False:
         config.use_cache = True
     return config
+
+
+def _refuse_conversations(held: int, columns: int, chunk: int | None) -> None:
+    """A conversation whose new tokens transformers would not find."""
+    if held and columns <= held:
+        raise PromptError(
+            f"the session holds {held} tokens a row, and the conversation given has {columns}: nothing in it is new. "
+            "Give the whole conversation each time, what is new at its end, or start with llm.new_session()"
+        )
+    if held and chunk and not CHUNKS_HOLD_NEW_TOKENS:
+        raise SessionError(
+            f"transformers {TRANSFORMERS} feeds a conversation from its start again when prefill_chunk_size is given; "
+            "leave that out for a session that holds tokens, or install transformers 5.21 or later"
+        )
+
+
+def _refuse_tokens_fed_before(held: int, new: int, columns: int) -> None:
+    if held + new > columns:
+        raise SessionError(
+            f"transformers {TRANSFORMERS} would feed {new} tokens a row to a session that holds {held} of the "
+            f"conversation's {columns}, so some of them twice; install a version of transformers that xkv_fx supports"
+        )
 
 
 def _refuse_rows_without_last_token(mask: Tensor | None, fed: int, chunk: int | None) -> None:
