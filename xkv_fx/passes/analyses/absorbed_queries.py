@@ -53,7 +53,7 @@ class AbsorbedQueries:
         piece = Graph()
         copies: dict[Node, Node] = {}
         turned = piece.graph_copy(mean.graph, copies)
-        made = behind(module.graph, [self.weights])
+        made = behind([self.weights])
         for node in module.graph.nodes:
             if node in made:
                 copies[node] = piece.node_copy(node, copies.__getitem__)

@@ -20,7 +20,7 @@ def residual_of(module: GraphModule, site: AttentionSite) -> tuple[Node, Node]:
     Raises:
         UnsupportedModelError: there is no such sum; the model has no residual connection around its attention.
     """
-    above = behind(module.graph, [site.q])
+    above = behind([site.q])
     below = {site.node}
     for node in module.graph.nodes:
         if node in below or not below.intersection(node.all_input_nodes):

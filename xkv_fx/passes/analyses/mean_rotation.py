@@ -172,7 +172,7 @@ class Turn:
     def _table_end(self) -> int | None:
         """How many positions there are in the tables that factors are looked up in; None if there are none."""
         ends = []
-        for node in behind(self.graph.module.graph, self.factors) & self.graph.placed:
+        for node in behind(self.factors) & self.graph.placed:
             found = _looked_up(node)
             if found is None or found[1] not in self.graph.placed:
                 continue

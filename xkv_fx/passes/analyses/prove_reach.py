@@ -101,7 +101,7 @@ class Prover:
         unaware = [node for node in made_from if node is not None and node not in self.tokens]
         lengths = set(LENGTHS)
         limit = min(self.longest or LONGEST, LONGEST)
-        for node in behind(self.module.graph, unaware):
+        for node in behind(unaware):
             if node.op == "get_attr" and max(node.meta["val"].shape, default=0) > 1:
                 lengths.add(limit)
             for number in _whole_numbers(node):

@@ -1,6 +1,9 @@
-"""What depends on what in a captured graph, as a directed graph of its nodes, and what a part of it computes.
+"""What depends on what in a captured graph, and what a part of it computes.
 
 A node that reads only a tensor's size does not depend on its values: masks and positions are made from sizes.
+
+What depends on what is read off the graph at every question. Passes edit the graph between their questions, so nothing
+is kept that an edit would make wrong.
 """
 
 from __future__ import annotations
@@ -8,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import networkx as nx
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -33,15 +35,6 @@ READ_SIZES = (
 SIZED_LIKE = (aten.expand_as.default, aten.view_as.default, aten.type_as.default, aten.reshape_as.default)
 
 
-def value_flow(graph: Graph) -> Any:
-    """`networkx.DiGraph` with an edge from each node to each node that reads its values."""
-    flow = nx.DiGraph()
-    flow.add_nodes_from(graph.nodes)
-    for node in graph.nodes:
-        flow.add_edges_from((source, node) for source in value_inputs(node))
-    return flow
-
-
 def value_inputs(node: Node) -> list[Node]:
     """The inputs of a node whose values it reads."""
     unread = node.args[0] if node.target in READ_SIZES else node.args[1] if node.target in SIZED_LIKE else None
@@ -50,20 +43,22 @@ def value_inputs(node: Node) -> list[Node]:
 
 def dependents(graph: Graph, sources: Iterable[Node], except_through: Iterable[Node] = ()) -> set[Node]:
     """Every node whose value depends on those of `sources`, these included, not only through `except_through`."""
-    flow = value_flow(graph)
-    flow.remove_nodes_from(except_through)
-    found = set(sources)
-    for source in tuple(found):
-        found |= nx.descendants(flow, source)
+    found, closed = set(sources), set(except_through)
+    for node in graph.nodes:  # inputs first
+        if node not in closed and not found.isdisjoint(value_inputs(node)):
+            found.add(node)
     return found
 
 
-def behind(graph: Graph, nodes: Iterable[Node]) -> set[Node]:
+def behind(nodes: Iterable[Node]) -> set[Node]:
     """These nodes and all whose values they depend on."""
-    flow = value_flow(graph)
     found = set(nodes)
-    for node in tuple(found):
-        found |= nx.ancestors(flow, node)
+    stack = list(found)
+    while stack:
+        for source in value_inputs(stack.pop()):
+            if source not in found:
+                found.add(source)
+                stack.append(source)
     return found
 
 
