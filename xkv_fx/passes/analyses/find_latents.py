@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from xkv_fx.passes.analyses.find_rotation import MOVES
-from xkv_fx.passes.analyses.mean_rotation import CASTS
 from xkv_fx.passes.tools.dependence import Evaluation, size_at, value_inputs
 from xkv_fx.passes.tools.graph import arguments, changed_by, placeholders
+from xkv_fx.passes.tools.operators import CASTS, MOVES
 
 aten = torch.ops.aten
 # These move elements, whatever they are.

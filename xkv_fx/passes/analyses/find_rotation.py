@@ -12,7 +12,6 @@ matrices over coming positions is made.
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,48 +22,15 @@ from torch.fx.node import map_arg
 
 from xkv_fx.passes.analyses.absorbed_queries import AbsorbedQueries
 from xkv_fx.passes.analyses.find_attention import AttentionSite
-from xkv_fx.passes.analyses.mean_rotation import CASTS, PlacedGraph, Turn, as_it_is, refusal
+from xkv_fx.passes.analyses.mean_rotation import PlacedGraph, Turn, as_it_is, refusal
 from xkv_fx.passes.tools.dependence import READ_SIZES, dependents, value_inputs
 from xkv_fx.passes.tools.graph import placeholders
 from xkv_fx.passes.tools.inline import inline
+from xkv_fx.passes.tools.operators import CASTS, MOVES
 from xkv_fx.passes.tools.roles import LENGTH, VALID, find_role, with_role
 from xkv_fx.runtime.scorers import Scorer, future_positions
 
 aten = torch.ops.aten
-# These put the elements of what they are given in other places.
-MOVES = (
-    *CASTS,
-    aten.alias.default,
-    aten.cat.default,
-    aten.chunk.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.expand.default,
-    aten.flatten.using_ints,
-    aten.flip.default,
-    aten.movedim.int,
-    aten.narrow.default,
-    aten.permute.default,
-    aten.reshape.default,
-    aten.reshape_as.default,
-    aten.roll.default,
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.stack.default,
-    aten.transpose.int,
-    aten.unbind.int,
-    aten.unflatten.int,
-    aten.unsqueeze.default,
-    aten.view.default,
-    aten.view_as.default,
-    aten.view_as_complex.default,
-    aten.view_as_real.default,
-    operator.getitem,
-)
 SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.neg.default)
 PROJECTIONS = (
     aten.linear.default,

@@ -17,9 +17,9 @@ from xkv_fx.passes.analyses.find_attention import AttentionSite
 from xkv_fx.passes.tools.dependence import Evaluation, behind, size_at
 from xkv_fx.passes.tools.graph import arguments, at_length, emit
 from xkv_fx.passes.tools.inline import inline
+from xkv_fx.passes.tools.operators import CASTS
 
 aten = torch.ops.aten
-CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
 PROBED = 3
 
 

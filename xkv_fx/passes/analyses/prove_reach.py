@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xkv_fx.errors import UnsupportedModelError
-from xkv_fx.passes.tools.dependence import Evaluation, behind, dependents, size_at
+from xkv_fx.passes.tools.dependence import SHORT_LENGTHS, Evaluation, behind, dependents, size_at
 from xkv_fx.passes.tools.graph import arguments
+from xkv_fx.passes.tools.operators import CASTS
 
 aten = torch.ops.aten
-CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
 # Logits this far down get a weight of exactly 0.
 MASKED = -1e4
-LENGTHS = (2, 3, 17)
 PROBED = 40
 LONGEST = 4096
 
@@ -99,7 +98,7 @@ class Prover:
         """Lengths that show everything: beyond each number that positions are compared with, and each table's end."""
         made_from = {source for node in written.chain for source in node.all_input_nodes} | {written.mask}
         unaware = [node for node in made_from if node is not None and node not in self.tokens]
-        lengths = set(LENGTHS)
+        lengths = set(SHORT_LENGTHS)
         limit = min(self.longest or LONGEST, LONGEST)
         for node in behind(unaware):
             if node.op == "get_attr" and max(node.meta["val"].shape, default=0) > 1:

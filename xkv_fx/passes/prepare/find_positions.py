@@ -16,12 +16,11 @@ from torch.fx import GraphModule, Node
 
 from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.passes.base import GraphPass, PassRecord
-from xkv_fx.passes.tools.dependence import Evaluation, dependents, value_inputs
+from xkv_fx.passes.tools.dependence import SHORT_LENGTHS, Evaluation, dependents, value_inputs
 from xkv_fx.passes.tools.graph import constant, emit, placeholders, propagate
 from xkv_fx.passes.tools.inline import inline
 
 aten = torch.ops.aten
-LENGTHS = (2, 3, 17)
 # What puts a value of each token together with others of the same token; an index, say, counts something else.
 COMBINED_BY = (
     aten.add.Tensor,
@@ -114,7 +113,7 @@ class FindPositions(GraphPass):
             return value.movedim(dim, 0)
 
         table = rows_at(longest)
-        for length in LENGTHS:
+        for length in SHORT_LENGTHS:
             if length < longest and not torch.equal(rows_at(length), table[:length]):
                 raise UnsupportedModelError(
                     f"{node.name} depends on how many tokens there are, not only on where each one stands"

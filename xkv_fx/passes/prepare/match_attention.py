@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from xkv_fx.errors import UnsupportedModelError
-from xkv_fx.passes.analyses.prove_reach import CASTS, Prover, Reach, WrittenAttention
+from xkv_fx.passes.analyses.prove_reach import Prover, Reach, WrittenAttention
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.prepare.clean_graph import remove_dead_code
 from xkv_fx.passes.tools.dependence import dependents, value_inputs
 from xkv_fx.passes.tools.graph import arguments, constant, emit, placeholders
 from xkv_fx.passes.tools.inline import inline
+from xkv_fx.passes.tools.operators import CASTS
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 
 aten = torch.ops.aten
@@ -48,7 +49,7 @@ RESHAPES = (
     aten.expand.default,
 )
 # Each pair of query and key by itself.
-ELEMENTWISE = (
+PAIRWISE = (
     aten.add.Tensor,
     aten.add_.Tensor,
     aten.sub.Tensor,
@@ -170,7 +171,7 @@ def _chain_to_products(softmax: Node, dependent: set[Node]) -> list[Node]:
             operands = node.args[1:3] if node.target is aten.baddbmm.default else node.args[:2]
             if len(sources) == 2 and all(operand in dependent for operand in operands):
                 return chain
-        if node.target not in (*ELEMENTWISE, *RESHAPES, *CASTS):
+        if node.target not in (*PAIRWISE, *RESHAPES, *CASTS):
             raise UnsupportedModelError(
                 f"{node.name}, in the logits of {softmax.name}, is {node.target}, which is not understood there"
             )

@@ -6,12 +6,11 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xkv_fx.errors import UnsupportedModelError
+from xkv_fx.passes.analyses.find_projection import TOKENWISE, behind_tokenwise
 from xkv_fx.passes.base import GraphPass, PassRecord
-from xkv_fx.passes.prepare.select_last_logits import ELEMENTWISE
 from xkv_fx.passes.tools.graph import output_node, propagate
 
 aten = torch.ops.aten
@@ -29,12 +28,8 @@ class OpenLastLogits(GraphPass):
     name: ClassVar[str] = "open_last_logits"
 
     def run(self, module: GraphModule) -> PassRecord:
-        node: Any = output_node(module.graph).args[0]
-        while node.op == "call_function" and node.target in (*ELEMENTWISE, aten.linear.default):
-            tensors = [source for source in node.all_input_nodes if _is_per_token(source)]
-            if len(tensors) != 1:
-                break
-            node = tensors[0]
+        logits: Any = output_node(module.graph).args[0]
+        node: Any = behind_tokenwise(logits, (*TOKENWISE, aten.linear.default))
         if not _takes_last_column(node):
             raise UnsupportedModelError(
                 "the model returns logits of one token, but not by leaving out all others before its output projection"
@@ -51,8 +46,3 @@ def _takes_last_column(node: Node) -> bool:
     source, dim, start = node.args[:3]
     one = node.meta["val"].shape[1] == 1
     return bool(isinstance(source, Node) and dim == 1 and start == -1 and len(node.args) < 5 and one)
-
-
-def _is_per_token(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dim() == 3

@@ -9,22 +9,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from xkv_fx.passes.analyses.find_projection import behind_tokenwise, is_of_tokens
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.tools.graph import output_node, propagate
 from xkv_fx.passes.tools.inline import inline
 from xkv_fx.passes.tools.roles import LENGTH, with_role
 
 aten = torch.ops.aten
-# Applied to each token by itself, so that choosing a token before or after them is the same.
-ELEMENTWISE = (
-    aten.tanh.default,
-    aten.mul.Tensor,
-    aten.div.Tensor,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten._to_copy.default,
-    aten.contiguous.default,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +46,6 @@ def _last(values: Tensor, length: Tensor) -> Tensor:
 
 
 def _projection(logits: Node) -> Node | None:
-    """The linear layer that makes the logits, if nothing but elementwise ops follows it."""
-    node = logits
-    while node.op == "call_function" and node.target in ELEMENTWISE:
-        tensors = [source for source in node.all_input_nodes if _is_per_token(source)]
-        if len(tensors) != 1:
-            return None
-        node = tensors[0]
-    return node if node.target is aten.linear.default and _is_per_token(node.args[0]) else None
-
-
-def _is_per_token(node: object) -> bool:
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return isinstance(value, Tensor) and value.dim() == 3
+    """The linear layer that makes the logits, if nothing but what is done to each token by itself follows it."""
+    node = behind_tokenwise(logits)
+    return node if node.target is aten.linear.default and is_of_tokens(node.args[0]) else None

@@ -33,6 +33,8 @@ READ_SIZES = (
     aten._assert_tensor_metadata.default,
 )
 SIZED_LIKE = (aten.expand_as.default, aten.view_as.default, aten.type_as.default, aten.reshape_as.default)
+# Numbers of tokens at which `Evaluation` shows what a graph makes of their number alone, beside the longest.
+SHORT_LENGTHS = (2, 3, 17)
 
 
 def value_inputs(node: Node) -> list[Node]:
