@@ -20,7 +20,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import xkv_fx
-from xkv_fx.evaluation.quality.metrics import divergence, forced_logits
+from xkv_fx.evaluation.quality.answering import BudgetedReader, forced
+from xkv_fx.evaluation.quality.metrics import divergence
 from xkv_fx.evaluation.quality.needle import Needle, plant_needle
 from xkv_fx.evaluation.texts import documentation
 from xkv_fx.evaluation.timing import Stopwatch
@@ -148,7 +149,11 @@ def run(
     if reference is None:
         reference = generated, torch.cat(output.logits)
     same = torch.equal(generated, reference[0])  # then the tokens were the full cache's own already
-    own = torch.cat(output.logits) if same else forced_logits(llm, needle.ids, reference[0])
+    if same:
+        own = torch.cat(output.logits)
+    else:
+        reader = BudgetedReader(llm)
+        own = forced(reader, reader.read(needle.ids), reference[0])
     strayed = divergence(reference[1], own)
     outcome = Outcome(
         plan=name,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from xkv_fx.planning.measure.divergence import kl_divergence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +33,7 @@ class Divergence:
 
 def divergence(full: Tensor, other: Tensor) -> Divergence:
     """Compare logits `[T, vocabulary]` with those of the full cache, in float64."""
-    log_p = torch.log_softmax(full.double(), -1)
-    log_q = torch.log_softmax(other.double(), -1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0)
+    kl = kl_divergence(torch.log_softmax(full.double(), -1), other)
     return Divergence(kl, full.argmax(-1) == other.argmax(-1))
 
 
@@ -52,18 +51,3 @@ def compare(full: Tensor, other: Tensor, tokens: Tensor) -> dict[str, float]:
     log_p, log_q = (torch.log_softmax(logits.double(), -1).gather(1, tokens[:, None]) for logits in (full, other))
     change = float((log_p - log_q).mean())
     return {"kl": strayed.mean_kl, "nll_change": change, "agreement": strayed.top1_agreement}
-
-
-def forced_logits(llm: Any, prompt: Tensor, continuation: Tensor) -> Tensor:
-    """Logits `[T, vocabulary]` for each token of a given continuation, decoded one by one behind a prompt.
-
-    Args:
-        llm: a transformed model for one row.
-        prompt: int64 `[1, S]`.
-        continuation: int64 `[1, T]`.
-    """
-    session = llm.new_session()
-    logits = [llm(prompt, past_key_values=session, logits_to_keep=1).logits[:, -1]]
-    for token in torch.split(continuation[:, :-1], 1, dim=1):
-        logits.append(llm(token, past_key_values=session, decoding=True).logits[:, -1])
-    return torch.cat(logits)

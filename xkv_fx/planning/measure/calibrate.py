@@ -25,7 +25,8 @@ from xkv_fx.files import SEAL, is_int, written_whole
 from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.measure.cut_at_attention import CutModel
 from xkv_fx.planning.data.calibration_data import Calibration, check_grid
-from xkv_fx.planning.measure.continuation import FullRun, LayerPlans, cut_model, kl_divergence, run_full
+from xkv_fx.planning.measure.continuation import FullRun, LayerPlans, cut_model, run_full
+from xkv_fx.planning.measure.divergence import kl_divergence
 from xkv_fx.planning.measure.prompts import check_tokens
 from xkv_fx.planning.measure.team import ALONE, Arrays, Progress, Team
 from xkv_fx.planning.measure.weights import digest_of_weights

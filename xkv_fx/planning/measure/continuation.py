@@ -20,6 +20,7 @@ from xkv_fx.passes.analyses.find_attention import check_borrowed
 from xkv_fx.passes.measure.cut_at_attention import CutModel, Segment, Value, cut_at_attention
 from xkv_fx.passes.pipeline import run_pipeline
 from xkv_fx.passes.prepare.clean_graph import CleanGraph
+from xkv_fx.planning.measure.divergence import kl_divergence
 from xkv_fx.planning.measure.held import Held, HeldScored, LayerRun, attend, hold, hold_all
 from xkv_fx.runtime.attention import causal_attention
 from xkv_fx.runtime.scorers import Scorer, future_positions, score_tokens
@@ -170,17 +171,6 @@ class FullRun:
             logits = _logits(self.model, segment, segment.module(*inputs))
             results.append(kl_divergence(reference, logits.view(len(part), self.tokens, -1)))
         return torch.cat(results)
-
-
-def kl_divergence(log_p: Tensor, logits: Tensor) -> Tensor:
-    """KL(p || q) in nats, float64 `[...]`, of q's logits `[..., vocabulary]` from p's log-probabilities.
-
-    The sum of p (r - 1 - log r) with r = q / p: its terms are not negative, so that float32 loses nothing where q is
-    close to p.
-    """
-    difference = torch.log_softmax(logits.float(), -1).sub_(log_p)
-    terms = torch.expm1(difference).sub_(difference).mul_(log_p.exp())
-    return terms.sum(-1).double()
 
 
 @torch.no_grad()
