@@ -25,7 +25,8 @@ import xkv_fx
 from xkv_fx.evaluation.texts import KINDS, cut_prompts
 from xkv_fx.files import write_json
 from xkv_fx.hf.models import load_model
-from xkv_fx.planning.measure.verify import ratio_of_means, summary
+from xkv_fx.planning.measure.bootstrap import ratio_of_means
+from xkv_fx.planning.measure.verify import summary
 
 FRACTIONS = (0.06, 0.125, 0.25, 0.384)
 ALLOCATORS = ("xkv", "maxmin", "pyramid", "entropy", "squeeze", "calibrated")

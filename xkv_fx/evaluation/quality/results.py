@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xkv_fx.evaluation.quality.candidates import UNIFORM, Candidate
-from xkv_fx.planning.measure.verify import Difference, difference_of_means
+from xkv_fx.planning.measure.bootstrap import Estimate, difference_of_means
 from xkv_fx.policy import Policy
 
 FULL = "full"
@@ -96,7 +96,7 @@ class Evaluation:
         """Whether the full cache is so poor at a task that it tells nothing about smaller ones."""
         return row.task != CONTINUATION and self.full(row).mean < SAYS_NOTHING
 
-    def against(self, row: Row, other: Row | None) -> Difference | None:
+    def against(self, row: Row, other: Row | None) -> Estimate | None:
         """The paired difference of the means; of a row to itself none."""
         if other is None or other is row:
             return None

@@ -15,6 +15,7 @@ from xkv_fx.budgets import AnyPlan, Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, PromptError
 from xkv_fx.layers import LayerSpec
+from xkv_fx.planning.measure.bootstrap import Estimate, ratio_of_means
 from xkv_fx.planning.measure.calibrate import check_measurable, check_prompt, cut_checked
 from xkv_fx.planning.measure.continuation import run_full
 from xkv_fx.planning.solve.limits import make_limits
@@ -25,26 +26,6 @@ from xkv_fx.runtime.slots import slot_plans
 Progress = Callable[[int, int], None]
 
 CONTINUATION = 48
-RESAMPLES = 10_000
-SEED = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Ratio:
-    """The ratio of two means over the same prompts, with a paired 95 % bootstrap interval over prompts."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """The difference of two means over the same prompts, with a paired 95 % bootstrap interval over prompts."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +43,7 @@ class Verification:
     kl: tuple[float, ...]
     uniform_kl: tuple[float, ...]
     uniform: tuple[int, ...]
-    ratio: Ratio
+    ratio: Estimate
     continuation: int
 
     @property
@@ -202,42 +183,6 @@ def uniform_like(budgets: AnyPlan, layers: Sequence[LayerSpec]) -> AnyPlan:
     even = capacities_within_bytes("uniform", np.zeros((len(layers), context + 1)), slot_bytes, kv_bytes, limits)
     plain = type(budgets).uniform(len(layers), 1, budgets.policy)
     return dataclasses.replace(plain, capacities=tuple(even.tolist()))
-
-
-def ratio_of_means(
-    ours: NDArray[np.float64], theirs: NDArray[np.float64], resamples: int = RESAMPLES, seed: int = SEED
-) -> Ratio:
-    """`mean(ours) / mean(theirs)` of the same prompts, with the 95 % percentile interval of a paired bootstrap.
-
-    Prompts are drawn with replacement, both values of a prompt together (Efron and Tibshirani, An Introduction to the
-    Bootstrap, 1993, chapter 13). Where both means are 0 the ratio is 1.
-
-    Args:
-        ours, theirs: float64 `[prompts]`, not negative.
-    """
-    drawn = _draws(len(ours), resamples, seed)
-    ratios = _ratios(ours[drawn].mean(1), theirs[drawn].mean(1))
-    low, high = np.percentile(ratios, (2.5, 97.5))
-    return Ratio(float(_ratios(ours.mean(), theirs.mean())), float(low), float(high))
-
-
-def difference_of_means(
-    ours: NDArray[np.float64], theirs: NDArray[np.float64], resamples: int = RESAMPLES, seed: int = SEED
-) -> Difference:
-    """`mean(ours) - mean(theirs)` of the same prompts, with an interval as `ratio_of_means` gives."""
-    each = np.asarray(ours) - np.asarray(theirs)
-    low, high = np.percentile(each[_draws(len(each), resamples, seed)].mean(1), (2.5, 97.5))
-    return Difference(float(each.mean()), float(low), float(high))
-
-
-def _draws(prompts: int, resamples: int, seed: int) -> NDArray[np.int64]:
-    """Which prompts each resample of a bootstrap consists of, `[resamples, prompts]`."""
-    return np.random.default_rng(seed).integers(prompts, size=(resamples, prompts))
-
-
-def _ratios(ours: Any, theirs: Any) -> Any:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(theirs > 0, ours / theirs, np.where(np.asarray(ours) > 0, np.inf, 1.0))
 
 
 def held_out_summary(kl: Sequence[float], continuation: int) -> Mapping[str, Any]:
