@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
@@ -14,10 +14,9 @@ from xkv_fx.budgets import Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, ModelMismatchError
 from xkv_fx.planning.data.calibration_data import Calibration
+from xkv_fx.planning.measure.team import Progress
 from xkv_fx.planning.measure.verify import CONTINUATION, divergence_of_plans, held_out_summary
 from xkv_fx.planning.solve.plan import solve
-
-Progress = Callable[[int, int], None]
 
 # Plans that are tried in one round, in one pass over the prompts; each round leaves one gap between two of them.
 _TRIED = 7

@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
-
 import xkv_fx
 from xkv_fx.errors import BudgetError
 from xkv_fx.layers import LayerSpec
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.profile_data import Profile
 from xkv_fx.planning.measure.verify import uniform_like
-from xkv_fx.planning.solve.limits import make_limits
-from xkv_fx.planning.solve.plan import capacities_within_bytes
+from xkv_fx.planning.solve.plan import uniform_within_bytes, whole_tokens
 from xkv_fx.policy import Policy
 from xkv_fx.public_budgets import Budgets
 
@@ -75,9 +72,7 @@ def candidates_of_fractions(
     found: list[Candidate] = []
     for fraction in fractions:
         size, total = label_of(fraction), _tokens(fraction, layers, context)
-        for source, name in _solvable(measured, allocators):
-            budgets = xkv_fx.solve(source, total_tokens=total, context=context, allocator=name)
-            found.append(Candidate(budgets.provenance.allocator or name or "", size, budgets))
+        found += _solved(measured, allocators, size, context, total_tokens=total)
         capacities = tuple(total // len(layers) + (layer < total % len(layers)) for layer in range(len(layers)))
         found += [Candidate(UNIFORM, size, Budgets(capacities, policy)) for policy in _policies(measured, scorers)]
     return tuple(found)
@@ -92,18 +87,13 @@ def candidates_of_bytes(
     scorers: Sequence[str] = (),
 ) -> tuple[Candidate, ...]:
     """As `candidates_of_fractions`, for named sizes in bytes; one that is above the full cache's is left out."""
-    slot_bytes = np.array([spec.slot_bytes() for spec in layers], dtype=np.int64)
-    caps = [spec.effective_capacity(context) for spec in layers]
-    limits = make_limits(len(layers), context, 1, caps, 1)
+    full_bytes = sum(spec.slot_bytes() * spec.effective_capacity(context) for spec in layers)
     found: list[Candidate] = []
     for size, kv_bytes in sizes.items():
-        if kv_bytes >= int(slot_bytes @ np.array(caps)):
+        if kv_bytes >= full_bytes:
             continue
-        for source, name in _solvable(measured, allocators):
-            budgets = xkv_fx.solve(source, kv_bytes=kv_bytes, context=context, allocator=name)
-            found.append(Candidate(budgets.provenance.allocator or name or "", size, budgets))
-        zeros = np.zeros((len(layers), context + 1))
-        even = capacities_within_bytes(UNIFORM, zeros, slot_bytes, kv_bytes, limits)
+        found += _solved(measured, allocators, size, context, kv_bytes=kv_bytes)
+        even = uniform_within_bytes(layers, context, kv_bytes)
         found += [
             Candidate(UNIFORM, size, Budgets(tuple(even.tolist()), policy)) for policy in _policies(measured, scorers)
         ]
@@ -155,7 +145,23 @@ def check_equal_bytes(candidates: Sequence[Candidate], layers: Sequence[LayerSpe
 def _tokens(fraction: float, layers: Sequence[LayerSpec], context: int) -> int:
     if not 0 < fraction <= 1:
         raise BudgetError(f"a fraction must be above 0 and at most 1; got {fraction!r}")
-    return int(fraction * len(layers) * context + 1e-9)
+    return whole_tokens(fraction, len(layers), context)
+
+
+def _solved(
+    measured: Sequence[Profile | Calibration],
+    allocators: Sequence[str] | None,
+    size: str,
+    context: int,
+    total_tokens: int | None = None,
+    kv_bytes: int | None = None,
+) -> list[Candidate]:
+    """What the allocators make of each source that they can read, under one of the two constraints."""
+    found = []
+    for source, name in _solvable(measured, allocators):
+        budgets = xkv_fx.solve(source, total_tokens=total_tokens, kv_bytes=kv_bytes, context=context, allocator=name)
+        found.append(Candidate(budgets.provenance.allocator or name or "", size, budgets))
+    return found
 
 
 def _solvable(

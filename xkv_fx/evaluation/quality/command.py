@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,8 @@ from xkv_fx.hf.capture import layers_of_model
 from xkv_fx.layers import LayerSpec
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.profile_data import Profile
+from xkv_fx.planning.measure.team import Progress
 from xkv_fx.public_budgets import Budgets
-
-Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)

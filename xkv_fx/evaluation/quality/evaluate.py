@@ -32,10 +32,9 @@ from xkv_fx.evaluation.quality.shared_prefill import Recorded, Recorder, can_rec
 from xkv_fx.evaluation.tasks import Instance, make_instances
 from xkv_fx.evaluation.texts import cut_prompts, source_code
 from xkv_fx.hf.capture import layers_of_model
+from xkv_fx.planning.measure.team import Progress
 from xkv_fx.policy import Policy
 from xkv_fx.public_budgets import Budgets
-
-Progress = Callable[[int, int], None]
 
 INSIDE, AFTER = "inside", "after"
 FORMS = (INSIDE, AFTER)

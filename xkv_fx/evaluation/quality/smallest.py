@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import xkv_fx
 from xkv_fx.errors import BudgetError
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.profile_data import Profile
+from xkv_fx.planning.measure.team import Progress
 from xkv_fx.public_budgets import Budgets
 
 # Totals that are tried for each allocator in one round; each round leaves one gap between two of them.
@@ -28,7 +29,7 @@ def smallest_shares(
     context: int | None = None,
     continuation: int = 48,
     rounds: int = 2,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, float | None]:
     """For each way the smallest fraction of layers x context whose held-out mean KL is at most `kl`.
 

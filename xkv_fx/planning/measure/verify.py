@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,10 @@ from xkv_fx.layers import LayerSpec
 from xkv_fx.planning.measure.bootstrap import Estimate, ratio_of_means
 from xkv_fx.planning.measure.calibrate import check_measurable, check_prompt, cut_checked
 from xkv_fx.planning.measure.continuation import run_full
-from xkv_fx.planning.solve.limits import make_limits
-from xkv_fx.planning.solve.plan import capacities_within_bytes
+from xkv_fx.planning.measure.team import Progress
+from xkv_fx.planning.solve.plan import uniform_within_bytes
 from xkv_fx.policy import Policy
 from xkv_fx.runtime.slots import slot_plans
-
-Progress = Callable[[int, int], None]
 
 CONTINUATION = 48
 
@@ -176,11 +174,8 @@ def uniform_like(budgets: AnyPlan, layers: Sequence[LayerSpec]) -> AnyPlan:
     budgets.check_layers(layers)
     capacities = [spec.effective_capacity(c) for spec, c in zip(layers, budgets.capacities, strict=True)]
     context = max(budgets.provenance.context or 1, *capacities)
-    slot_bytes = np.array([spec.slot_bytes() for spec in layers], dtype=np.int64)
-    caps = [spec.effective_capacity(context) for spec in layers]
-    limits = make_limits(len(layers), context, 1, caps, 1)
-    kv_bytes = int(slot_bytes @ np.array(capacities, dtype=np.int64))
-    even = capacities_within_bytes("uniform", np.zeros((len(layers), context + 1)), slot_bytes, kv_bytes, limits)
+    kv_bytes = sum(spec.slot_bytes() * capacity for spec, capacity in zip(layers, capacities, strict=True))
+    even = uniform_within_bytes(layers, context, kv_bytes)
     plain = type(budgets).uniform(len(layers), 1, budgets.policy)
     return dataclasses.replace(plain, capacities=tuple(even.tolist()))
 

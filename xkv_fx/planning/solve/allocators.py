@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -163,24 +164,36 @@ def allocator(name: str | Allocator) -> _Checked:
 register_allocator("xkv", reads="retention")(capacities_for_total)
 
 
+def within_limits(share: Callable[..., NDArray[np.int64]]) -> Callable[..., NDArray[np.int64]]:
+    """Function decorator: an allocator from a function of curves, a total, and the limits that follow from floor, caps
+    and multiple for that total."""
+
+    @functools.wraps(share)
+    def allocate(
+        curves: NDArray[np.floating[Any]],
+        total: int,
+        *,
+        floor: int = 1,
+        caps: ArrayLike | None = None,
+        multiple: int = 1,
+        **statistics: NDArray[np.float64],
+    ) -> NDArray[np.int64]:
+        limits = make_limits(*shape_of(curves), floor, caps, multiple).for_total(total)
+        return share(curves, total, limits, **statistics)
+
+    return allocate
+
+
 @register_allocator("calibrated", reads="kl")
-def calibrated(
-    curves: NDArray[np.floating[Any]],
-    total: int,
-    *,
-    floor: int = 1,
-    caps: ArrayLike | None = None,
-    multiple: int = 1,
-) -> NDArray[np.int64]:
+@within_limits
+def calibrated(curves: NDArray[np.floating[Any]], total: int, limits: Limits) -> NDArray[np.int64]:
     """The plan with the smallest sum of measured divergences, a quarter of it shared alike by all layers.
 
     Divergences add up only while they are small, and a layer that seems not to matter alone may matter once others hold
     less too: what all share keeps a plan away from what was never measured. It grows block by block, so that plans are
     nested and a larger total never costs more.
     """
-    curves = checked_curves(curves)
-    limits = make_limits(*shape_of(curves), floor, caps, multiple).for_total(total)
-    blocks = blocks_of_curves(curves, limits)
+    blocks = blocks_of_curves(checked_curves(curves), limits)
     return fill(dataclasses.replace(blocks, lows=spread(blocks, total // 4)), total)
 
 
@@ -190,15 +203,8 @@ def calibrated_floor(mean: int, limits: Limits) -> int:
 
 
 @register_allocator("uniform")
-def uniform(
-    curves: NDArray[np.floating[Any]],
-    total: int,
-    *,
-    floor: int = 1,
-    caps: ArrayLike | None = None,
-    multiple: int = 1,
-) -> NDArray[np.int64]:
+@within_limits
+def uniform(curves: NDArray[np.floating[Any]], total: int, limits: Limits) -> NDArray[np.int64]:
     """Capacities as equal as total, caps and blocks allow; of what is left, the first layers get a block each."""
-    limits = make_limits(*shape_of(curves), floor, caps, multiple).for_total(total)
     no_gains = np.zeros((limits.layers, -(-limits.context // limits.multiple)))
     return spread(Blocks(no_gains, limits.multiple, limits.lows, limits.caps), total)

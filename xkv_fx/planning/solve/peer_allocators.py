@@ -6,11 +6,11 @@ from bisect import bisect_left
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from xkv_fx.planning.data.curves import checked_curves, shape_of
-from xkv_fx.planning.solve.allocators import register_allocator
-from xkv_fx.planning.solve.limits import Limits, make_limits
+from xkv_fx.planning.data.curves import checked_curves
+from xkv_fx.planning.solve.allocators import register_allocator, within_limits
+from xkv_fx.planning.solve.limits import Limits
 
 # PyramidKV's beta: how many times the mean the top layer's budget goes into (its reference code's default).
 PYRAMID_BETA = 20
@@ -20,35 +20,21 @@ SQUEEZE_GROUPS = 3
 
 
 @register_allocator("pyramid")
-def pyramid(
-    curves: NDArray[np.floating[Any]],
-    total: int,
-    *,
-    floor: int = 1,
-    caps: ArrayLike | None = None,
-    multiple: int = 1,
-) -> NDArray[np.int64]:
+@within_limits
+def pyramid(curves: NDArray[np.floating[Any]], total: int, limits: Limits) -> NDArray[np.int64]:
     """Budgets that fall linearly from the first layer to the last, whatever was measured (PyramidKV, arXiv 2406.02069,
     section 4.2): the last layer gets 1 / beta of the mean, the first 2 - 1 / beta of it."""
-    limits = make_limits(*shape_of(curves), floor, caps, multiple).for_total(total)
     lowest = 1 / PYRAMID_BETA
     return proportional(np.linspace(2 - lowest, lowest, limits.layers), total, limits)
 
 
 @register_allocator("maxmin", reads="retention")
-def maxmin(
-    curves: NDArray[np.floating[Any]],
-    total: int,
-    *,
-    floor: int = 1,
-    caps: ArrayLike | None = None,
-    multiple: int = 1,
-) -> NDArray[np.int64]:
+@within_limits
+def maxmin(curves: NDArray[np.floating[Any]], total: int, limits: Limits) -> NDArray[np.int64]:
     """The plan whose worst layer keeps most: every layer keeps at least the same share of its attention mass, the
     largest that the total allows, found by bisection (PrefixKV, arXiv 2412.03409, section 3.3). What is left raises the
     layers that keep least, one after another."""
     curves = checked_curves(curves)
-    limits = make_limits(*shape_of(curves), floor, caps, multiple).for_total(total)
 
     def keeping(share: float) -> NDArray[np.int64]:
         return np.array([_capacity(curve, share, limits, layer) for layer, curve in enumerate(curves)])
@@ -68,34 +54,22 @@ def maxmin(
 
 
 @register_allocator("entropy", statistic="preference")
+@within_limits
 def entropy(
-    curves: NDArray[np.floating[Any]],
-    total: int,
-    *,
-    preference: NDArray[np.float64],
-    floor: int = 1,
-    caps: ArrayLike | None = None,
-    multiple: int = 1,
+    curves: NDArray[np.floating[Any]], total: int, limits: Limits, *, preference: NDArray[np.float64]
 ) -> NDArray[np.int64]:
     """Budgets in proportion to how widely a layer's attention spreads and how much it shifts from query to query
     (CAKE, arXiv 2503.12491, section 4.1; both exponents 1, where the paper tunes them for each model)."""
-    limits = make_limits(*shape_of(curves), floor, caps, multiple).for_total(total)
     return proportional(preference, total, limits)
 
 
 @register_allocator("squeeze", statistic="similarity")
+@within_limits
 def squeeze(
-    curves: NDArray[np.floating[Any]],
-    total: int,
-    *,
-    similarity: NDArray[np.float64],
-    floor: int = 1,
-    caps: ArrayLike | None = None,
-    multiple: int = 1,
+    curves: NDArray[np.floating[Any]], total: int, limits: Limits, *, similarity: NDArray[np.float64]
 ) -> NDArray[np.int64]:
     """Layers in three clusters by how little their attention changes the hidden state; those that change it least keep
     0.35 of a uniform budget, and all others share what that frees (SqueezeAttention, arXiv 2404.04793, section 3)."""
-    limits = make_limits(*shape_of(curves), floor, caps, multiple).for_total(total)
     groups = clusters(similarity, SQUEEZE_GROUPS)
     least = groups == groups.max()
     weights = np.where(least, SQUEEZE_SHARE, 1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from xkv_fx.budgets import Plan, Provenance
 from xkv_fx.errors import BudgetError
 from xkv_fx.files import is_int
-from xkv_fx.layers import HasItemSize
+from xkv_fx.layers import HasItemSize, LayerSpec
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.curves import mean_retention
 from xkv_fx.planning.data.profile_data import Profile, check_context
@@ -110,7 +111,12 @@ def _only_constraint(**constraints: Any) -> tuple[str, Any]:
 def _tokens_of_fraction(fraction: float, limits: Limits) -> int:
     if not 0 < fraction <= 1:
         raise BudgetError(f"fraction must be above 0 and at most 1; got {fraction!r}")
-    return math.floor(fraction * limits.layers * limits.context + 1e-9)  # 0.47 * 5 * 20 is 47, whatever rounding says
+    return whole_tokens(fraction, limits.layers, limits.context)
+
+
+def whole_tokens(fraction: float, layers: int, context: int) -> int:
+    """The whole tokens in a share of `layers * context`."""
+    return math.floor(fraction * layers * context + 1e-9)  # 0.47 * 5 * 20 is 47, whatever rounding says
 
 
 def _slot_bytes(profile: Profile | Calibration, batch_size: int, dtype: HasItemSize | None) -> NDArray[np.int64]:
@@ -150,6 +156,14 @@ def capacities_within_bytes(
     totals = range(fewest, most + 1)
     above = bisect_right(totals, kv_bytes, key=lambda total: int(_share(share, curves, total, limits) @ slot_bytes))
     return _share(share, curves, totals[above - 1], limits)
+
+
+def uniform_within_bytes(layers: Sequence[LayerSpec], context: int, kv_bytes: int) -> Capacities:
+    """The largest capacities of at most `kv_bytes` bytes that are as equal as the layers allow, int64 `[layers]`."""
+    slot_bytes = np.array([spec.slot_bytes() for spec in layers], dtype=np.int64)
+    caps = [spec.effective_capacity(context) for spec in layers]
+    limits = make_limits(len(layers), context, 1, caps, 1)
+    return capacities_within_bytes("uniform", np.zeros((len(layers), context + 1)), slot_bytes, kv_bytes, limits)
 
 
 def _with_retention(share: Allocator, curves: Curves, retention: float, limits: Limits) -> Capacities:
