@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import xkv_fx
 from xkv_fx import Budgets, Policy
 from xkv_fx.errors import CapacityError, PromptError, SessionError
-from xkv_fx.evaluation.speed.allocated import allocations
+from xkv_fx.evaluation.speed.live_bytes import memory_changes
 from xkv_fx.hf.generation import BudgetedLM
 
 BUDGETS = Budgets((12, 6))
@@ -293,7 +293,7 @@ def test_inductor_writes_caches_in_place_and_copies_none() -> None:
     pointers = [tensor.data_ptr() for tensor in cache.session.state.tensors]
     step: dict[str, Any] = {"past_key_values": cache, "do_sample": False, "max_new_tokens": 1}
     text = model.generate(text, attention_mask=torch.ones_like(text), **step)
-    sizes = allocations(lambda: model.generate(text, attention_mask=torch.ones_like(text), **step))
+    sizes = memory_changes(lambda: model.generate(text, attention_mask=torch.ones_like(text), **step))
     assert sizes, "the profiler saw no allocation at all"
     assert max(sizes) < 2 * 128 * 32 * 4 // 2, "half of the smaller layer's keys"
     assert [tensor.data_ptr() for tensor in cache.session.state.tensors] == pointers

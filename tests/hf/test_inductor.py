@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import xkv_fx
 from xkv_fx import Budgets, Policy
 from xkv_fx.errors import BackendError
-from xkv_fx.evaluation.speed.allocated import allocations
+from xkv_fx.evaluation.speed.live_bytes import memory_changes
 from xkv_fx.hf.cache import SessionCache
 from xkv_fx.hf.generation import BudgetedLM
 
@@ -83,7 +83,7 @@ def test_a_step_allocates_nothing_of_a_caches_size(backend: str) -> None:
     ids = torch.tensor([[5]])
     for _ in range(2):
         session.step(ids, None)
-    sizes = allocations(lambda: [session.step(ids, None) for _ in range(3)])
+    sizes = memory_changes(lambda: [session.step(ids, None) for _ in range(3)])
     assert sizes, "the profiler saw no allocation at all"
     assert max(sizes) < HALF_A_BUFFER
 
@@ -94,13 +94,13 @@ def test_layers_of_the_same_capacity_share_a_mask() -> None:
     logits = session.feed(random_ids(1, 30), None, None, all_logits=False)
     ids = logits.argmax(-1)
     session.step(ids, None)
-    sizes = allocations(lambda: session.step(ids, None))
+    sizes = memory_changes(lambda: session.step(ids, None))
     assert sizes.count(777 * 4) == 1
 
 
 def test_the_profiler_would_see_a_copy() -> None:
     cache = prefilled().session.state["k_1"]
-    assert max(allocations(cache.clone)) >= 2 * HALF_A_BUFFER
+    assert max(memory_changes(cache.clone)) >= 2 * HALF_A_BUFFER
 
 
 def test_caches_are_written_in_place() -> None:

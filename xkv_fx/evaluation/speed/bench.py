@@ -17,9 +17,9 @@ import xkv_fx
 from xkv_fx.errors import BackendError, BudgetError
 from xkv_fx.evaluation.machine import BYTES_READ, MemoryReader, available_bytes, describe_machine, seconds
 from xkv_fx.evaluation.quality.quantized import QUANTIZED
-from xkv_fx.evaluation.speed.allocated import peak_bytes
 from xkv_fx.evaluation.speed.bench_result import Bench, Run
 from xkv_fx.evaluation.speed.contestants import Contestant, Ours, dynamic, quantized, sliding, static
+from xkv_fx.evaluation.speed.live_bytes import peak_bytes
 from xkv_fx.evaluation.speed.peers import PEERS, PeerRequest, run_peer
 from xkv_fx.evaluation.speed.weights import weight_bytes, with_int8_weights
 from xkv_fx.hf.capture import layers_of_model

@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import xkv_fx
 from xkv_fx.evaluation.machine import seconds
-from xkv_fx.evaluation.speed.allocated import peak_bytes
+from xkv_fx.evaluation.speed.live_bytes import peak_bytes
 from xkv_fx.evaluation.timing import medians_in_turns, process_seconds
 from xkv_fx.planning.solve.fill import fill_by_gain
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)

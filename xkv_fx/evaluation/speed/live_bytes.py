@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 
-def allocations(run: Callable[[], Any]) -> list[int]:
+def memory_changes(run: Callable[[], Any]) -> list[int]:
     """Bytes of every block that CPU tensors took (above 0) or gave back (below) while `run` ran, in order."""
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
@@ -22,7 +22,7 @@ def allocations(run: Callable[[], Any]) -> list[int]:
 def peak_bytes(run: Callable[[], Any]) -> int:
     """The most bytes that were live at once, above what was live before."""
     live = most = 0
-    for size in allocations(run):
+    for size in memory_changes(run):
         live += size
         most = max(most, live)
     return most
