@@ -16,7 +16,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 LIKE_Q = ("q", "k", "v", "k_cache", "v_cache", "mask")
 POINTERS = {"slot": "*i64", "count": "*i64", "seen": "*i64", "positions": "*i32"}
 FLOAT_POINTERS = ("out", "lse", "logits", "sink_logits", "parts", "whole_lse", "scores")
-FLAGS = ("BIASED", "SCORED", "CAPPED", "SINKS", "WHOLE", "WIDEN")
+FLAGS = ("BIASED", "SCORED", "CAPPED", "SINKS", "ONE_SPLIT", "WIDEN")
 
 
 def compiled(kernel: Any, capability: int, dtype: torch.dtype, constants: dict[str, Any], **options: int) -> Any:
@@ -51,9 +51,9 @@ def check_pass(capability: int, group: int, dims: tuple[int, int], dtype: torch.
 
 
 if __name__ == "__main__":
-    everything = dict.fromkeys(FLAGS, True) | {"BIASED": False, "WHOLE": False, "WIDEN": False}
+    everything = dict.fromkeys(FLAGS, True) | {"BIASED": False, "ONE_SPLIT": False, "WIDEN": False}
     check_pass(80, 4, (128, 128), torch.bfloat16, **everything)
-    check_pass(90, 3, (96, 64), torch.float16, BIASED=True, WHOLE=True)
+    check_pass(90, 3, (96, 64), torch.float16, BIASED=True, ONE_SPLIT=True)
     check_pass(90, 4, (128, 128), torch.float32)
     merging = {"VALUE_DIM": 80, "VALUE_PAD": 128, "SINKS": True, "AT_ONCE": decode_triton._MERGED_AT_ONCE}
     print(compiled(decode_triton._merge, 80, torch.float16, merging).metadata.name)

@@ -35,8 +35,8 @@ class Projected:
     values: Tensor
 
 
-def turned(x: Tensor, position: Tensor) -> Tensor:
-    """Llama's rotary embedding: elements i and i + 4 are turned by position / 10000 ** (i / 4)."""
+def rotated(x: Tensor, position: Tensor) -> Tensor:
+    """Llama's rotary embedding: elements i and i + 4 are rotated by position / 10000 ** (i / 4)."""
     angle = position.double()[:, None] * 10000.0 ** (-torch.arange(4).double() / 4)
     first, second = x.double().split(4, -1)
     return torch.cat((first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos()), -1)
@@ -63,7 +63,7 @@ def projected(model: LlamaForCausalLM, ids: Tensor) -> list[Projected]:
 
     position = torch.arange(ids.shape[1])
     return [
-        Projected(heads(index, "q_proj"), turned(heads(index, "k_proj"), position), heads(index, "v_proj"))
+        Projected(heads(index, "q_proj"), rotated(heads(index, "k_proj"), position), heads(index, "v_proj"))
         for index in range(len(model.model.layers))
     ]
 
@@ -77,7 +77,7 @@ def expected_attention(layer: Projected, asked_from: int) -> Tensor:
     for query_head, queries in enumerate(layer.queries):
         asked = queries[max(asked_from, int(OPTIONS["sinks"])) :]
         mean, covariance = asked.mean(0), torch.cov(asked.T, correction=0)
-        everywhere = torch.stack([turned(vector.expand(len(coming), -1), coming).mean(0) for vector in torch.eye(8)])
+        everywhere = torch.stack([rotated(vector.expand(len(coming), -1), coming).mean(0) for vector in torch.eye(8)])
         mean, covariance = mean @ everywhere, everywhere.T @ covariance @ everywhere
         keys = layer.keys[query_head // 2, int(OPTIONS["sinks"]) :]
         logits = keys @ mean / math.sqrt(8) + torch.einsum("ki,ij,kj->k", keys, covariance, keys) / 16

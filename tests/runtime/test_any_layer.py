@@ -125,7 +125,7 @@ class Conversation:
         if not fresh and "slopes" in options:
             options["ages"] = plan.extend_ages(self.positions, self.seen, self.base)
         by_loops = getattr(oracles, op.default._schema.name[5:])
-        out = self.run(op, (any_length.FORMS[op.default], by_loops), arguments, options, lengths)
+        out = self.run(op, (any_length.ANY_LENGTH[op.default], by_loops), arguments, options, lengths)
         for row, length in enumerate(lengths):
             self.compare(out, row, [(index, held[row]) for index in range(length)], int(self.seen[row]))
         self.keep(k, v, torch.tensor(lengths), fresh)

@@ -32,7 +32,7 @@ class Shard:
         return states
 
 
-WHOLE = Shard()
+UNSHARDED = Shard()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class CapturedModel:
     max_positions: int | None
     vocabulary: int
     ends_early: str = ""
-    shard: Shard = WHOLE
+    shard: Shard = UNSHARDED
 
     def scorer_of(self, policy: Policy) -> Scorer:
         """The scorer that a policy names, for this model.

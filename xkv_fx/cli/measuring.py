@@ -62,10 +62,10 @@ def eval_(
     from xkv_fx.evaluation.quality import command
     from xkv_fx.evaluation.quality.evaluate import EvaluationSettings
     from xkv_fx.evaluation.quality.parts import remove_parts
-    from xkv_fx.evaluation.quality.results import CONTINUATION
+    from xkv_fx.evaluation.quality.results import CONTINUATION_TASK
     from xkv_fx.evaluation.tasks import task_names
 
-    named = (*task_names(), CONTINUATION) if tasks is None else names(tasks)
+    named = (*task_names(), CONTINUATION_TASK) if tasks is None else names(tasks)
     request = command.Request(
         plans=tuple(plans or ()),
         measured=tuple(load_measured(path) for path in measured or ()),

@@ -32,7 +32,7 @@ def _trace(graphs: Graphs, kind: Kind, longest: int) -> tuple[ExportedProgram, d
     from xkv_fx.engines import by_sums  # which those who load an engine do without
     from xkv_fx.engines.trace import trace_program
 
-    instead = by_sums.FORMS if kind == "decode" else {}
+    instead = by_sums.BY_SUMS if kind == "decode" else {}
     return trace_program(graphs.get(kind).module, graphs.scorer, longest, instead)
 
 

@@ -74,7 +74,7 @@ def _once(values: Tensor) -> Tensor:
     return values.as_strided(values.shape, values.stride())
 
 
-FORMS: dict[Any, Callable[..., Tensor]] = {
+BY_SUMS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.linear.default: linear,
     torch.ops.xkv.decode_attention.default: decode_attention,
 }

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from xkv_fx.errors import BackendError, UnsupportedModelError, XkvError, first_line
 from xkv_fx.lowering.lift_weights import lift_weights
 from xkv_fx.passes.tools.graph import placeholders
-from xkv_fx.runtime.any_length import FORMS
+from xkv_fx.runtime.any_length import ANY_LENGTH
 from xkv_fx.runtime.ops import DECOMPOSITIONS
 from xkv_fx.runtime.scorers import Scorer
 
@@ -23,7 +23,7 @@ SHORTEST = 2
 """Fewest columns that a graph of prompts takes, padding among them: torch.export makes a size of 1 a constant."""
 
 _EXAMPLE = 5
-_OURS = {**DECOMPOSITIONS, **FORMS}
+_OURS = {**DECOMPOSITIONS, **ANY_LENGTH}
 _PLAIN = {"aten", "prims", "higher_order"}
 
 
@@ -68,8 +68,8 @@ def trace_program(
             program = torch.export.export(
                 lifted, (*weights.values(), *examples), dynamic_shapes=(*[None] * len(weights), *dynamic), strict=False
             )
-            if any(target in FORMS for target in _targets(program)):  # inside what a scorer does
-                program = program.run_decompositions(FORMS)
+            if any(target in ANY_LENGTH for target in _targets(program)):  # inside what a scorer does
+                program = program.run_decompositions(ANY_LENGTH)
     except XkvError:
         raise
     except Exception as error:

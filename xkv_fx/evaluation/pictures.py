@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xkv_fx.errors import XkvError
-from xkv_fx.evaluation.quality.results import CONTINUATION, FULL, Evaluation, Row
+from xkv_fx.evaluation.quality.results import CONTINUATION_TASK, FULL, Evaluation, Row
 from xkv_fx.planning.data.profile_data import Profile
 from xkv_fx.public_budgets import Budgets
 
@@ -99,9 +99,9 @@ def draw_quality(evaluation: Evaluation, path: str | os.PathLike[str]) -> None:
         rows = [row for row in evaluation.rows if (row.task, row.form) == (task, form)]
         for name in dict.fromkeys(evaluation.name_of(row) for row in rows):
             _draw_line(axes, name, [row for row in rows if evaluation.name_of(row) == name])
-        asked = "" if task == CONTINUATION else f", {form}"
-        axes.set(title=f"{task}{asked}", xlabel="KV MB", ylabel="KL" if task == CONTINUATION else "answers found")
-        if task == CONTINUATION:
+        asked = "" if task == CONTINUATION_TASK else f", {form}"
+        axes.set(title=f"{task}{asked}", xlabel="KV MB", ylabel="KL" if task == CONTINUATION_TASK else "answers found")
+        if task == CONTINUATION_TASK:
             axes.set_yscale("symlog", linthresh=1e-3)
         else:
             axes.set_ylim(-0.03, 1.03)

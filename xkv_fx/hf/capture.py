@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from xkv_fx.capture.captured import WHOLE, CapturedModel
+from xkv_fx.capture.captured import UNSHARDED, CapturedModel
 from xkv_fx.capture.check import check_capture
 from xkv_fx.capture.export import check_alone, export_graph, reason_of
 from xkv_fx.capture.plain_module import PROBE_LENGTH
@@ -118,7 +118,7 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
         max_positions=longest,
         vocabulary=int(logits.shape[2]),
         ends_early=ends_early(model),
-        shard=shards or WHOLE,
+        shard=shards or UNSHARDED,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from xkv_fx.budgets import Plan
-from xkv_fx.capture.captured import WHOLE, CapturedModel, Shard
+from xkv_fx.capture.captured import UNSHARDED, CapturedModel, Shard
 from xkv_fx.errors import BudgetError, UnsupportedModelError
 from xkv_fx.lowering.backends.eager import run_eager
 from xkv_fx.lowering.backends.table import backend_of
@@ -172,7 +172,7 @@ class CompiledProgram:
         return "\n".join(lines)
 
 
-def program_key(fingerprint: str, plan: CachePlan, scorer: Scorer, shard: Shard = WHOLE) -> str:
+def program_key(fingerprint: str, plan: CachePlan, scorer: Scorer, shard: Shard = UNSHARDED) -> str:
     """Identifies model, plan and batch size; a saved session fits programs of the same key."""
     part = () if shard.size == 1 else (shard.rank, shard.size)
     made_for = (fingerprint, plan.layers, plan.slots, plan.rows, plan.dtype, scorer, *part)

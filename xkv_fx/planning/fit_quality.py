@@ -15,7 +15,7 @@ from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, ModelMismatchError
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.measure.team import Progress
-from xkv_fx.planning.measure.verify import CONTINUATION, divergence_of_plans, held_out_summary
+from xkv_fx.planning.measure.verify import VERIFY_CONTINUATION, divergence_of_plans, held_out_summary
 from xkv_fx.planning.solve.plan import solve
 
 # Plans that are tried in one round, in one pass over the prompts; each round leaves one gap between two of them.
@@ -30,7 +30,7 @@ def smallest_plan(
     context: int | None = None,
     multiple: int = 16,
     resolution: float = 0.01,
-    continuation: int = CONTINUATION,
+    continuation: int = VERIFY_CONTINUATION,
     progress: Progress | None = None,
 ) -> Plan:
     """The plan of the fewest tokens whose mean held-out KL is at most `kl`; see `xkv_fx.fit_quality`.

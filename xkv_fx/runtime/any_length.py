@@ -174,7 +174,7 @@ def _in_blocks(q: Tensor, v: Tensor, attend: BlockOf) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-FORMS: dict[Any, Callable[..., Tensor]] = {
+ANY_LENGTH: dict[Any, Callable[..., Tensor]] = {
     torch.ops.xkv.attention.default: attention,
     torch.ops.xkv.extend_attention.default: extend_attention,
     torch.ops.xkv.accumulated_attention.default: accumulated_attention,

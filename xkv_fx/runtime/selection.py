@@ -57,8 +57,8 @@ def _turn_ring(total: Tensor, plan: SlotPlan) -> Tensor:
     if plan.eviction != "ring":
         return slot
     start = plan.capacity - plan.recent
-    turned = start + torch.remainder(slot - start - (total - plan.capacity), plan.recent)
-    return torch.where((slot >= start) & (total >= plan.capacity), turned, slot)
+    wrapped = start + torch.remainder(slot - start - (total - plan.capacity), plan.recent)
+    return torch.where((slot >= start) & (total >= plan.capacity), wrapped, slot)
 
 
 def choose_survivors(

@@ -114,8 +114,8 @@ class SlotPlan:
         if self.eviction == "ring":
             start = self.capacity - self.recent
             newest = seen - 1 - torch.remainder(seen - 1 - self.capacity - (slot - start), self.recent)
-            turned = (seen >= self.capacity) & (slot >= start)
-            live = torch.where(turned[:, None], newest[:, None], positions.long())
+            wrapped = (seen >= self.capacity) & (slot >= start)
+            live = torch.where(wrapped[:, None], newest[:, None], positions.long())
         elif self.eviction == "append":
             last = self._written(seen, base) - 1
             write = last - torch.remainder(last - slot, self.slots)  # which of all writes the slot's latest one was

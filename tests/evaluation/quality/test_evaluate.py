@@ -39,13 +39,13 @@ from xkv_fx.evaluation.quality.candidates import (
 from xkv_fx.evaluation.quality.evaluate import EvaluationSettings, evaluate
 from xkv_fx.evaluation.quality.parts import remove_parts
 from xkv_fx.evaluation.quality.quantized import QUANTIZED, Quantized, cache_bytes, planned_bytes
-from xkv_fx.evaluation.quality.results import CONTINUATION, FULL, Evaluation, Row, smallest_sizes
+from xkv_fx.evaluation.quality.results import CONTINUATION_TASK, FULL, Evaluation, Row, smallest_sizes
 from xkv_fx.evaluation.quality.shared_prefill import Recorder, can_record
 from xkv_fx.evaluation.texts import source_code
 
 VOCABULARY = 500
 LENGTH = 160
-SETTINGS = EvaluationSettings(("needle_single", CONTINUATION), length=LENGTH, count=2)
+SETTINGS = EvaluationSettings(("needle_single", CONTINUATION_TASK), length=LENGTH, count=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def test_the_forms_differ_once_tokens_are_evicted(found: Evaluation) -> None:
 
 
 def test_text_is_compared_with_the_full_cache(found: Evaluation) -> None:
-    by_plan = rows(found, CONTINUATION)
+    by_plan = rows(found, CONTINUATION_TASK)
     assert set(by_plan) == {(FULL, FULL), ("uniform", "25.0%"), ("uniform", "100.0%"), *((name, name) for name in FP8)}
     assert by_plan[FULL, FULL].values == {"kl": (0.0, 0.0), "nll_change": (0.0, 0.0), "agreement": (1.0, 1.0)}
     assert all(by_plan[name, name].mean < by_plan["uniform", "25.0%"].mean for name in FP8)
@@ -132,7 +132,7 @@ def test_text_is_compared_with_the_full_cache(found: Evaluation) -> None:
 @pytest.mark.usefixtures("_captured_once")
 def test_divergence_is_what_verify_measures(ready: Ready, found: Evaluation) -> None:
     """`verify` leaves out the logits after the prompt's last token and counts those after the continuation's last."""
-    ids = SETTINGS.instances(CONTINUATION, ready.tokenizer)[0].prompt
+    ids = SETTINGS.instances(CONTINUATION_TASK, ready.tokenizer)[0].prompt
     plan = Budgets.uniform(2, LENGTH // 4)
     llm, full = ready.llm.with_budgets(plan), ready.llm.with_budgets(Budgets.full(2, ids.shape[1]))
     reader, exact = BudgetedReader(llm), BudgetedReader(full)
@@ -144,7 +144,7 @@ def test_divergence_is_what_verify_measures(ready: Ready, found: Evaluation) -> 
         total.append(float((p.exp() * (p - q)).sum()))
     report = xkv_fx.verify(ready.model, plan, [ids], continuation=ids.shape[1] - LENGTH)
     assert report.kl[0] == pytest.approx(sum(total) / len(total), rel=1e-3)
-    kept = rows(found, CONTINUATION)["uniform", "25.0%"].values["kl"][0]
+    kept = rows(found, CONTINUATION_TASK)["uniform", "25.0%"].values["kl"][0]
     assert kept == pytest.approx(sum(total[:-1]) / len(total), rel=1e-3), "the first token's logits are the same"
 
 

@@ -39,8 +39,8 @@ def test_sites_carry_soft_cap_and_sliding_window() -> None:
 
 def test_keys_and_values_may_differ_in_size() -> None:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        turned = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        return attention(*turned, 7, 0.5, 4)  # type: ignore[no-any-return]
+        transposed = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return attention(*transposed, 7, 0.5, 4)  # type: ignore[no-any-return]
 
     module = export(attend, *(torch.randn(1, 6, heads, dim) for heads, dim in ((6, 4), (3, 4), (3, 5))))
     (site,) = attention_sites(module)

@@ -127,12 +127,12 @@ def test_a_table_of_positions_ends_before_the_coming_ones_do() -> None:
     got = mean(torch.tensor([17, 21]))
 
     def rotation(position: int) -> Tensor:
-        turned = torch.eye(8)
+        rotated = torch.eye(8)
         for pair in range(2):
             angle = torch.tensor(position * 10000.0 ** (-pair / 2))
             cos, sin = angle.cos(), angle.sin()
-            turned[2 * pair : 2 * pair + 2, 2 * pair : 2 * pair + 2] = torch.stack((cos, sin, -sin, cos)).view(2, 2)
-        return turned
+            rotated[2 * pair : 2 * pair + 2, 2 * pair : 2 * pair + 2] = torch.stack((cos, sin, -sin, cos)).view(2, 2)
+        return rotated
 
     torch.testing.assert_close(got[0], torch.stack([rotation(p) for p in range(18, 24)]).mean(0))
     torch.testing.assert_close(got[1], torch.stack([rotation(p) for p in (22, 23)]).mean(0))
@@ -171,8 +171,8 @@ def twice(x: Tensor, angle: Tensor) -> Tensor:
 
 
 def normed(x: Tensor, angle: Tensor) -> Tensor:
-    turned = x * angle.cos()
-    return turned / turned.norm(dim=-1, keepdim=True)
+    rotated = x * angle.cos()
+    return rotated / rotated.norm(dim=-1, keepdim=True)
 
 
 def normed_between(x: Tensor, angle: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def by_head(x: Tensor, angle: Tensor) -> Tensor:
     return x * (angle * torch.arange(x.shape[1])[:, None, None]).cos()
 
 
-class Turned(nn.Module):
+class Rotated(nn.Module):
     """One layer whose queries and keys are changed by `turn(x, angle)`, `angle` `[rows, 1, S, dim]`."""
 
     def __init__(self, turn: Any) -> None:
@@ -210,19 +210,19 @@ class Turned(nn.Module):
         (twice, "by something of their positions twice"),
         (normed, "positions enter them in mul"),
         (normed_between, "positions enter them in mul"),
-        (by_head, "do not turn each head's query by the same matrix"),
+        (by_head, "do not rotate each head's query by the same matrix"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_what_is_no_linear_map_of_each_head_is_refused(turn: Any, why: str) -> None:
-    source = capture_module(Turned(turn), (IDS, torch.arange(TOKENS).expand(ROWS, -1)), rows=ROWS, decode=False)
+    source = capture_module(Rotated(turn), (IDS, torch.arange(TOKENS).expand(ROWS, -1)), rows=ROWS, decode=False)
     with pytest.raises(UnsupportedModelError, match=f"queries of layer 0 cannot be told: .*{why}"):
         found_in(source)
 
 
 def test_a_plain_factor_is_a_rotation_too() -> None:
     source = capture_module(
-        Turned(lambda x, angle: x * angle.cos()), (IDS, torch.arange(TOKENS).expand(ROWS, -1)), rows=ROWS, decode=False
+        Rotated(lambda x, angle: x * angle.cos()), (IDS, torch.arange(TOKENS).expand(ROWS, -1)), rows=ROWS, decode=False
     )
     _, (rotation,) = found_in(source)
     assert rotation.mean is not None

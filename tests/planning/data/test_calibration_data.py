@@ -152,8 +152,8 @@ def test_a_profile_cannot_be_solved_as_a_calibration() -> None:
 
 def test_permuted_layers_give_a_permuted_plan() -> None:
     straight = xkv_fx.solve(made(), fraction=0.3, multiple=1).capacities
-    turned = xkv_fx.solve(made(kl=KL[:, ::-1]), fraction=0.3, multiple=1).capacities
-    assert turned == straight[::-1]
+    reversed_plan = xkv_fx.solve(made(kl=KL[:, ::-1]), fraction=0.3, multiple=1).capacities
+    assert reversed_plan == straight[::-1]
 
 
 def test_scaled_divergences_give_the_same_plan() -> None:

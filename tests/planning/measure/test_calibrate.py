@@ -25,7 +25,7 @@ from xkv_fx.runtime.slots import slot_plans
 
 PROMPTS = [random_ids(1, length, seed=length)[0] for length in (40, 31)]
 PROMPTS_ROWS = [ids[None] for ids in PROMPTS]
-CONTINUATION = 6
+NEW_TOKENS = 6
 SHARES = (0.25, 0.5)
 APPEND = Policy(eviction="append")
 
@@ -36,7 +36,7 @@ def _captures_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def calibrate(**options: Any) -> Calibration:
-    settings: dict[str, Any] = {"grid": SHARES, "policy": APPEND, "continuation": CONTINUATION, **options}
+    settings: dict[str, Any] = {"grid": SHARES, "policy": APPEND, "continuation": NEW_TOKENS, **options}
     return xkv_fx.calibrate(model(), settings.pop("prompts", PROMPTS), **settings)
 
 
@@ -44,11 +44,11 @@ def test_each_layer_is_cut_alone() -> None:
     calibration = calibrate()
     layers = captured("llama", 2, 1).layers
     for prompt, ids in enumerate(PROMPTS):
-        full = run_full(cut_model(captured("llama", 2, 1)), SnapKV(), ids[None], CONTINUATION)
+        full = run_full(cut_model(captured("llama", 2, 1)), SnapKV(), ids[None], NEW_TOKENS)
         for layer in range(2):
             for place, share in enumerate(SHARES):
-                capacity = round(share * (len(ids) - CONTINUATION))
-                slots = slot_plans(Budgets((capacity,) * 2, APPEND), layers, CONTINUATION)
+                capacity = round(share * (len(ids) - NEW_TOKENS))
+                slots = slot_plans(Budgets((capacity,) * 2, APPEND), layers, NEW_TOKENS)
                 plan = [slots[layer] if other == layer else None for other in range(2)]
                 expected = float(full.divergence([plan]).mean())
                 assert calibration.kl[prompt, layer, place] == pytest.approx(expected, rel=1e-3, abs=1e-7)
@@ -106,9 +106,9 @@ def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path: Path, monkeyp
 def test_partial_results_of_other_weights_are_not_taken(tmp_path: Path) -> None:
     first = calibrate(resume=tmp_path)
     other = captured_of(llama(2, seed=5))
-    again = measure_calibration(other, PROMPTS_ROWS, APPEND, SHARES, CONTINUATION, resume=tmp_path)
+    again = measure_calibration(other, PROMPTS_ROWS, APPEND, SHARES, NEW_TOKENS, resume=tmp_path)
     assert again != first
-    assert again == measure_calibration(other, PROMPTS_ROWS, APPEND, SHARES, CONTINUATION)
+    assert again == measure_calibration(other, PROMPTS_ROWS, APPEND, SHARES, NEW_TOKENS)
 
 
 def captured_of(source: Any) -> Any:
@@ -153,7 +153,7 @@ def test_a_model_whose_tokens_meet_elsewhere_is_refused(monkeypatch: pytest.Monk
     mixed = dataclasses.replace(graph, segments=(*graph.segments[:-1], dataclasses.replace(last, module=mixing)))  # type: ignore[arg-type]
     monkeypatch.setattr("xkv_fx.planning.measure.calibrate.cut_model", lambda captured, scorer: mixed)
     with pytest.raises(UnsupportedModelError, match="tokens meet outside attention"):
-        cut_checked(source, SnapKV(), PROMPTS[0][None], CONTINUATION)
+        cut_checked(source, SnapKV(), PROMPTS[0][None], NEW_TOKENS)
 
 
 def test_infinite_output_is_refused() -> None:
@@ -161,7 +161,7 @@ def test_infinite_output_is_refused() -> None:
     with torch.no_grad():
         source.lm_head.weight.mul_(float("inf"))
     with pytest.raises((PromptError, UnsupportedModelError)):
-        measure_calibration(captured_of(source), PROMPTS_ROWS, APPEND, SHARES, CONTINUATION)
+        measure_calibration(captured_of(source), PROMPTS_ROWS, APPEND, SHARES, NEW_TOKENS)
 
 
 def test_kl_is_float32_and_not_negative() -> None:

@@ -88,7 +88,7 @@ def test_layers_of_one_input_are_those_layers(rows: int) -> None:
     "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=exhaustive)], ids=str
 )
 def test_weights_of_whole_numbers(dtype: torch.dtype) -> None:
-    linear_cpu.build(dtype, whole=True)
+    linear_cpu.build(dtype, int8=True)
     for rows in (1, 4, 9):
         x, _, _ = inputs(rows, 1, 48, dtype)
         weight = torch.randint(-128, 128, (19, 48), dtype=torch.int8, generator=torch.Generator().manual_seed(rows))
@@ -131,12 +131,12 @@ def test_layers_that_do_not_belong_together_are_refused() -> None:
 
 
 class Layers(nn.Module):
-    def forward(self, x: Tensor, wide: Tensor, bias: Tensor, narrow: Tensor, turned: Tensor) -> Tensor:
+    def forward(self, x: Tensor, wide: Tensor, bias: Tensor, narrow: Tensor, transposed: Tensor) -> Tensor:
         taken = linear_of_torch(x, wide, bias)
         too, bare = linear_of_torch(x, wide, bias + 1), linear_of_torch(x, wide)
         made = linear_of_torch(x, wide * 2)  # no weight as it lies
         also = taken + too + bare + linear_of_torch(x, wide, bias)
-        return also + made + linear_of_torch(x[..., :24], narrow) + linear_of_torch(x, turned.T)
+        return also + made + linear_of_torch(x[..., :24], narrow) + linear_of_torch(x, transposed.T)
 
 
 def test_layers_that_do_not_fit_stay_as_they_are() -> None:

@@ -18,7 +18,7 @@ from xkv_fx.evaluation.quality.candidates import (
 )
 from xkv_fx.evaluation.quality.evaluate import EvaluationSettings, evaluate
 from xkv_fx.evaluation.quality.quantized import QUANTIZED, planned_bytes, quantized
-from xkv_fx.evaluation.quality.results import CONTINUATION, Evaluation, smallest_sizes
+from xkv_fx.evaluation.quality.results import CONTINUATION_TASK, Evaluation, smallest_sizes
 from xkv_fx.evaluation.quality.smallest import smallest_shares
 from xkv_fx.evaluation.tasks import NEEDLES, check_task
 from xkv_fx.evaluation.texts import cut_prompts, source_code
@@ -62,7 +62,7 @@ def run(
     """Everything that `Request` says; see `evaluate` for what may be wrong with it."""
     settings = request.settings
     for task in settings.tasks:
-        if task != CONTINUATION:
+        if task != CONTINUATION_TASK:
             check_task(task)
     if not request.fractions and not request.plans:
         raise BudgetError("there is nothing to compare: give fractions of the full cache, or budgets files")

@@ -27,7 +27,7 @@ from xkv_fx.evaluation.quality.candidates import Candidate, Entry, check_equal_b
 from xkv_fx.evaluation.quality.metrics import compare
 from xkv_fx.evaluation.quality.parts import Parts
 from xkv_fx.evaluation.quality.quantized import quantized_reader
-from xkv_fx.evaluation.quality.results import CONTINUATION, FULL, Evaluation, Row
+from xkv_fx.evaluation.quality.results import CONTINUATION_TASK, FULL, Evaluation, Row
 from xkv_fx.evaluation.quality.shared_prefill import Recorded, Recorder, can_record
 from xkv_fx.evaluation.tasks import Instance, make_instances
 from xkv_fx.evaluation.texts import cut_prompts, source_code
@@ -37,7 +37,7 @@ from xkv_fx.policy import Policy
 from xkv_fx.public_budgets import Budgets
 
 INSIDE, AFTER = "inside", "after"
-FORMS = (INSIDE, AFTER)
+QUESTION_FORMS = (INSIDE, AFTER)
 # Tokens of text after a prompt that are compared.
 FORCED = 32
 
@@ -56,7 +56,7 @@ class EvaluationSettings:
     """
 
     tasks: tuple[str, ...]
-    forms: tuple[str, ...] = FORMS
+    forms: tuple[str, ...] = QUESTION_FORMS
     length: int = 1024
     count: int = 10
     seed: int = 0
@@ -64,9 +64,9 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise PromptError("name at least one task")
-        unknown = [form for form in self.forms if form not in FORMS]
+        unknown = [form for form in self.forms if form not in QUESTION_FORMS]
         if unknown or not self.forms:
-            raise PromptError(f"forms must be some of {', '.join(FORMS)}; got {', '.join(unknown) or 'none'}")
+            raise PromptError(f"forms must be some of {', '.join(QUESTION_FORMS)}; got {', '.join(unknown) or 'none'}")
 
     def instances(self, task: str, tokenizer: Any) -> tuple[Instance, ...]:
         """The examples of a task; of `"continuation"` the question is the text that follows.
@@ -74,13 +74,13 @@ class EvaluationSettings:
         Raises:
             PromptError: see `make_instances`.
         """
-        if task != CONTINUATION:
+        if task != CONTINUATION_TASK:
             return make_instances(task, tokenizer, self.length, self.count, self.seed)
         stretches = cut_prompts(tokenizer, source_code(), self.count, self.length + FORCED)
         return tuple(Instance(ids[:, : self.length], ids[:, self.length :], (), new_tokens=FORCED) for ids in stretches)
 
     def forms_of(self, task: str) -> tuple[str, ...]:
-        return (INSIDE,) if task == CONTINUATION else self.forms
+        return (INSIDE,) if task == CONTINUATION_TASK else self.forms
 
 
 def evaluate(
@@ -205,10 +205,10 @@ def _measure(
     measured: dict[Entry, _Measured] = {entry: _Measured() for entry in entries}
     full = Entry(FULL, FULL, Budgets.full(len(asked.llm.layers), asked.longest))
     for instance in made:
-        shown = instance.context if form == AFTER or task == CONTINUATION else instance.prompt
+        shown = instance.context if form == AFTER or task == CONTINUATION_TASK else instance.prompt
         recorded: dict[Policy, Recorded] = {}
         reference: Tensor | None = None
-        if task == CONTINUATION:
+        if task == CONTINUATION_TASK:
             reader = asked.reader(full)
             reference = forced(reader, _shown(asked, full, reader, shown, recorded), instance.question)
         for entry in entries:

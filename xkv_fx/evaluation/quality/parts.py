@@ -14,7 +14,7 @@ from typing import Any
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import FileFormatError, ModelMismatchError
 from xkv_fx.evaluation.quality.candidates import Entry
-from xkv_fx.evaluation.quality.results import CONTINUATION, FULL, Row
+from xkv_fx.evaluation.quality.results import CONTINUATION_TASK, FULL, Row
 from xkv_fx.evaluation.tasks import Instance
 from xkv_fx.fields import DOCUMENT, NUMBER, OBJECT, TEXT, Fields, check_fields, list_of, whole
 from xkv_fx.files import read_json, read_sealed_json, write_json, write_sealed_json
@@ -88,7 +88,7 @@ class Parts:
         path = self._path(entry, task, form, made)
         if not path.is_file():
             return None
-        metrics = ("kl", "nll_change", "agreement") if task == CONTINUATION else ("score",)
+        metrics = ("kl", "nll_change", "agreement") if task == CONTINUATION_TASK else ("score",)
         try:
             data = check_fields(read_sealed_json(path, PART_FORMAT, VERSION), _PART)
             values = check_fields(data["values"], dict.fromkeys(metrics, list_of(NUMBER)), "values")

@@ -14,7 +14,7 @@ from xkv_fx.planning.measure.bootstrap import Estimate, difference_of_means
 from xkv_fx.policy import Policy
 
 FULL = "full"
-CONTINUATION = "continuation"
+CONTINUATION_TASK = "continuation"
 # A task that the full cache itself does worse at says nothing about smaller ones.
 SAYS_NOTHING = 0.1
 FORMAT, VERSION = "xkv_fx.evaluation", 1
@@ -45,7 +45,7 @@ class Row:
     @property
     def metric(self) -> str:
         """The name of the metric that plans are compared by."""
-        return "kl" if self.task == CONTINUATION else "score"
+        return "kl" if self.task == CONTINUATION_TASK else "score"
 
     @property
     def main(self) -> NDArray[np.float64]:
@@ -94,7 +94,7 @@ class Evaluation:
 
     def says_nothing(self, row: Row) -> bool:
         """Whether the full cache is so poor at a task that it tells nothing about smaller ones."""
-        return row.task != CONTINUATION and self.full(row).mean < SAYS_NOTHING
+        return row.task != CONTINUATION_TASK and self.full(row).mean < SAYS_NOTHING
 
     def against(self, row: Row, other: Row | None) -> Estimate | None:
         """The paired difference of the means; of a row to itself none."""
@@ -165,7 +165,7 @@ class Evaluation:
     def _table(self, task: str, form: str, rows: Sequence[Row]) -> list[str]:
         full = self.full(rows[0])
         count = len(full.main)
-        if task == CONTINUATION:
+        if task == CONTINUATION_TASK:
             title = f"**{task}**, {count} texts: mean KL to the full cache (change of NLL, top-1 agreement)"
         else:
             asked = "question inside the prompt" if form == "inside" else "asked in a second turn"
@@ -185,7 +185,7 @@ class Evaluation:
     def _cell(self, row: Row | None) -> str:
         if row is None:
             return ""
-        if row.task == CONTINUATION:
+        if row.task == CONTINUATION_TASK:
             change, agree = np.mean(row.values["nll_change"]), np.mean(row.values["agreement"])
             text = f"{row.mean:.4f} ({change:+.3f}, {agree:.1%})"
             pattern = "{:+.4f} [{:+.4f}, {:+.4f}]"

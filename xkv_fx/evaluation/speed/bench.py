@@ -248,9 +248,11 @@ def _makers(model: PreTrainedModel, settings: BenchSettings) -> dict[str, Callab
         return Ours(name, model, transformed(rows).with_budgets(budgets))
 
     def int8() -> Contestant:
-        whole = with_int8_weights(model)
+        int8_model = with_int8_weights(model)
         return Ours(
-            "ours-int8", whole, xkv_fx.transform(whole, settings.budgets, batch_size=rows, backend=settings.backend)
+            "ours-int8",
+            int8_model,
+            xkv_fx.transform(int8_model, settings.budgets, batch_size=rows, backend=settings.backend),
         )
 
     def equal_bytes() -> Contestant:

@@ -26,9 +26,9 @@ def with_int8_weights(model: PreTrainedModel) -> PreTrainedModel:
     """
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    whole = copy.deepcopy(model)
-    quantize_(whole, Int8WeightOnlyConfig())
-    return whole
+    int8_model = copy.deepcopy(model)
+    quantize_(int8_model, Int8WeightOnlyConfig())
+    return int8_model
 
 
 def _stored(tensor: Tensor) -> int:

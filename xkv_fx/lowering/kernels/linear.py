@@ -26,10 +26,10 @@ def _read_int8(node: Node) -> Mapping[str, Any] | None:
     if node.target is not aten.mm.default:
         return None
     x, widened = node.all_input_nodes[0], node.all_input_nodes[-1]
-    turned = widened.args[0] if widened.target is aten.to.dtype else None
-    if not isinstance(turned, Node) or turned.target is not aten.t.default:
+    transposed = widened.args[0] if widened.target is aten.to.dtype else None
+    if not isinstance(transposed, Node) or transposed.target is not aten.t.default:
         return None
-    weight: Any = turned.args[0]
+    weight: Any = transposed.args[0]
     if weight.meta["val"].dtype != torch.int8:
         return None
     source = x.args[0] if x.target is aten.reshape.default else x

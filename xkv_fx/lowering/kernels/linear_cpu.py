@@ -80,7 +80,7 @@ def _together(call: Call) -> Hashable:
 def _use(calls: Sequence[Call]) -> None:
     given = [call.given for call in calls]
     x, first = given[0]["x"], calls[0].node
-    linear_cpu.build(first.meta["val"].dtype, whole=given[0]["weight"].meta["val"].dtype == torch.int8)
+    linear_cpu.build(first.meta["val"].dtype, int8=given[0]["weight"].meta["val"].dtype == torch.int8)
     weights = [layer["weight"] for layer in given]
     biases = [layer["bias"] for layer in given if layer["bias"] is not None]
     graph = first.graph

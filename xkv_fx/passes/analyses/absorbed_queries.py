@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from xkv_fx.passes.analyses.find_attention import AttentionSite
-from xkv_fx.passes.tools.dependence import behind
+from xkv_fx.passes.tools.dependence import ValueFlow
 from xkv_fx.passes.tools.graph import arguments
 from xkv_fx.passes.tools.inline import inline
 
@@ -47,17 +47,17 @@ class AbsorbedQueries:
         given = arguments(part)
         return cls(given["self"], product.args[1], given["start"], given["end"])  # type: ignore[arg-type]
 
-    def turned(self, module: GraphModule, mean: GraphModule) -> GraphModule:
+    def rotated(self, module: GraphModule, flow: ValueFlow, mean: GraphModule) -> GraphModule:
         """`mean`, which gives `[rows, dim, key_dim]`, behind which the same is done as with the queries:
         `[rows, heads, dim, ...]`."""
         piece = Graph()
         copies: dict[Node, Node] = {}
-        turned = piece.graph_copy(mean.graph, copies)
-        made = behind([self.weights])
+        rotated = piece.graph_copy(mean.graph, copies)
+        made = flow.behind([self.weights])
         for node in module.graph.nodes:
             if node in made:
                 copies[node] = piece.node_copy(node, copies.__getitem__)
-        piece.output(inline(piece, self._absorb, turned, copies[self.weights]))  # type: ignore[arg-type]
+        piece.output(inline(piece, self._absorb, rotated, copies[self.weights]))  # type: ignore[arg-type]
         return GraphModule(module, piece)
 
     def _absorb(self, mean: Tensor, weights: Tensor) -> Tensor:

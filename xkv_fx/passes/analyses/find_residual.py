@@ -9,10 +9,10 @@ from torch.fx import GraphModule, Node
 
 from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.passes.analyses.find_attention import AttentionSite
-from xkv_fx.passes.tools.dependence import behind
+from xkv_fx.passes.tools.dependence import ValueFlow
 
 
-def residual_of(module: GraphModule, site: AttentionSite) -> tuple[Node, Node]:
+def residual_of(module: GraphModule, flow: ValueFlow, site: AttentionSite) -> tuple[Node, Node]:
     """The hidden state `[rows, S, hidden]` before an attention, and after its output was added to it.
 
     That is the first sum of something that depends on the attention and something that its queries depend on.
@@ -20,7 +20,7 @@ def residual_of(module: GraphModule, site: AttentionSite) -> tuple[Node, Node]:
     Raises:
         UnsupportedModelError: there is no such sum; the model has no residual connection around its attention.
     """
-    above = behind([site.q])
+    above = flow.behind([site.q])
     below = {site.node}
     for node in module.graph.nodes:
         if node in below or not below.intersection(node.all_input_nodes):

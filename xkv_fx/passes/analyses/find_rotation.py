@@ -1,4 +1,4 @@
-"""Finding how positions turn an attention's queries, for scorers that ask what queries to come will look like.
+"""Finding how positions rotate an attention's queries, for scorers that ask what queries to come will look like.
 
 A rotary embedding, in whatever layout, takes the queries of a layer and multiplies each head's query of each token by a
 matrix that depends on the token's position alone:
@@ -22,8 +22,8 @@ from torch.fx.node import map_arg
 
 from xkv_fx.passes.analyses.absorbed_queries import AbsorbedQueries
 from xkv_fx.passes.analyses.find_attention import AttentionSite
-from xkv_fx.passes.analyses.mean_rotation import PlacedGraph, Turn, as_it_is, refusal
-from xkv_fx.passes.tools.dependence import READ_SIZES, dependents, value_inputs
+from xkv_fx.passes.analyses.mean_rotation import PlacedGraph, Rotation, as_it_is, refusal
+from xkv_fx.passes.tools.dependence import READ_SIZES, ValueFlow, value_inputs
 from xkv_fx.passes.tools.graph import placeholders
 from xkv_fx.passes.tools.inline import inline
 from xkv_fx.passes.tools.operators import CASTS, MOVES
@@ -44,14 +44,14 @@ PROJECTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class QueryRotation:
-    """How positions turn the queries of one attention.
+    """How positions rotate the queries of one attention.
 
     Attributes:
         source: the node whose value the queries are before that.
         arrange: brings that value to `[rows, query_heads, S, dim]`.
         mean: `mean(newest)`, int64 `[rows]` -> float `[rows, dim, key_dim]`: what queries are multiplied by from the
             right, the mean over the positions behind each row's newest one. `[rows, query_heads, dim, key_dim]` where
-            queries of latents are made of them behind that. None where positions do not turn them.
+            queries of latents are made of them behind that. None where positions do not rotate them.
     """
 
     source: Node
@@ -60,9 +60,9 @@ class QueryRotation:
 
 
 def find_rotations(module: GraphModule, sites: Sequence[AttentionSite], count: int) -> tuple[QueryRotation, ...]:
-    """How the queries of each attention are turned, its mean taken over `count` positions. The graph is not changed.
+    """How the queries of each attention are rotated, its mean taken over `count` positions. The graph is not changed.
 
-    Layers that are turned alike share one `mean`.
+    Layers that are rotated alike share one `mean`.
 
     Raises:
         UnsupportedModelError: positions enter the queries behind their projection, and not as a linear map of each
@@ -115,13 +115,14 @@ class _Finder:
     def __init__(self, module: GraphModule, sites: Sequence[AttentionSite]) -> None:
         graph = module.graph
         positions = _positions(graph)
-        self.tokens = dependents(graph, list(placeholders(graph).values())[:1])
+        flow = ValueFlow(graph)
+        self.tokens = flow.dependents(list(placeholders(graph).values())[:1])
         # An attention mixes tokens of all positions; what comes out of it belongs to none of them.
         attentions = [site.node for site in sites]
-        self.placed = set() if positions is None else dependents(graph, [positions], attentions)
+        self.placed = set() if positions is None else flow.dependents([positions], attentions)
         self.sizes = {node: node.meta["val"].node.expr for node in graph.nodes if _is_size(node)}
         self.order = {node: place for place, node in enumerate(graph.nodes)}
-        self.graph = PlacedGraph(module, positions, self.placed, self.sizes, self.order)
+        self.graph = PlacedGraph(module, flow, positions, self.placed, self.sizes, self.order)
         self._factors: dict[Node, int] = {}
         self._numbers: dict[tuple[Any, ...], int] = {}
         self._means: dict[int, GraphModule] = {}
@@ -132,17 +133,17 @@ class _Finder:
             before = self.rotation(dataclasses.replace(site, q=absorbed.q), count)
             if before.mean is None:
                 return QueryRotation(site.q, as_it_is, None)
-            return dataclasses.replace(before, mean=absorbed.turned(self.graph.module, before.mean))
+            return dataclasses.replace(before, mean=absorbed.rotated(self.graph.module, self.graph.flow, before.mean))
         q = site.q
         if self._factors_of(q) == 0:
-            self._check_unturned(site, q)
+            self._check_unrotated(site, q)
             return QueryRotation(q, as_it_is, None)
         if self._factors_of(q) > 1:
             raise refusal(site, "they are multiplied by something of their positions twice")
-        source, nodes = self._turn(site)
-        self._check_unturned(site, source)
+        source, nodes = self._rotation_of(site)
+        self._check_unrotated(site, source)
         factors = [factor for node in nodes if (factor := self.linear(node)[1]) in self.placed]
-        found = Turn(self.graph, site, source, nodes, sorted(set(factors), key=self.order.__getitem__))
+        found = Rotation(self.graph, site, source, nodes, sorted(set(factors), key=self.order.__getitem__))
         kind = self._kind(site.q, {source: self._number(("source", source.meta["val"].dtype, found.layout))})
         if kind not in self._means:
             found.prove()
@@ -192,11 +193,11 @@ class _Finder:
             return nothing
         if node.target in SUMS and all(isinstance(argument, Node) for argument in node.args):
             return operands, None
-        if node.target in MOVES and not (node.target in CASTS and _is_whole(node)):
+        if node.target in MOVES and not (node.target in CASTS and _is_integer(node)):
             return operands, None
         return nothing
 
-    def _turn(self, site: AttentionSite) -> tuple[Node, set[Node]]:
+    def _rotation_of(self, site: AttentionSite) -> tuple[Node, set[Node]]:
         """The one node that q is a linear map of by factors of positions, and the nodes of that map."""
         turn: set[Node] = set()
         sources: set[Node] = set()
@@ -209,7 +210,7 @@ class _Finder:
                     sources.add(operand)
                 elif operand not in turn:
                     stack.append(operand)
-        while len(sources) > 1 or any(map(_is_list, sources)):  # parts of one tensor, of which some are not turned
+        while len(sources) > 1 or any(map(_is_list, sources)):  # parts of one tensor, of which some are not rotated
             last = max(sources, key=self.order.__getitem__)
             operands, _ = self.linear(last)
             if not operands:
@@ -220,7 +221,7 @@ class _Finder:
         (source,) = sources
         return source, turn
 
-    def _check_unturned(self, site: AttentionSite, source: Node) -> None:
+    def _check_unrotated(self, site: AttentionSite, source: Node) -> None:
         """Positions may be part of the hidden state, but must not enter between the projection that makes queries and
         `source`."""
         stack, known = [source], {source}
@@ -259,6 +260,6 @@ def _is_list(node: Node) -> bool:
     return isinstance(node.meta.get("val"), list | tuple)
 
 
-def _is_whole(node: Node) -> bool:
+def _is_integer(node: Node) -> bool:
     value = node.meta["val"]
     return not (value.is_floating_point() or value.is_complex())

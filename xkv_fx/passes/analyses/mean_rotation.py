@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 
 from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.passes.analyses.find_attention import AttentionSite
-from xkv_fx.passes.tools.dependence import Evaluation, behind, size_at
+from xkv_fx.passes.tools.dependence import Evaluation, ValueFlow, size_at
 from xkv_fx.passes.tools.graph import arguments, at_length, emit
 from xkv_fx.passes.tools.inline import inline
 from xkv_fx.passes.tools.operators import CASTS
@@ -29,6 +29,7 @@ class PlacedGraph:
 
     Attributes:
         module: the graph's module.
+        flow: what depends on what in it.
         positions: the position ids that the model sees; None if it uses none.
         placed: the nodes whose values depend on them, not only through an attention.
         sizes: the nodes that are numbers made from the number of tokens, and their formulas.
@@ -36,6 +37,7 @@ class PlacedGraph:
     """
 
     module: GraphModule
+    flow: ValueFlow
     positions: Node | None
     placed: set[Node]
     sizes: Mapping[Node, Any]
@@ -47,8 +49,8 @@ class PlacedGraph:
         return Evaluation(self.module, {**sizes, self.positions: positions, **given})  # type: ignore[dict-item]
 
 
-class Turn:
-    """The linear map between a layer's queries as they are projected and as they are turned."""
+class Rotation:
+    """The linear map between a layer's queries as they are projected and as they are rotated."""
 
     def __init__(
         self, graph: PlacedGraph, site: AttentionSite, source: Node, nodes: set[Node], factors: Sequence[Node]
@@ -108,7 +110,7 @@ class Turn:
                 args, kwargs = map_arg(each.args, known.__getitem__), map_arg(each.kwargs, known.__getitem__)
                 known[each] = emit(piece, each.target, *args, **kwargs)  # type: ignore[arg-type]
             else:
-                raise refusal(self.site, f"what turns them is made from the input {each.name} too")
+                raise refusal(self.site, f"what rotates them is made from the input {each.name} too")
         return known[node]
 
     def prove(self) -> None:
@@ -130,11 +132,11 @@ class Turn:
         with torch.no_grad():
             at_each = torch.stack([self.mean(1)(newest + step) for step in range(PROBED)], 1)
             error = (self.mean(PROBED)(newest) - at_each.mean(1)).abs().max()
-            turned = torch.matmul(self.arrange(queries).to(at_each.dtype)[:, :, :, None], at_each[:, None])[:, :, :, 0]
-            error = torch.maximum(error, (turned - got).abs().max())
+            rotated = torch.matmul(self.arrange(queries).to(at_each.dtype)[:, :, :, None], at_each[:, None])[:, :, :, 0]
+            error = torch.maximum(error, (rotated - got).abs().max())
         limit = 16 * torch.finfo(got.dtype).eps * max(1.0, float(got.abs().max()))
         if not float(error) <= limit:
-            raise refusal(self.site, "positions do not turn each head's query by the same matrix")
+            raise refusal(self.site, "positions do not rotate each head's query by the same matrix")
 
     def _arrangement(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """What brings the source to `[rows, heads, S, dim]`, and back."""
@@ -172,7 +174,7 @@ class Turn:
     def _table_end(self) -> int | None:
         """How many positions there are in the tables that factors are looked up in; None if there are none."""
         ends = []
-        for node in behind(self.factors) & self.graph.placed:
+        for node in self.graph.flow.behind(self.factors) & self.graph.placed:
             found = _looked_up(node)
             if found is None or found[1] not in self.graph.placed:
                 continue

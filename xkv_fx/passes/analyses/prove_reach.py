@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from xkv_fx.errors import UnsupportedModelError
-from xkv_fx.passes.tools.dependence import SHORT_LENGTHS, Evaluation, behind, dependents, size_at
+from xkv_fx.passes.tools.dependence import SHORT_LENGTHS, Evaluation, ValueFlow, size_at
 from xkv_fx.passes.tools.graph import arguments
 from xkv_fx.passes.tools.operators import CASTS
 
@@ -35,7 +35,7 @@ class WrittenAttention:
         q, k, v: `[rows, heads, S, head_dim]` or `[rows * heads, S, head_dim]`.
         chain: the nodes from the products of queries and keys to what the softmax is taken of; empty for
             `scaled_dot_product_attention`.
-        keys_turned: `k` has its last two dimensions exchanged.
+        keys_transposed: `k` has its last two dimensions exchanged.
         mask: of `scaled_dot_product_attention`.
         causal: its own flag.
         scale: its own factor.
@@ -46,7 +46,7 @@ class WrittenAttention:
     k: Node
     v: Node
     chain: tuple[Node, ...] = ()
-    keys_turned: bool = False
+    keys_transposed: bool = False
     mask: Node | None = None
     causal: bool = False
     scale: float = 1.0
@@ -70,10 +70,13 @@ class Reach:
 class Prover:
     """Finds out what masks and biases do, by running the part of the graph that makes them."""
 
-    def __init__(self, module: GraphModule, ids: Node, positions: Node, rows: int, longest: int | None) -> None:
+    def __init__(
+        self, module: GraphModule, flow: ValueFlow, ids: Node, positions: Node, rows: int, longest: int | None
+    ) -> None:
+        self.flow = flow
         self.module, self.ids, self.positions, self.rows = module, ids, positions, rows
         self.longest = longest
-        self.tokens = dependents(module.graph, [ids])
+        self.tokens = flow.dependents([ids])
         self._at: dict[int, Evaluation] = {}
 
     def reach(self, written: WrittenAttention) -> Reach:
@@ -100,7 +103,7 @@ class Prover:
         unaware = [node for node in made_from if node is not None and node not in self.tokens]
         lengths = set(SHORT_LENGTHS)
         limit = min(self.longest or LONGEST, LONGEST)
-        for node in behind(unaware):
+        for node in self.flow.behind(unaware):
             if node.op == "get_attr" and max(node.meta["val"].shape, default=0) > 1:
                 lengths.add(limit)
             for number in _whole_numbers(node):

@@ -13,6 +13,7 @@ from xkv_fx.errors import BudgetError
 from xkv_fx.passes.analyses.find_attention import attention_sites
 from xkv_fx.passes.analyses.find_residual import residual_of
 from xkv_fx.passes.base import GraphPass, PassRecord
+from xkv_fx.passes.tools.dependence import ValueFlow
 from xkv_fx.passes.tools.graph import at_end, emit, output_node
 from xkv_fx.passes.tools.inline import inline
 from xkv_fx.passes.tools.roles import LENGTH, with_role
@@ -69,6 +70,7 @@ class AddStatistics(GraphPass):
         graph = module.graph
         length = with_role(graph, LENGTH)
         sites = [site for site in attention_sites(module) if not site.borrows]
+        flow = ValueFlow(graph)
         output = output_node(graph)
         logits: Any = output.args[0]
         outputs: list[Node] = [logits]
@@ -84,7 +86,7 @@ class AddStatistics(GraphPass):
                             )
                         )  # fmt: skip
                 elif statistic == "similarity":
-                    before, after = residual_of(module, site)
+                    before, after = residual_of(module, flow, site)
                     with at_end(graph):
                         outputs.append(inline(graph, _cosine, before, after, length))
                 else:

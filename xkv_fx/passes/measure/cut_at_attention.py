@@ -65,7 +65,7 @@ class CutModel:
         logits: name of the logits.
         sink_logits: those of each attention that has some, by its place among them.
         future_positions: how many positions the means of `rotations` are taken over; None where nobody asked for them.
-        rotations: how the queries of each attention are turned. What they are before is among the segments' outputs.
+        rotations: how the queries of each attention are rotated. What they are before is among the segments' outputs.
     """
 
     sites: tuple[AttentionSite, ...]

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.passes.base import GraphPass, PassRecord
-from xkv_fx.passes.tools.dependence import SHORT_LENGTHS, Evaluation, dependents, value_inputs
+from xkv_fx.passes.tools.dependence import SHORT_LENGTHS, Evaluation, ValueFlow, value_inputs
 from xkv_fx.passes.tools.graph import constant, emit, placeholders, propagate
 from xkv_fx.passes.tools.inline import inline
 
@@ -55,7 +55,7 @@ class FindPositions(GraphPass):
     def run(self, module: GraphModule) -> PassRecord:
         graph = module.graph
         ids, positions = list(placeholders(graph).values())[:2]
-        aware = dependents(graph, [ids, positions])
+        aware = ValueFlow(graph).dependents([ids, positions])
         found = [
             (node, users)
             for node in graph.nodes
@@ -125,7 +125,7 @@ def position_limit(module: GraphModule, rows: int) -> int | None:
     """How many positions the tables of a graph have that are looked up by position alone; None if there are none."""
     graph = module.graph
     ids, positions = list(placeholders(graph).values())[:2]
-    tokens = dependents(graph, [ids])
+    tokens = ValueFlow(graph).dependents([ids])
     limits = []
     for node in graph.nodes:
         if node.target is not aten.embedding.default or node.args[1] in tokens:

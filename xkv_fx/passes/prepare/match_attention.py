@@ -20,7 +20,7 @@ from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.passes.analyses.prove_reach import Prover, Reach, WrittenAttention
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.prepare.clean_graph import remove_dead_code
-from xkv_fx.passes.tools.dependence import dependents, value_inputs
+from xkv_fx.passes.tools.dependence import ValueFlow, value_inputs
 from xkv_fx.passes.tools.graph import arguments, constant, emit, placeholders
 from xkv_fx.passes.tools.inline import inline
 from xkv_fx.passes.tools.operators import CASTS
@@ -93,9 +93,10 @@ class MatchAttention(GraphPass):
     def run(self, module: GraphModule) -> PassRecord:
         graph = module.graph
         ids, positions = list(placeholders(graph).values())[:2]
-        dependent = dependents(graph, [ids])
+        flow = ValueFlow(graph)
+        dependent = flow.dependents([ids])
         found = [match for node in graph.nodes if (match := match_written(node, dependent)) is not None]
-        prover = Prover(module, ids, positions, self.rows, self.longest)
+        prover = Prover(module, flow, ids, positions, self.rows, self.longest)
         for index, (written, reach) in enumerate([(written, prover.reach(written)) for written in found]):
             self._replace(module, written, reach, index)
         remove_dead_code(graph)
@@ -103,10 +104,10 @@ class MatchAttention(GraphPass):
 
     def _replace(self, module: GraphModule, written: WrittenAttention, reach: Reach, index: int) -> None:
         graph, node = module.graph, written.output
-        k, keys_turned = _unturn(written.k) if written.keys_turned else (written.k, False)
+        k, keys_transposed = _untransposed(written.k) if written.keys_transposed else (written.k, False)
         with graph.inserting_before(node):
             q = inline(graph, _heads(self.rows, False), _uncast(written.q))
-            k = inline(graph, _heads(self.rows, keys_turned), _unrepeat(graph, _uncast(k)))
+            k = inline(graph, _heads(self.rows, keys_transposed), _unrepeat(graph, _uncast(k)))
             v = inline(graph, _heads(self.rows, False), _unrepeat(graph, _uncast(written.v)))
             q, k = (inline(graph, _as_dtype(v), source) for source in (q, k))
             slopes = (
@@ -142,7 +143,7 @@ def match_written(node: Node, dependent: set[Node]) -> WrittenAttention | None:
     operands = list(products.args[1:3] if products.target is aten.baddbmm.default else products.args[:2])
     output, v = _weighted_sum(node)
     q, k = (operand for operand in operands if isinstance(operand, Node))
-    return WrittenAttention(output, q, k, v, tuple(chain), keys_turned=True)
+    return WrittenAttention(output, q, k, v, tuple(chain), keys_transposed=True)
 
 
 def _match_fused(node: Node, dependent: set[Node]) -> WrittenAttention:
@@ -223,16 +224,16 @@ def _uncast(node: Node) -> Node:
     return node
 
 
-def _unturn(node: Node) -> tuple[Node, bool]:
+def _untransposed(node: Node) -> tuple[Node, bool]:
     """Keys before their last two dimensions were exchanged, and whether that is still to be undone."""
     last = node.meta["val"].dim() - 1
     source: Any = node.args[0]
-    if node.target is aten.transpose.int and {dim % (last + 1) for dim in _whole(node.args[1:])} == {last - 1, last}:
+    if node.target is aten.transpose.int and {dim % (last + 1) for dim in _ints(node.args[1:])} == {last - 1, last}:
         return source, False
     return node, True
 
 
-def _whole(values: Any) -> list[int]:
+def _ints(values: Any) -> list[int]:
     return [value for value in values if isinstance(value, int)]
 
 
@@ -254,9 +255,9 @@ def _unrepeat(graph: Graph, node: Node) -> Node:
     return unrepeated
 
 
-def _heads(rows: int, turned: bool) -> Callable[[Tensor], Tensor]:
+def _heads(rows: int, transposed: bool) -> Callable[[Tensor], Tensor]:
     def heads(values: Tensor) -> Tensor:
-        values = values.transpose(-1, -2) if turned else values
+        values = values.transpose(-1, -2) if transposed else values
         return values if values.dim() == 4 else values.unflatten(0, (rows, -1))
 
     return heads

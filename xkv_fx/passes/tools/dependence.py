@@ -1,9 +1,6 @@
 """What depends on what in a captured graph, and what a part of it computes.
 
 A node that reads only a tensor's size does not depend on its values: masks and positions are made from sizes.
-
-What depends on what is read off the graph at every question. Passes edit the graph between their questions, so nothing
-is kept that an edit would make wrong.
 """
 
 from __future__ import annotations
@@ -11,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import networkx as nx
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -43,25 +41,27 @@ def value_inputs(node: Node) -> list[Node]:
     return [source for source in node.all_input_nodes if source is not unread]
 
 
-def dependents(graph: Graph, sources: Iterable[Node], except_through: Iterable[Node] = ()) -> set[Node]:
-    """Every node whose value depends on those of `sources`, these included, not only through `except_through`."""
-    found, closed = set(sources), set(except_through)
-    for node in graph.nodes:  # inputs first
-        if node not in closed and not found.isdisjoint(value_inputs(node)):
-            found.add(node)
-    return found
+class ValueFlow:
+    """Who reads whose values, as a `networkx.DiGraph` of the nodes; of a graph as it is when this is made.
 
+    An analysis makes one and asks it as often as it likes. What a pass adds afterwards is not in it.
+    """
 
-def behind(nodes: Iterable[Node]) -> set[Node]:
-    """These nodes and all whose values they depend on."""
-    found = set(nodes)
-    stack = list(found)
-    while stack:
-        for source in value_inputs(stack.pop()):
-            if source not in found:
-                found.add(source)
-                stack.append(source)
-    return found
+    def __init__(self, graph: Graph) -> None:
+        self._flow: Any = nx.DiGraph()
+        self._flow.add_nodes_from(graph.nodes)
+        self._flow.add_edges_from((source, node) for node in graph.nodes for source in value_inputs(node))
+
+    def dependents(self, sources: Iterable[Node], except_through: Iterable[Node] = ()) -> set[Node]:
+        """Every node whose value depends on those of `sources`, these included, not only through `except_through`."""
+        found, closed = set(sources), set(except_through)
+        flow = nx.restricted_view(self._flow, closed - found, ()) if closed else self._flow
+        return found.union(*(nx.descendants(flow, source) for source in found))
+
+    def behind(self, nodes: Iterable[Node]) -> set[Node]:
+        """These nodes and all whose values they depend on."""
+        found = set(nodes)
+        return found.union(*(nx.ancestors(self._flow, node) for node in found))
 
 
 class Evaluation:

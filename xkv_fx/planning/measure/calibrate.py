@@ -35,7 +35,7 @@ from xkv_fx.runtime.scorers import Scorer, scorer_of
 from xkv_fx.runtime.slots import SlotPlan, slot_plans
 
 GRID = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
-CONTINUATION = 16
+CALIBRATE_CONTINUATION = 16
 # KL of a continuation that was run again under full budgets; more means that tokens meet outside attention too.
 _SAME = {torch.float32: 1e-6, torch.float64: 1e-9}
 
@@ -45,7 +45,7 @@ def measure_calibration(
     prompts: Sequence[Tensor],
     policy: Policy,
     grid: Sequence[float] | None = None,
-    continuation: int = CONTINUATION,
+    continuation: int = CALIBRATE_CONTINUATION,
     progress: Progress | None = None,
     resume: str | os.PathLike[str] | None = None,
     team: Team = ALONE,

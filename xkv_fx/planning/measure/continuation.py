@@ -238,7 +238,7 @@ def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) ->
 def _before_rotation(
     model: CutModel, scorer: Scorer, length: Tensor
 ) -> Callable[[int, dict[str, Tensor]], dict[str, Tensor | None]]:
-    """What a scorer is given about an attention's queries before they are turned, from the live values."""
+    """What a scorer is given about an attention's queries before they are rotated, from the live values."""
     wanted = future_positions(scorer)
     if wanted is None:
         return lambda index, live: {}

@@ -23,7 +23,7 @@ from xkv_fx.planning.solve.plan import uniform_within_bytes
 from xkv_fx.policy import Policy
 from xkv_fx.runtime.slots import slot_plans
 
-CONTINUATION = 48
+VERIFY_CONTINUATION = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ def verify_plans(
     captured: CapturedModel,
     plans: Sequence[Plan],
     prompts: Sequence[Tensor],
-    continuation: int = CONTINUATION,
+    continuation: int = VERIFY_CONTINUATION,
     progress: Progress | None = None,
 ) -> tuple[Verification, ...]:
     """Compare each plan with a uniform one of equal bytes, all in one pass over the prompts; see `xkv_fx.verify`."""
@@ -121,7 +121,7 @@ def divergence_of_plans(
     captured: CapturedModel,
     plans: Sequence[Plan],
     prompts: Sequence[Tensor],
-    continuation: int = CONTINUATION,
+    continuation: int = VERIFY_CONTINUATION,
     progress: Progress | None = None,
 ) -> NDArray[np.float64]:
     """KL(full || plan) of each prompt, plan and continuation token, nats; one prefill a prompt serves all plans.

@@ -31,7 +31,7 @@ def build_kernel(
     group: int = 0,
     key_dim: int = 0,
     value_dim: int = 0,
-    whole: bool = False,
+    int8: bool = False,
 ) -> None:
     """Compile a kernel, or load it from the cache on disk, and hand it to the operators.
 
@@ -40,17 +40,17 @@ def build_kernel(
         function: what the operators call.
         dtype: one of `DTYPES`.
         group, key_dim, value_dim: shapes that it is compiled for, 0 for a kernel that takes any.
-        whole: for weights that are whole numbers of 8 bits.
+        int8: for weights in int8.
 
     Raises:
         BackendError: there is no C++ compiler, or it refuses the kernel.
     """
-    shape = {"GROUP": group, "KEY_DIM": key_dim, "VALUE_DIM": value_dim, "WHOLE": int(whole), DTYPES[dtype]: 1}
+    shape = {"GROUP": group, "KEY_DIM": key_dim, "VALUE_DIM": value_dim, "INT8_WEIGHTS": int(int8), DTYPES[dtype]: 1}
     with _building:
         operators = _operators()
         kernel = _compiled(("lanes.h", source), tuple(shape.items()))
         made = ctypes.cast(getattr(kernel, function), ctypes.c_void_p)
-        operators.xkv_hand_in(_SCALAR_TYPES[dtype], group, key_dim, value_dim, whole, made)
+        operators.xkv_hand_in(_SCALAR_TYPES[dtype], group, key_dim, value_dim, int8, made)
 
 
 @functools.cache

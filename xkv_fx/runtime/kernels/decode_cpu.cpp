@@ -28,8 +28,8 @@ inline float max_of(vec x) {
 inline vec exp_of(vec x) {
   const vec bounded = x < -87.0f ? vec{} - 87.0f : x;
   const vec_int n = __builtin_convertvector(bounded * 1.44269504088896341f - 0.5f, vec_int);
-  const vec whole = __builtin_convertvector(n, vec);
-  const vec r = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  const vec rounded = __builtin_convertvector(n, vec);
+  const vec r = (bounded - rounded * 0.693359375f) + rounded * 2.12194440e-4f;
   vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;

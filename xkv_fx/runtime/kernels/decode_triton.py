@@ -80,7 +80,7 @@ def _attend(
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     MASK_HEADS: tl.constexpr,  # 1, or KV heads, or query heads when BIASED
     BIASED: tl.constexpr, SCORED: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
-    WHOLE: tl.constexpr,  # one split: `out` is the result, not a part of it
+    ONE_SPLIT: tl.constexpr,  # one split: `out` is the result, not a part of it
     WIDEN: tl.constexpr, ROWS: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One split of the slots of one row and KV head, for all of its queries."""
@@ -171,7 +171,7 @@ def _attend(
         values = values * shrink[:, None] + tl.dot(weight, value, input_precision="ieee")
         maximum = highest
 
-    if WHOLE:
+    if ONE_SPLIT:
         if SINKS:
             sink = tl.load(sink_logits + head * GROUP + g, mask=is_query, other=0.0).to(tl.float32)
             highest = tl.maximum(maximum, sink)
@@ -324,26 +324,26 @@ def _decode(
     group, pairs = heads // kv_heads, rows * kv_heads
     split_size = _split_size(slots, launch)
     splits = -(-slots // split_size)
-    whole = splits == 1 and scored is None
+    one_split = splits == 1 and scored is None
     q, k, v, mask = q.contiguous(), k.contiguous(), v.contiguous(), mask.contiguous()
     positions, scores, seen = (slot, slot, slot) if scored is None else scored
 
     out = q.new_empty((rows, heads, 1, value_dim))
     narrow: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    parts = out if whole else torch.empty((splits, rows * heads, value_dim), **narrow)
-    lse = q if whole else torch.empty((splits, rows * heads), **narrow)
+    parts = out if one_split else torch.empty((splits, rows * heads, value_dim), **narrow)
+    lse = q if one_split else torch.empty((splits, rows * heads), **narrow)
     logits = q if scored is None else torch.empty((rows, heads, slots), **narrow)
     sinks = q if sink_logits is None else sink_logits
     sizes = {"VALUE_DIM": value_dim, "VALUE_PAD": _padded(value_dim), "SINKS": sink_logits is not None}
     wrap_triton(_attend)[(pairs, splits)](
         q, k, v, k_cache, v_cache, slot, count, mask, positions, seen, sinks, parts, lse, logits, scale,
         softcap or 1.0, kv_heads, slots, split_size, GROUP=group, KEY_DIM=key_dim, MASK_HEADS=mask.shape[1],
-        BIASED=mask.shape[1] not in (1, kv_heads), SCORED=scored is not None, CAPPED=softcap is not None, WHOLE=whole,
-        WIDEN=not isinstance(_attend, triton.JITFunction) and q.dtype == torch.bfloat16,
+        BIASED=mask.shape[1] not in (1, kv_heads), SCORED=scored is not None, CAPPED=softcap is not None,
+        ONE_SPLIT=one_split, WIDEN=not isinstance(_attend, triton.JITFunction) and q.dtype == torch.bfloat16,
         ROWS=_rows(group), KEY_PAD=_padded(key_dim), BLOCK=launch.block, **sizes,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    if whole:
+    if one_split:
         return out
     whole_lse = torch.empty((rows * heads,), **narrow)
     wrap_triton(_merge)[(rows * heads,)](

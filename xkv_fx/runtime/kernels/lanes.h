@@ -1,14 +1,14 @@
 // What the CPU kernels share: vectors of floats, and numbers of the cache's or the weights' dtype as such.
 //
-// Defined before this text: one of DTYPE_FLOAT32, DTYPE_BFLOAT16, DTYPE_FLOAT16, and WHOLE where there are whole numbers of
-// 8 bits. Arithmetic is float32 whatever the dtype.
+// Defined before this text: one of DTYPE_FLOAT32, DTYPE_BFLOAT16, DTYPE_FLOAT16, and INT8_WEIGHTS where weights are int8.
+// Arithmetic is float32 whatever the dtype.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#if WHOLE && defined(__AVX2__)
+#if INT8_WEIGHTS && defined(__AVX2__)
 #include <immintrin.h>  // compilers widen whole numbers one by one without it; it takes longer to read than all the rest
 #endif
 
@@ -98,11 +98,11 @@ inline Pair load(const scalar* from) { return {load_first(from), load_second(fro
 
 // Whole numbers keep the order, as `widen_lanes` does.
 inline vec load_first(const int8_t* from) {
-#if WHOLE && defined(__AVX2__)
+#if INT8_WEIGHTS && defined(__AVX2__)
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 #else
-  typedef int8_t whole __attribute__((vector_size(LANES)));
-  return __builtin_convertvector(__builtin_convertvector(read<whole>(from), vec_int), vec);
+  typedef int8_t int8_lanes __attribute__((vector_size(LANES)));
+  return __builtin_convertvector(__builtin_convertvector(read<int8_lanes>(from), vec_int), vec);
 #endif
 }
 inline vec load_second(const int8_t* from) { return load_first(from + LANES); }

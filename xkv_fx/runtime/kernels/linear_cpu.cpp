@@ -6,13 +6,13 @@
 // their weights in the cache, a block of outputs at a time, while the next block is asked for. Sums are float32 whatever
 // the dtype.
 //
-// Before this text stands lanes.h, and WHOLE where the weights are whole numbers of 8 bits, whatever the dtype of the
+// Before this text stands lanes.h, and INT8_WEIGHTS where the weights are int8, whatever the dtype of the
 // input; whoever calls has them scaled. The input is `[rows, depth]`, the weights of a layer `[width, depth]`, its output
 // `[rows, width]`, all contiguous; `depth` is a multiple of STEP.
 
 namespace {
 
-#if WHOLE
+#if INT8_WEIGHTS
 using weight = int8_t;
 #else
 using weight = scalar;
@@ -35,8 +35,8 @@ void widen_all(const scalar* x, const Rows& rows, int64_t steps, vec* to) {
     for (int64_t d = 0; d < steps; ++d, to += 2 * count)
       for (int64_t m = 0; m < count; ++m) {
         const scalar* from = x + ((rows.start(tile) + m) * steps + d) * STEP;
-        to[m] = WHOLE ? widen_lanes(from) : load_first(from);  // in the order of the weights
-        to[count + m] = WHOLE ? widen_lanes(from + LANES) : load_second(from);
+        to[m] = INT8_WEIGHTS ? widen_lanes(from) : load_first(from);  // in the order of the weights
+        to[count + m] = INT8_WEIGHTS ? widen_lanes(from + LANES) : load_second(from);
       }
   }
 }

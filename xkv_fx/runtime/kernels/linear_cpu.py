@@ -20,8 +20,8 @@ library.define("linear_cpu(Tensor x, Tensor[] weights, Tensor[] biases) -> Tenso
 
 
 @functools.cache
-def build(dtype: torch.dtype, whole: bool = False) -> None:
-    """Make `torch.ops.xkv.linear_cpu` serve tensors of that dtype, with weights of the same dtype or, if `whole`, int8.
+def build(dtype: torch.dtype, int8: bool = False) -> None:
+    """Make `torch.ops.xkv.linear_cpu` serve tensors of that dtype, with weights of the same dtype or, if asked, int8.
 
     It applies several layers to one input: it takes `x [..., depth]`, contiguous weights `[width, depth]` and as many
     contiguous biases `[width]`, or none, and returns the outputs `[rows, width]`, the leading dimensions as one, one
@@ -30,12 +30,12 @@ def build(dtype: torch.dtype, whole: bool = False) -> None:
 
     Args:
         dtype: one of `build_cpu.DTYPES`.
-        whole: for int8 weights.
+        int8: for weights in int8.
 
     Raises:
         BackendError: there is no C++ compiler, or it refuses the kernel.
     """
-    build_kernel("linear_cpu.cpp", "xkv_linear", dtype, whole=whole)
+    build_kernel("linear_cpu.cpp", "xkv_linear", dtype, int8=int8)
 
 
 def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:

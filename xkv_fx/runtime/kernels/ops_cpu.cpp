@@ -20,7 +20,7 @@ using torch::stable::Tensor;
 
 namespace {
 
-// dtype, query heads for each KV head, key and value dimensions, whether weights are whole numbers
+// dtype, query heads for each KV head, key and value dimensions, whether weights are int8
 using Shape = std::array<int64_t, 5>;
 using Decode = int (*)(const void*, const void*, const void*, void*, void*, const int64_t*, const void*, const float*,
                        void*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float, int);
@@ -87,9 +87,9 @@ class Made {
   AtenTensorHandle release() { return std::exchange(handle, nullptr); }
 };
 
-void* kernel(int32_t dtype, int64_t group, int64_t key_dim, int64_t value_dim, bool whole) {
+void* kernel(int32_t dtype, int64_t group, int64_t key_dim, int64_t value_dim, bool int8) {
   const std::lock_guard<std::mutex> lock(guard);
-  const auto found = kernels.find({dtype, group, key_dim, value_dim, whole});
+  const auto found = kernels.find({dtype, group, key_dim, value_dim, int8});
   STD_TORCH_CHECK(found != kernels.end(), "no CPU kernel was built for this dtype and shape");
   return found->second;
 }
@@ -174,10 +174,10 @@ AOTITorchError hand_over(AtenTensorHandle* out, Compute compute) {
 
 }  // namespace
 
-extern "C" void xkv_hand_in(int64_t dtype, int64_t group, int64_t key_dim, int64_t value_dim, int64_t whole,
+extern "C" void xkv_hand_in(int64_t dtype, int64_t group, int64_t key_dim, int64_t value_dim, int64_t int8,
                             void* made) {
   const std::lock_guard<std::mutex> lock(guard);
-  kernels[{dtype, group, key_dim, value_dim, whole}] = made;
+  kernels[{dtype, group, key_dim, value_dim, int8}] = made;
 }
 
 extern "C" AOTITorchError aoti_torch_cpu_decode_attention_cpu(

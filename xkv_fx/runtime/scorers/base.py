@@ -38,7 +38,7 @@ class Scorer(Protocol):
     (tensor parallelism).
 
     A class may have `needs_unrotated_queries = True`. Such a scorer is given the queries as they were before
-    their positions turned them, and how positions to come will turn them: `PromptView.unrotated_queries` and
+    their positions rotated them, and how positions to come will rotate them: `PromptView.unrotated_queries` and
     `PromptView.rotation`. It has a field `future_positions`, the number of positions that `rotation` is the mean over.
     Models whose rotation cannot be told from the rest of their graph are refused.
     """

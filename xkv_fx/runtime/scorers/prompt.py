@@ -27,11 +27,11 @@ class PromptView:
         seen: int64 `[rows]`, tokens seen before these.
         old_k, old_v: what the slots hold, `[rows, kv_heads, slots, ...]`; None in a fresh prefill.
         old_ordinals: int64 `[rows, kv_heads, slots]`, -1 for a free slot; None in a fresh prefill.
-        unrotated: `[rows, query_heads, S, dim]`, the queries before their positions turned them; None for a scorer
+        unrotated: `[rows, query_heads, S, dim]`, the queries before their positions rotated them; None for a scorer
             that does not need them.
         rotation: `[rows, dim, key_dim]`, or `[rows, query_heads, dim, key_dim]` where heads differ (queries of an MLA
-            latent), what queries are multiplied by from the right to turn them: the mean over each row's next
-            positions. None where positions do not turn the queries.
+            latent), what queries are multiplied by from the right to rotate them: the mean over each row's next
+            positions. None where positions do not rotate the queries.
     """
 
     q: Tensor
@@ -104,7 +104,7 @@ class PromptView:
 
     @property
     def unrotated_queries(self) -> Tensor:
-        """`[rows, query_heads, S, dim]`, the queries before their positions turned them.
+        """`[rows, query_heads, S, dim]`, the queries before their positions rotated them.
 
         Raises:
             BudgetError: the scorer's class does not say that it needs them.
