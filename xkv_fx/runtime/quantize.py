@@ -1,0 +1,122 @@
+"""Keys and values in fewer bits. A slot is stored by itself: its codes and scales depend on no other slot.
+
+A vector of a head is rotated, split into groups, and each group stored as whole numbers with a scale and a zero of its
+own (asymmetric): `x ~ zero + scale * code`. The rotation is a fixed Hadamard matrix, which spreads an outlier over all
+elements of a vector; queries are rotated too, so that products stay what they were, and outputs are rotated back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from xkv_fx.errors import BudgetError
+
+_BITS = {"int8": 8, "int4": 4}
+_LARGEST_GROUP = 64
+_GROUP_MULTIPLE = 8
+_SCALE_BYTES = 4  # a scale and a zero in float16
+_LARGEST = torch.finfo(torch.float16).max
+
+
+@dataclasses.dataclass(frozen=True)
+class Coding:
+    """How vectors of one size are stored in fewer bits.
+
+    Attributes:
+        bits: of an element, 8 or 4.
+        dim: elements of a vector.
+        group: elements that share a scale and a zero.
+    """
+
+    bits: int
+    dim: int
+    group: int
+
+    @classmethod
+    def of(cls, name: str, dim: int) -> Coding:
+        """The coding that a format's name stands for.
+
+        Raises:
+            BudgetError: a format that stores no codes, or a size that no group divides.
+        """
+        if name not in _BITS:
+            raise BudgetError(f"the format {name!r} is none of codes; those are {', '.join(_BITS)}")
+        sizes = range(_LARGEST_GROUP, 0, -_GROUP_MULTIPLE)
+        group = next((size for size in sizes if dim % size == 0), None)
+        if group is None:
+            raise BudgetError(
+                f"no group of {_GROUP_MULTIPLE} to {_LARGEST_GROUP} elements divides a head size of {dim}; store it in "
+                "the model's dtype"
+            )
+        return cls(_BITS[name], dim, group)
+
+    @property
+    def groups(self) -> int:
+        """Scales of a vector."""
+        return self.dim // self.group
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes of a vector."""
+        return self.dim * self.bits // 8
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a vector, its scales and zeros included."""
+        return self.code_bytes + self.groups * _SCALE_BYTES
+
+    def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes uint8 `[..., code_bytes]`, and scales with zeros float16 `[..., groups, 2]`, of vectors `[..., dim]`.
+
+        With 4 bits, a byte holds two elements: the first half of the vector in the low bits, the second in the high.
+        """
+        grouped = rotate(vectors.float()).unflatten(-1, (self.groups, self.group))
+        low, high = grouped.aminmax(dim=-1)
+        steps = 2**self.bits - 1
+        zero = low.clamp(-_LARGEST, _LARGEST).half()
+        scale = ((high - zero.float()) / steps).clamp(0, _LARGEST).half()
+        divisor = torch.where(scale > 0, scale, 1.0).float()
+        codes = ((grouped - zero.float()[..., None]) / divisor[..., None]).round().clamp(0, steps)
+        codes = codes.to(torch.uint8).flatten(-2)
+        if self.bits == 4:
+            first, second = codes.chunk(2, -1)
+            codes = first | (second << 4)
+        return codes, torch.stack((scale, zero), -1)
+
+    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """What was stored, still rotated: float32 `[..., dim]`."""
+        if self.bits == 4:
+            codes = torch.cat((codes & 15, codes >> 4), -1)
+        grouped = codes.unflatten(-1, (self.groups, self.group)).float()
+        return (scales[..., 1:].float() + scales[..., :1].float() * grouped).flatten(-2)
+
+    def passed(self, vectors: Tensor) -> Tensor:
+        """Vectors `[..., dim]` as they come out of this coding, rotated back and in their own dtype."""
+        return rotate_back(self.decode(*self.encode(vectors))).to(vectors.dtype)
+
+
+def rotate(vectors: Tensor) -> Tensor:
+    """Vectors `[..., dim]` multiplied by a Hadamard matrix (Sylvester's, orthogonal), in their dtype. Products of two
+    rotated vectors are those of the vectors.
+
+    Where the size is no power of two, each block is rotated by itself, as long as the largest power of two that divides
+    it. The matrix is symmetric, and so its own inverse.
+    """
+    dim = vectors.shape[-1]
+    block = dim & -dim
+    step = 1
+    blocks = vectors.unflatten(-1, (dim // block, block))
+    while step < block:
+        first, second = blocks.unflatten(-1, (block // (2 * step), 2, step)).unbind(-2)
+        blocks = torch.stack((first + second, first - second), -2).flatten(-3)
+        step *= 2
+    return (blocks / math.sqrt(block)).flatten(-2)
+
+
+def rotate_back(vectors: Tensor) -> Tensor:
+    """The inverse of `rotate`."""
+    return rotate(vectors)
