@@ -230,7 +230,7 @@ def test_a_plan_of_another_model(saved: Path) -> None:
 
 def test_a_plan_of_a_newer_format(saved: Path) -> None:
     data = json.loads(saved.read_text())
-    saved.write_text(json.dumps({**data, "version": data["version"] + 1}))
+    saved.write_text(json.dumps({**data, "version": xkv_fx.budgets.FORMAT_VERSION + 1}))
     assert_refused(FileFormatError, r"budgets\.json: .*newer than .*upgrade xkv_fx", lambda: Budgets.load(saved))
 
 

@@ -103,7 +103,7 @@ def test_only_a_plan_with_formats_is_of_version_2(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 1}, "unknown field 'formats'"),
+        ({"version": 1}, "unknown fields 'formats'"),
         ({"version": 3}, "newer than 2"),
         ({"formats": ...}, "the plan lacks 'formats'"),
         ({"formats": None}, "formats of the plan has the wrong type: None"),

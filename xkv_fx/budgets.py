@@ -285,7 +285,7 @@ class Plan:
             FileFormatError, BudgetError: it is none; the message names no file.
         """
         check_format(data, FORMAT, FORMAT_VERSION)
-        check_fields(data, _FIELDS_OF[data["version"]], "the plan", optional=_FIELDS)
+        check_fields(data, _FIELDS_OF[data["version"]], "the plan", optional=_FIELDS, unknown="fields")
         capacities = data.get("capacities")
         if not isinstance(capacities, list):
             raise FileFormatError("'capacities' is missing or not a list")

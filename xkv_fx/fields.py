@@ -97,11 +97,15 @@ def check_fields(
         FileFormatError: it does not; the message names the field, and not the file.
     """
     if not isinstance(data, dict):
-        raise _other_fields(expected, what, f"{what} must be a JSON object, not {type(data).__name__}")
+        raise FileFormatError(
+            f"{_fields_of(what)} are not {_named(expected)}: {what} must be a JSON object, not {type(data).__name__}"
+        )
     strange = sorted(set(data) - set(expected))
     if strange:
         called = unknown or ("field" if len(strange) == 1 else "fields")
-        raise _other_fields(expected, what, f"unknown {called} {_listed(strange)}; is it of a newer xkv_fx?")
+        raise FileFormatError(
+            f"unknown {called} {_listed(strange)}; {_fields_of(what)} are {_named(expected)}. Is it of a newer xkv_fx?"
+        )
     refuse_missing(data, expected, what, optional)
     for name, value in data.items():
         _check_value(value, expected[name], f"its field {name!r}" if what == "it" else f"{name} of {what}")
@@ -116,7 +120,7 @@ def refuse_missing(data: Collection[str], expected: Fields, what: str = "it", op
     """
     missing = sorted(set(expected) - set(data) - set(optional))
     if missing:
-        raise _other_fields(expected, what, f"{what} lacks {_listed(missing)}")
+        raise FileFormatError(f"{_fields_of(what)} are not {_named(expected)}: {what} lacks {_listed(missing)}")
 
 
 def read_header(
@@ -147,9 +151,12 @@ def _check_value(value: Any, field: Field, name: str) -> None:
         raise FileFormatError(f"{name} must be {field.words}; got {value!r:.100}")
 
 
-def _other_fields(expected: Fields, what: str, why: str) -> FileFormatError:
-    fields = "its fields" if what == "it" else f"the fields of {what}"
-    return FileFormatError(f"{fields} are not {', '.join(sorted(expected))}: {why}")
+def _fields_of(what: str) -> str:
+    return "its fields" if what == "it" else f"the fields of {what}"
+
+
+def _named(expected: Fields) -> str:
+    return ", ".join(sorted(expected))
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -58,7 +58,7 @@ class Parts:
         try:
             check_fields(before, _RUN)
         except FileFormatError as error:
-            raise FileFormatError(f"{path}: {error!s:.1000}; name another folder, or delete it") from error
+            raise FileFormatError(f"{path}: {error!s:.1000} (name another folder, or delete it)") from error
         if before["model"] != run["model"]:
             raise ModelMismatchError(
                 f"{self.folder} holds what was measured of another model; name another folder, or delete it"
