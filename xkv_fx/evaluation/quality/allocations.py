@@ -26,7 +26,8 @@ from xkv_fx.evaluation.texts import KINDS, cut_prompts
 from xkv_fx.files import write_json
 from xkv_fx.hf.models import load_model
 from xkv_fx.planning.measure.bootstrap import ratio_of_means
-from xkv_fx.planning.measure.verify import summary
+from xkv_fx.planning.measure.calibrate import CALIBRATE_CONTINUATION
+from xkv_fx.planning.measure.verify import VERIFY_CONTINUATION, summary
 
 FRACTIONS = (0.06, 0.125, 0.25, 0.384)
 ALLOCATORS = ("xkv", "maxmin", "pyramid", "entropy", "squeeze", "calibrated")
@@ -41,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2", help="a model folder, a .gguf file or an alias")
     parser.add_argument("--out", type=Path, default=Path("out/allocations"))
     parser.add_argument("--context", type=int, default=1024, help="tokens of a prompt before its continuation")
-    parser.add_argument("--continuation", type=int, default=48, help="tokens that are measured behind each prompt")
+    parser.add_argument(
+        "--continuation", type=int, default=VERIFY_CONTINUATION, help="tokens that are measured behind each prompt"
+    )
     parser.add_argument("--calibrate-on", type=int, default=12, help="prompts to calibrate and profile on")
     parser.add_argument("--held-out", type=int, default=32, help="held-out prompts of each kind of text")
     parser.add_argument("--evictions", nargs="+", default=["append", "ring"])
@@ -96,12 +99,11 @@ def measure(
         )
         profile.save(options.out / f"profile-{policy.eviction}.safetensors")
         started = time.perf_counter()
-        continuation = 16
         calibration = xkv_fx.calibrate(
             model,
-            [ids[:, : options.context + continuation] for ids in calibration_prompts],
+            [ids[:, : options.context + CALIBRATE_CONTINUATION] for ids in calibration_prompts],
             policy=policy,
-            continuation=continuation,
+            continuation=CALIBRATE_CONTINUATION,
             progress=reporter(progress, f"{policy.eviction}: calibrate"),
             resume=options.out / "calibrated",
         )

@@ -28,6 +28,7 @@ from xkv_fx.layers import LayerSpec
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.profile_data import Profile
 from xkv_fx.planning.measure.team import Progress
+from xkv_fx.planning.measure.verify import VERIFY_CONTINUATION
 from xkv_fx.public_budgets import Budgets
 
 
@@ -139,7 +140,7 @@ def smallest(
         )
     by_kl: dict[str, float | None] = {}
     if ways:
-        stretches = cut_prompts(tokenizer, source_code(), prompts, request.settings.length + 48)
+        stretches = cut_prompts(tokenizer, source_code(), prompts, request.settings.length + VERIFY_CONTINUATION)
         by_kl = smallest_shares(model, ways, stretches, kl, request.settings.length, progress=progress)
     return {
         "needles_within_a_point": smallest_sizes(evaluation, NEEDLES),

@@ -14,6 +14,7 @@ from xkv_fx.errors import BudgetError
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.profile_data import Profile
 from xkv_fx.planning.measure.team import Progress
+from xkv_fx.planning.measure.verify import VERIFY_CONTINUATION
 from xkv_fx.public_budgets import Budgets
 
 # Totals that are tried for each allocator in one round; each round leaves one gap between two of them.
@@ -27,7 +28,7 @@ def smallest_shares(
     prompts: Sequence[Tensor],
     kl: float = 0.02,
     context: int | None = None,
-    continuation: int = 48,
+    continuation: int = VERIFY_CONTINUATION,
     rounds: int = 2,
     progress: Progress | None = None,
 ) -> dict[str, float | None]:

@@ -199,16 +199,16 @@ class _Finder:
 
     def _rotation_of(self, site: AttentionSite) -> tuple[Node, set[Node]]:
         """The one node that q is a linear map of by factors of positions, and the nodes of that map."""
-        turn: set[Node] = set()
+        nodes: set[Node] = set()
         sources: set[Node] = set()
         stack = [site.q]
         while stack:
             node = stack.pop()
-            turn.add(node)
+            nodes.add(node)
             for operand in self.linear(node)[0]:
                 if self._factors_of(operand) == 0:
                     sources.add(operand)
-                elif operand not in turn:
+                elif operand not in nodes:
                     stack.append(operand)
         while len(sources) > 1 or any(map(_is_list, sources)):  # parts of one tensor, of which some are not rotated
             last = max(sources, key=self.order.__getitem__)
@@ -217,9 +217,9 @@ class _Finder:
                 raise refusal(site, f"they are put together from several values, {last.name} among them")
             sources.remove(last)
             sources.update(operands)
-            turn.add(last)
+            nodes.add(last)
         (source,) = sources
-        return source, turn
+        return source, nodes
 
     def _check_unrotated(self, site: AttentionSite, source: Node) -> None:
         """Positions may be part of the hidden state, but must not enter between the projection that makes queries and
