@@ -179,10 +179,10 @@ def solve(
         BudgetError: no constraint or several, one that cannot be met or is out of range, or an allocator that needs
             what was not measured.
     """
-    from xkv_fx.planning.solve import plan
+    from xkv_fx.planning.solve.plan import solve_plan
 
     return budgets_of(
-        plan.solve(
+        solve_plan(
             profile,
             fraction=fraction,
             total_tokens=total_tokens,

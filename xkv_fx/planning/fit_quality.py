@@ -16,7 +16,7 @@ from xkv_fx.errors import BudgetError, ModelMismatchError
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.measure.team import Progress
 from xkv_fx.planning.measure.verify import VERIFY_CONTINUATION, divergence_of_plans, held_out_summary
-from xkv_fx.planning.solve.plan import solve
+from xkv_fx.planning.solve.plan import solve_plan
 
 # Plans that are tried in one round, in one pass over the prompts; each round leaves one gap between two of them.
 _TRIED = 7
@@ -56,7 +56,7 @@ def smallest_plan(
     for turn in range(rounds):
         totals = sorted({low + (high - low) * step // (_TRIED + 1) for step in range(1, _TRIED + 1)} | {high})
         totals = [total for total in totals if total >= layers]
-        plans = [solve(calibration, total_tokens=total, context=context, multiple=multiple) for total in totals]
+        plans = [solve_plan(calibration, total_tokens=total, context=context, multiple=multiple) for total in totals]
 
         def report(done: int, total: int, before: int = turn * len(prompts)) -> None:
             if progress is not None:

@@ -1,4 +1,4 @@
-"""`solve`: every constraint honoured exactly or refused, and a plan that says how it was made."""
+"""`solve_plan`: every constraint honoured exactly or refused, and a plan that says how it was made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xkv_fx.planning.data.curves import retention_curve
 from xkv_fx.planning.data.profile_data import Profile
 from xkv_fx.planning.solve.allocators import allocator
 from xkv_fx.planning.solve.fill import capacities_for_retention, capacities_for_total
-from xkv_fx.planning.solve.plan import solve
+from xkv_fx.planning.solve.plan import solve_plan
 from xkv_fx.policy import Policy
 
 Array = NDArray[Any]
@@ -49,43 +49,43 @@ MIXED = make_profile((FULL, SLIDING, LATENT, FULL, SLIDING, LATENT))
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.384, 0.7, 1.0, 1, Fraction(1, 3), np.float32(0.5)])
 def test_fraction_is_of_layers_times_context(fraction: Any) -> None:
-    budgets = solve(PROFILE, fraction=fraction)
+    budgets = solve_plan(PROFILE, fraction=fraction)
     assert budgets.total_tokens == int(float(fraction) * 5 * 160 + 1e-9)
     assert budgets.provenance.constraint == {"fraction": float(fraction)}
-    budgets = solve(PROFILE, fraction=fraction, context=1000)
+    budgets = solve_plan(PROFILE, fraction=fraction, context=1000)
     assert budgets.total_tokens == int(float(fraction) * 5 * 1000 + 1e-9)
 
 
 def test_fraction_is_not_lost_to_rounding() -> None:
-    assert solve(PROFILE, fraction=0.47, context=20).total_tokens == 47  # 0.47 * 5 * 20 is 46.99999999999999
+    assert solve_plan(PROFILE, fraction=0.47, context=20).total_tokens == 47  # 0.47 * 5 * 20 is 46.99999999999999
 
 
 @pytest.mark.parametrize("total", [5, 6, 79, 80, 81, 333, 799, 800])
 @pytest.mark.parametrize("multiple", [1, 16])
 def test_total_tokens_is_exact(total: int, multiple: int) -> None:
-    budgets = solve(PROFILE, total_tokens=total, multiple=multiple)
+    budgets = solve_plan(PROFILE, total_tokens=total, multiple=multiple)
     assert budgets.total_tokens == total
     expected = capacities_for_total(PROFILE.mean_curve(160), total, multiple=multiple)
     assert budgets.capacities == tuple(expected.tolist())
 
 
 def test_capacities_are_multiples_of_sixteen_by_default() -> None:
-    capacities = solve(PROFILE, total_tokens=500).capacities
+    capacities = solve_plan(PROFILE, total_tokens=500).capacities
     assert sum(capacity % 16 != 0 for capacity in capacities) == 1
-    assert all(capacity % 16 == 0 for capacity in solve(PROFILE, retention=0.8).capacities)
+    assert all(capacity % 16 == 0 for capacity in solve_plan(PROFILE, retention=0.8).capacities)
 
 
 @pytest.mark.parametrize("retention", [0.1, 0.5, 0.9, 0.99, 1.0])
 @pytest.mark.parametrize("multiple", [1, 16])
 def test_retention_is_reached(retention: float, multiple: int) -> None:
-    budgets = solve(PROFILE, retention=retention, multiple=multiple)
+    budgets = solve_plan(PROFILE, retention=retention, multiple=multiple)
     assert PROFILE.retention(budgets.capacities) >= retention
     expected = capacities_for_retention(PROFILE.mean_curve(160), retention, multiple=multiple)
     assert budgets.capacities == tuple(expected.tolist())
 
 
 def test_retention_of_one_is_within_reach_of_sliding_windows() -> None:
-    budgets = solve(MIXED, retention=1.0, context=1000)
+    budgets = solve_plan(MIXED, retention=1.0, context=1000)
     assert budgets.provenance.expected_retention == 1.0
     assert max(budgets.capacities[1], budgets.capacities[4]) <= 40
 
@@ -98,7 +98,7 @@ def test_kv_bytes_are_used_up_and_never_exceeded(profile: Profile, rows: int, dt
     caps = [spec.effective_capacity(160) for spec in profile.layers]
     lowest, highest = sum(slot), sum(a * b for a, b in zip(slot, caps, strict=True))
     for kv_bytes in np.linspace(lowest, highest + 1000, 25).astype(int):
-        budgets = solve(profile, kv_bytes=int(kv_bytes), batch_size=rows, dtype=dtype)
+        budgets = solve_plan(profile, kv_bytes=int(kv_bytes), batch_size=rows, dtype=dtype)
         taken = budgets.kv_bytes(profile.layers, batch_size=rows, dtype=dtype)
         assert taken <= kv_bytes
         for capacity, cap, price in zip(budgets.capacities, caps, slot, strict=True):
@@ -107,31 +107,31 @@ def test_kv_bytes_are_used_up_and_never_exceeded(profile: Profile, rows: int, dt
 
 def test_equal_slots_turn_bytes_into_a_total() -> None:
     slot = FULL.slot_bytes()
-    by_bytes = solve(PROFILE, kv_bytes=slot * 333 + slot - 1)
-    assert by_bytes.capacities == solve(PROFILE, total_tokens=333).capacities
+    by_bytes = solve_plan(PROFILE, kv_bytes=slot * 333 + slot - 1)
+    assert by_bytes.capacities == solve_plan(PROFILE, total_tokens=333).capacities
     assert by_bytes.provenance.constraint == {"kv_bytes": slot * 333 + slot - 1}
-    by_bytes = solve(PROFILE, kv_bytes=4 * 8 * slot * 100, batch_size=8, dtype=torch.float64)
+    by_bytes = solve_plan(PROFILE, kv_bytes=4 * 8 * slot * 100, batch_size=8, dtype=torch.float64)
     assert by_bytes.total_tokens == 100
     assert by_bytes.provenance.constraint == {"kv_bytes": 3200 * slot, "batch_size": 8, "itemsize": 8}
 
 
 def test_more_bytes_than_any_layer_can_use_fill_every_layer() -> None:
-    assert solve(PROFILE, kv_bytes=10**12).capacities == (160,) * 5
-    assert solve(MIXED, kv_bytes=10**12).capacities == (160, 40, 160, 160, 40, 160)
+    assert solve_plan(PROFILE, kv_bytes=10**12).capacities == (160,) * 5
+    assert solve_plan(MIXED, kv_bytes=10**12).capacities == (160, 40, 160, 160, 40, 160)
 
 
 # Context, caps, floor, allocators
 
 
 def test_sliding_windows_cap_their_layers() -> None:
-    budgets = solve(MIXED, total_tokens=500)
+    budgets = solve_plan(MIXED, total_tokens=500)
     assert max(budgets.capacities[1], budgets.capacities[4]) <= 40
     assert budgets.total_tokens == 500
-    assert solve(MIXED, total_tokens=6 * 20, context=20).capacities == (20,) * 6
+    assert solve_plan(MIXED, total_tokens=6 * 20, context=20).capacities == (20,) * 6
 
 
 def test_floor_is_kept() -> None:
-    capacities = solve(MIXED, total_tokens=400, floor=48).capacities
+    capacities = solve_plan(MIXED, total_tokens=400, floor=48).capacities
     assert [capacity for layer, capacity in enumerate(capacities) if layer not in (1, 4)] >= [48] * 4
     assert capacities[1] == capacities[4] == 40
 
@@ -141,8 +141,8 @@ def test_floor_is_kept() -> None:
     "constraint", [{"fraction": 0.4}, {"total_tokens": 300}, {"retention": 0.8}, {"kv_bytes": 40_000}]
 )
 def test_uniform_under_every_constraint(profile: Profile, constraint: dict[str, Any]) -> None:
-    budgets = solve(profile, allocator="uniform", **constraint)
-    solved = solve(profile, **constraint)
+    budgets = solve_plan(profile, allocator="uniform", **constraint)
+    solved = solve_plan(profile, **constraint)
     assert budgets.provenance.allocator == "uniform"
     assert len({c for c, spec in zip(budgets.capacities, profile.layers, strict=True) if not spec.sliding_window}) <= 3
     if "retention" in constraint:
@@ -174,11 +174,11 @@ def test_ones_own_allocator() -> None:
             return capacities
 
     pyramid: Any = Pyramid()
-    assert solve(PROFILE, total_tokens=150, allocator=pyramid).capacities == (50, 40, 30, 20, 10)
-    budgets = solve(PROFILE, total_tokens=150, allocator=pyramid)
+    assert solve_plan(PROFILE, total_tokens=150, allocator=pyramid).capacities == (50, 40, 30, 20, 10)
+    budgets = solve_plan(PROFILE, total_tokens=150, allocator=pyramid)
     assert budgets.provenance.allocator == "pyramid"
     with pytest.raises(BudgetError, match="'pyramid' returned capacities outside"):
-        solve(PROFILE, total_tokens=700, allocator=pyramid)
+        solve_plan(PROFILE, total_tokens=700, allocator=pyramid)
 
 
 # What a plan says about itself
@@ -193,12 +193,12 @@ def test_ones_own_allocator_may_have_the_name_of_another(name: str) -> None:
     even: Any = Even()
     even.name = name
     for constraint in ({"kv_bytes": 40_000}, {"retention": 0.7}):
-        ours = solve(MIXED, allocator=even, **constraint)  # type: ignore[arg-type]
-        assert ours.capacities == solve(MIXED, allocator="uniform", **constraint).capacities  # type: ignore[arg-type]
+        ours = solve_plan(MIXED, allocator=even, **constraint)  # type: ignore[arg-type]
+        assert ours.capacities == solve_plan(MIXED, allocator="uniform", **constraint).capacities  # type: ignore[arg-type]
 
 
 def test_a_plan_says_how_it_was_made(tmp_path: Path) -> None:
-    budgets = solve(PROFILE, fraction=0.25, context=120)
+    budgets = solve_plan(PROFILE, fraction=0.25, context=120)
     assert budgets.policy == POLICY
     made = budgets.provenance
     assert made.model == "fingerprint"
@@ -214,13 +214,15 @@ def test_a_plan_says_how_it_was_made(tmp_path: Path) -> None:
 
 def test_numpy_numbers_are_recorded_as_plain_ones(tmp_path: Path) -> None:
     for constraint in ({"total_tokens": np.int64(300)}, {"retention": np.float32(0.5)}, {"kv_bytes": np.int64(9999)}):
-        budgets = solve(PROFILE, context=np.int64(100), floor=np.int64(2), batch_size=np.int64(1), **constraint)  # type: ignore[arg-type]
+        budgets = solve_plan(PROFILE, context=np.int64(100), floor=np.int64(2), batch_size=np.int64(1), **constraint)  # type: ignore[arg-type]
         budgets.save(tmp_path / "plan.json")
         assert Budgets.load(tmp_path / "plan.json") == budgets
 
 
 def test_more_tokens_never_keep_less() -> None:
-    kept = [solve(PROFILE, total_tokens=total, multiple=1).provenance.expected_retention for total in range(5, 801, 9)]
+    kept = [
+        solve_plan(PROFILE, total_tokens=total, multiple=1).provenance.expected_retention for total in range(5, 801, 9)
+    ]
     assert kept == sorted(kept)  # type: ignore[type-var]
 
 
@@ -274,16 +276,16 @@ def test_more_tokens_never_keep_less() -> None:
 )
 def test_what_cannot_be_met_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(BudgetError, match=message):
-        solve(PROFILE, **options)
+        solve_plan(PROFILE, **options)
 
 
 @pytest.mark.parametrize("options", [{"total_tokens": 721}, {"fraction": 1.0}])
 def test_a_total_above_what_sliding_windows_hold_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(BudgetError, match="within layers x context = 960, but above the 720 that the layers can hold"):
-        solve(MIXED, **options)
-    assert solve(MIXED, total_tokens=720).capacities == (160, 40, 160, 160, 40, 160)
+        solve_plan(MIXED, **options)
+    assert solve_plan(MIXED, total_tokens=720).capacities == (160, 40, 160, 160, 40, 160)
 
 
 def test_only_a_profile_is_solved() -> None:
     with pytest.raises(BudgetError, match=r"solve takes an xkv_fx\.Profile or Calibration; got dict"):
-        solve({}, fraction=0.5)  # type: ignore[arg-type]
+        solve_plan({}, fraction=0.5)  # type: ignore[arg-type]

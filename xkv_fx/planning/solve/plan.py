@@ -1,4 +1,4 @@
-"""`solve`: from a profile or a calibration and one constraint to a plan."""
+"""`solve_plan`: from a profile or a calibration and one constraint to a plan."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Curves = NDArray[np.float64]
 Capacities = NDArray[np.int64]
 
 
-def solve(
+def solve_plan(
     profile: Profile | Calibration,
     *,
     fraction: float | None = None,
