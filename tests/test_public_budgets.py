@@ -101,5 +101,5 @@ def test_it_is_frozen() -> None:
 
 
 def test_solve_takes_what_the_solver_takes() -> None:
-    ours, its = (inspect.signature(call).parameters.values() for call in (xkv_fx.solve, solving.solve))
+    ours, its = (inspect.signature(call).parameters.values() for call in (xkv_fx.solve, solving.solve_plan))
     assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in its]

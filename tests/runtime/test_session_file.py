@@ -34,14 +34,14 @@ from xkv_fx.runtime.session_file import load_session, save_session
 def test_the_header(tmp_path: Path, changes: dict[str, Any], message: str | None) -> None:
     session = Session(ready_models.transformed(Budgets((12, 16))).program)
     path = tmp_path / "session.safetensors"
-    save_session(session, path, fed=0)
+    save_session(session, path)
     with safetensors.safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()[HEADER])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     header = {name: value for name, value in {**header, **changes}.items() if value is not ...}
     save_file(tensors, path, {HEADER: json.dumps(header)})
     if message is None:
-        assert load_session(session, path) == 0
+        load_session(session, path)
         return
     with pytest.raises(FileFormatError, match=f"session.safetensors: .*{message}"):
         load_session(session, path)
