@@ -77,7 +77,7 @@ class Cache(SessionCache):
         layers, identity = layers_of_model(source), fingerprint(source)
         budgets.check_layers(layers, identity)
         slots = slot_plans(budgets, layers, max_new_tokens)
-        plan = CachePlan(layers, slots, batch_size, source.dtype, source.device)
+        plan = CachePlan(layers, slots, batch_size, source.dtype, source.device, budgets.formats)
         self._planned = _PlanOnly(plan, budgets, max_positions(source), identity)
         super().__init__(self._planned)
         self.model: weakref.ref[nn.Module] = weakref.ref(source)

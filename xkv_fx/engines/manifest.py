@@ -94,7 +94,8 @@ class Manifest:
             BudgetError: the budgets do not fit the layers.
         """
         slots = slot_plans(self.budgets, self.layers, self.room)
-        return CachePlan(self.layers, slots, self.batch_size, DTYPES[self.dtype], torch.device(self.machine.device))
+        device = torch.device(self.machine.device)
+        return CachePlan(self.layers, slots, self.batch_size, DTYPES[self.dtype], device, self.budgets.formats)
 
     def package_key(self, kind: Kind) -> str:
         """SHA-256 of all that a package was compiled for; the package holds it too."""

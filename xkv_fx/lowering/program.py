@@ -105,7 +105,7 @@ def compile_program(captured: CapturedModel, budgets: Plan, backend: str, max_ne
     scorer = captured.scorer_of(budgets.policy)
     slots = slot_plans(budgets, captured.layers, max_new_tokens)
     _check_reach(captured, budgets, slots)
-    plan = CachePlan(captured.layers, slots, captured.rows, captured.dtype, captured.device)
+    plan = CachePlan(captured.layers, slots, captured.rows, captured.dtype, captured.device, budgets.formats)
     return CompiledProgram(Graphs(captured, plan, scorer), backend)
 
 
@@ -175,5 +175,6 @@ class CompiledProgram:
 def program_key(fingerprint: str, plan: CachePlan, scorer: Scorer, shard: Shard = UNSHARDED) -> str:
     """Identifies model, plan and batch size; a saved session fits programs of the same key."""
     part = () if shard.size == 1 else (shard.rank, shard.size)
-    made_for = (fingerprint, plan.layers, plan.slots, plan.rows, plan.dtype, scorer, *part)
+    stored = () if plan.formats is None else (plan.formats,)
+    made_for = (fingerprint, plan.layers, plan.slots, plan.rows, plan.dtype, scorer, *part, *stored)
     return hashlib.sha256(repr(made_for).encode()).hexdigest()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 
-from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
+from xkv_fx.runtime import coded_ops, ops  # noqa: F401  (register the ops)
 from xkv_fx.runtime.attention import (
     BLOCK,
     apply_sink_logits,
@@ -25,6 +25,7 @@ from xkv_fx.runtime.attention import (
     wide_dtype,
     without_slots,
 )
+from xkv_fx.runtime.coded import Stored, extend_block
 from xkv_fx.runtime.form import AttentionForm
 from xkv_fx.runtime.scorers import accumulated  # noqa: F401  (registers its op)
 from xkv_fx.runtime.scorers.prompt import PromptView
@@ -174,9 +175,42 @@ def _in_blocks(q: Tensor, v: Tensor, attend: BlockOf) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def extend_coded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    k_scales: Tensor,
+    v_cache: Tensor,
+    v_scales: Tensor,
+    mask: Tensor,
+    scale: float,
+    key_bits: int,
+    value_bits: int,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    slopes: Tensor | None = None,
+    ages: Tensor | None = None,
+    key_mean: Tensor | None = None,
+) -> Tensor:
+    """`xkv::extend_coded`."""
+    form = AttentionForm(scale, sliding_window, softcap, slopes=slopes)
+    keys = Stored.of(k_cache, k_scales, key_bits, k.shape[-1])
+    values = Stored.of(v_cache, v_scales, value_bits, v.shape[-1])
+
+    def over_slots(part: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        return extend_block(part, query, keys, values, mask, form, ages, key_mean)
+
+    attended = without_slots(_in_blocks(q, v, over_slots), q, k, mask)
+    out, lse = merge_attention(_causal(q, k, v, form), attended)
+    return apply_sink_logits(out, lse, sink_logits).contiguous()
+
+
 ANY_LENGTH: dict[Any, Callable[..., Tensor]] = {
     torch.ops.xkv.attention.default: attention,
     torch.ops.xkv.extend_attention.default: extend_attention,
+    torch.ops.xkv.extend_coded.default: extend_coded,
     torch.ops.xkv.accumulated_attention.default: accumulated_attention,
 }
 """What takes an op's place where the number of tokens is a symbol."""

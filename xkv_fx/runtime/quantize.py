@@ -44,7 +44,16 @@ class Coding:
             BudgetError: a format that stores no codes, or a size that no group divides.
         """
         if name not in _BITS:
-            raise BudgetError(f"the format {name!r} is none of codes; those are {', '.join(_BITS)}")
+            raise BudgetError(f"the format {name!r} stores no codes; those that do are {', '.join(_BITS)}")
+        return cls.of_bits(_BITS[name], dim)
+
+    @classmethod
+    def of_bits(cls, bits: int, dim: int) -> Coding:
+        """The coding of so many bits an element.
+
+        Raises:
+            BudgetError: as `of`.
+        """
         sizes = range(_LARGEST_GROUP, 0, -_GROUP_MULTIPLE)
         group = next((size for size in sizes if dim % size == 0), None)
         if group is None:
@@ -52,7 +61,7 @@ class Coding:
                 f"no group of {_GROUP_MULTIPLE} to {_LARGEST_GROUP} elements divides a head size of {dim}; store it in "
                 "the model's dtype"
             )
-        return cls(_BITS[name], dim, group)
+        return cls(bits, dim, group)
 
     @property
     def groups(self) -> int:
@@ -92,7 +101,8 @@ class Coding:
         if self.bits == 4:
             codes = torch.cat((codes & 15, codes >> 4), -1)
         grouped = codes.unflatten(-1, (self.groups, self.group)).float()
-        return (scales[..., 1:].float() + scales[..., :1].float() * grouped).flatten(-2)
+        vectors: Tensor = (scales[..., 1:].float() + scales[..., :1].float() * grouped).flatten(-2)
+        return vectors
 
     def passed(self, vectors: Tensor) -> Tensor:
         """Vectors `[..., dim]` as they come out of this coding, rotated back and in their own dtype."""
@@ -114,7 +124,8 @@ def rotate(vectors: Tensor) -> Tensor:
         first, second = blocks.unflatten(-1, (block // (2 * step), 2, step)).unbind(-2)
         blocks = torch.stack((first + second, first - second), -2).flatten(-3)
         step *= 2
-    return (blocks / math.sqrt(block)).flatten(-2)
+    rotated: Tensor = (blocks / math.sqrt(block)).flatten(-2)
+    return rotated
 
 
 def rotate_back(vectors: Tensor) -> Tensor:

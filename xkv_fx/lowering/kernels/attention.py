@@ -10,15 +10,17 @@ from torch.fx import Node
 
 from xkv_fx.lowering.kernels.kernel import Op
 from xkv_fx.passes.tools.graph import arguments
-from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
+from xkv_fx.runtime import coded_ops, ops  # noqa: F401  (register the ops)
 
 DECODE = torch.ops.xkv.decode_attention.default
 DECODE_SCORED = torch.ops.xkv.decode_scored.default
+CODED = (torch.ops.xkv.decode_coded.default, torch.ops.xkv.decode_coded_scored.default)
 
 
 def _read(node: Node) -> Mapping[str, Any] | None:
-    return arguments(node) if node.target in (DECODE, DECODE_SCORED) else None
+    return arguments(node) if node.target in (DECODE, DECODE_SCORED, *CODED) else None
 
 
 ATTENTION = Op("attention", _read, "{served} layers")
-"""Calls of `xkv::decode_attention` and `xkv::decode_scored`, whose arguments they have."""
+"""Calls of `xkv::decode_attention`, `xkv::decode_scored` and their forms for slots of fewer bits, whose arguments they
+have."""

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from xkv_fx.lowering.kernels.attention import ATTENTION
 from xkv_fx.lowering.kernels.kernel import Call, Kernel
 from xkv_fx.lowering.kernels.linear import INT8_LINEAR, LINEAR
+from xkv_fx.runtime.coded_ops import CODED_DECOMPOSITIONS
 from xkv_fx.runtime.ops import DECOMPOSITIONS
+
+_PLAIN = {**DECOMPOSITIONS, **CODED_DECOMPOSITIONS}
 
 
 def _accepts(call: Call) -> None:
@@ -16,7 +19,7 @@ def _accepts(call: Call) -> None:
 
 def _decompose(calls: Sequence[Call]) -> None:
     for call in calls:
-        call.node.target = DECOMPOSITIONS[call.node.target]
+        call.node.target = _PLAIN[call.node.target]
 
 
 def _leave(calls: Sequence[Call]) -> None:

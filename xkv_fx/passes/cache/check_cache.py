@@ -12,11 +12,13 @@ from xkv_fx.errors import PassError
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.tools.graph import arguments, calls
 from xkv_fx.passes.tools.roles import nodes_by_role
-from xkv_fx.runtime.state import CachePlan, GraphKind
+from xkv_fx.runtime import coded_ops, ops  # noqa: F401  (register the ops)
+from xkv_fx.runtime.state import KINDS, CachePlan, GraphKind
 
 xkv = torch.ops.xkv
-DECODE_OPS = (xkv.decode_attention.default, xkv.decode_scored.default)
-READERS = (*DECODE_OPS, xkv.extend_attention.default, xkv.keep.default)
+DECODE_OPS = tuple(kind.ops[use] for kind in KINDS for use in ("decode", "decode_scored"))
+KEEP_OPS = tuple(kind.ops["keep"] for kind in KINDS)
+READERS = (*DECODE_OPS, *KEEP_OPS, *(kind.ops["extend"] for kind in KINDS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class CheckCache(GraphPass):
     name: ClassVar[str] = "check_cache"
 
     def run(self, module: GraphModule) -> PassRecord:
-        writers = DECODE_OPS if self.kind == "decode" else (xkv.keep.default,)
+        writers = DECODE_OPS if self.kind == "decode" else KEEP_OPS
         writes = [node for node in module.graph.nodes if node.target in writers]
         if self.kind == "decode":
             writes = _owners(writes, ("k", "v", "k_cache", "v_cache", "slot"))
@@ -46,9 +48,9 @@ class CheckCache(GraphPass):
             given = arguments(node)
             for buffer in cache.buffers:
                 held = inputs.get(buffer.name)
-                argument = f"{buffer.field}_cache" if buffer.holds == "kv" else buffer.field
-                if argument in given:
-                    self._expect(given[argument] is held, f"layer {cache.index} to write its own buffers", [node])
+                named = [name for name in (f"{buffer.field}_cache", buffer.field) if name in given]
+                if named and (buffer.holds == "kv" or len(named) == 1):
+                    self._expect(given[named[0]] is held, f"layer {cache.index} to write its own buffers", [node])
                 fits = held is not None and tuple(held.meta["val"].shape) == buffer.shape
                 what = f"{cache.slots.slots} slots in layer {cache.index}"
                 self._expect(fits, what, [] if held is None else [held])

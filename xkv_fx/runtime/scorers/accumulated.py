@@ -38,7 +38,7 @@ class H2O:
             prompt.length,
             prompt.scale,
             prompt.seen,
-            prompt.old_k,
+            None if prompt.old_k is None else prompt.keys[:, :, : prompt.old_k.shape[2]],
             prompt.old_ordinals,
             prompt.sliding_window,
             prompt.softcap,

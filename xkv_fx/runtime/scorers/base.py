@@ -13,6 +13,7 @@ from xkv_fx.errors import BudgetError
 from xkv_fx.files import is_int
 from xkv_fx.policy import Policy
 from xkv_fx.runtime.attention import values_of
+from xkv_fx.runtime.coded import Stored
 from xkv_fx.runtime.form import AttentionForm
 from xkv_fx.runtime.graph_calls import named_call
 from xkv_fx.runtime.scorers.prompt import PromptView
@@ -220,6 +221,38 @@ def rescore_tokens(
     form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes)
     held = k_cache, values_of(k_cache, v_cache), plan.ordinals(positions, seen, base)
     return _run(scorer, PromptView(q, k, v, length, form, seen, *held, unrotated, rotation))
+
+
+def rescore_coded_tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    length: Tensor,
+    seen: Tensor,
+    base: Tensor,
+    k_cache: Tensor,
+    k_scales: Tensor,
+    v_cache: Tensor,
+    v_scales: Tensor,
+    positions: Tensor,
+    scale: float,
+    scorer: Scorer,
+    plan: SlotPlan,
+    key_bits: int,
+    value_bits: int,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    slopes: Tensor | None = None,
+    unrotated: Tensor | None = None,
+    rotation: Tensor | None = None,
+) -> Tensor:
+    """As `rescore_tokens` over slots of fewer bits: what was stored is what is scored; see `coded_ops`."""
+    form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes)
+    keys = Stored.of(k_cache, k_scales, key_bits, k.shape[-1])
+    values = Stored.of(v_cache, v_scales, value_bits, v.shape[-1])
+    ordinals = plan.ordinals(positions, seen, base)
+    return _run(scorer, PromptView(q, k, v, length, form, seen, keys, values, ordinals, unrotated, rotation))
 
 
 def scoring_call(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xkv_fx.errors import BudgetError
 from xkv_fx.runtime.attention import apply_sink_logits, distance_bias, group_logits
+from xkv_fx.runtime.coded import Stored, logits_of
 from xkv_fx.runtime.form import AttentionForm
 from xkv_fx.runtime.slots import EMPTY
 
@@ -25,7 +26,8 @@ class PromptView:
         length: int64 `[rows]`, valid new tokens; they come first.
         form: of the layer's attention; its fields are properties here too.
         seen: int64 `[rows]`, tokens seen before these.
-        old_k, old_v: what the slots hold, `[rows, kv_heads, slots, ...]`; None in a fresh prefill.
+        old_k, old_v: what the slots hold, `[rows, kv_heads, slots, ...]`, or as it is stored in fewer bits; None in a
+            fresh prefill.
         old_ordinals: int64 `[rows, kv_heads, slots]`, -1 for a free slot; None in a fresh prefill.
         unrotated: `[rows, query_heads, S, dim]`, the queries before their positions rotated them; None for a scorer
             that does not need them.
@@ -40,8 +42,8 @@ class PromptView:
     length: Tensor
     form: AttentionForm
     seen: Tensor
-    old_k: Tensor | None = None
-    old_v: Tensor | None = None
+    old_k: Tensor | Stored | None = None
+    old_v: Tensor | Stored | None = None
     old_ordinals: Tensor | None = None
     unrotated: Tensor | None = None
     rotation: Tensor | None = None
@@ -89,7 +91,7 @@ class PromptView:
     @functools.cached_property
     def keys(self) -> Tensor:
         """`[rows, kv_heads, N, key_dim]`; where no candidate is there, anything."""
-        return self.k if self.old_k is None else torch.cat((self.old_k, self.k), 2)
+        return self.k if self.old_k is None else torch.cat((_vectors(self.old_k, self.k), self.k), 2)
 
     @functools.cached_property
     def values(self) -> Tensor:
@@ -100,7 +102,7 @@ class PromptView:
         """
         if self.v is None:
             raise BudgetError("this scorer was not given the values; set reads_values = True on its class")
-        return self.v if self.old_v is None else torch.cat((self.old_v, self.v), 2)
+        return self.v if self.old_v is None else torch.cat((_vectors(self.old_v, self.v), self.v), 2)
 
     @property
     def unrotated_queries(self) -> Tensor:
@@ -140,7 +142,7 @@ class PromptView:
         `which[r, i]`, where there is one."""
         logits = group_logits(queries, self.k[:, :, :new], self.scale, self.softcap)
         if self.old_k is not None:
-            logits = torch.cat((group_logits(queries, self.old_k, self.scale, self.softcap), logits), -1)
+            logits = torch.cat((self._logits_of_slots(queries, self.old_k), logits), -1)
 
         query = (self.seen[:, None] + which)[:, None, :, None]
         key = self.ordinals[:, :, None, : logits.shape[-1]]
@@ -151,6 +153,11 @@ class PromptView:
         if self.sliding_window is not None:
             reach = reach & (key > query - self.sliding_window)
         return self.weights_of(logits, reach)
+
+    def _logits_of_slots(self, queries: Tensor, held: Tensor | Stored) -> Tensor:
+        if isinstance(held, Stored):
+            return logits_of(queries, held, self.scale, self.softcap)
+        return group_logits(queries, held, self.scale, self.softcap)
 
     def weights_of(self, logits: Tensor, reach: Tensor) -> Tensor:
         """The softmax of logits over the keys that are reached, sink logits counted.
@@ -180,3 +187,7 @@ class PromptView:
     def _order(self) -> Tensor:
         last = torch.iinfo(torch.int64).max
         return torch.argsort(torch.where(self.ordinals == EMPTY, last, self.ordinals), dim=2, stable=True)
+
+
+def _vectors(held: Tensor | Stored, like: Tensor) -> Tensor:
+    return held.vectors().to(like.dtype) if isinstance(held, Stored) else held

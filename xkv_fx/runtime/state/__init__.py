@@ -1,6 +1,7 @@
 """What is kept between calls: one file for each kind of state, and the plan that puts them together.
 
 kv          keys and values in the model's dtype, with their positions, and their scores where these decide
+coded       keys and values in fewer bits: codes, with scales of their own for each slot
 latent      the latent and rotary key of multi-head latent attention, which are keys and values at once
 borrowed    the cache of an earlier attention, read by one that makes no keys and values of its own
 counters    how many tokens each row has seen
@@ -11,6 +12,7 @@ new kind is a file here and a row in `plan.KINDS`, if layers have it, or in `Cac
 
 from xkv_fx.runtime.state.base import Attention, Buffer, Build, GraphKind, LayerState, Value
 from xkv_fx.runtime.state.borrowed import BorrowedState
+from xkv_fx.runtime.state.coded import CodedState
 from xkv_fx.runtime.state.counters import CountersState
 from xkv_fx.runtime.state.kv import KVState
 from xkv_fx.runtime.state.latent import LatentState
@@ -24,6 +26,7 @@ __all__ = [
     "Buffer",
     "Build",
     "CachePlan",
+    "CodedState",
     "CountersState",
     "GraphKind",
     "KVState",

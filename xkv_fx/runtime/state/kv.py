@@ -6,22 +6,36 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from xkv_fx.errors import CapacityError
+from xkv_fx.formats import LayerFormats
 from xkv_fx.layers import LayerSpec
-from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.attention import distance_bias
 from xkv_fx.runtime.scorers import rescore_tokens, score_tokens, scoring_call
 from xkv_fx.runtime.selection import choosing_call
 from xkv_fx.runtime.slots import SlotPlan
 from xkv_fx.runtime.state.base import Attention, Buffer, Build, LayerState, Value
 
-xkv = torch.ops.xkv
 aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheOps:
+    """The ops that graphs call on a kind of cache, by their names in the namespace `xkv`. Those who build graphs have
+    registered them; a session, or an engine, works without."""
+
+    decode: str
+    decode_scored: str
+    extend: str
+    keep: str
+
+    def __getitem__(self, use: str) -> Any:
+        """The op for one of these uses."""
+        return getattr(torch.ops.xkv, getattr(self, use)).default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,22 +58,41 @@ class KVState(LayerState):
     rows: int
     dtype: torch.dtype
 
+    ops: ClassVar[CacheOps] = CacheOps("decode_attention", "decode_scored", "extend_attention", "keep")
+    rescore: ClassVar[Any] = staticmethod(rescore_tokens)
+
     @classmethod
-    def serves(cls, spec: LayerSpec) -> bool:
-        """Whether it is the kind of state for such a layer."""
-        return True
+    def serves(cls, spec: LayerSpec, formats: LayerFormats | None) -> bool:
+        """Whether it is the kind of state for such a layer in these formats."""
+        return formats is None
 
     @functools.cached_property
     def buffers(self) -> tuple[Buffer, ...]:
-        shape = (self.rows, self.spec.kv_heads, self.slots.slots)
-        kept = [
-            self._buffer("k", (*shape, self.spec.key_dim), self.dtype, holds="kv", reset="stale"),
-            self._buffer("v", (*shape, self.spec.value_dim), self.dtype, holds="kv", reset="stale"),
-            self._buffer("positions", shape, torch.int32, reset="count"),
-        ]
+        kept = [*self._stored, self._buffer("positions", self._shape, torch.int32, reset="count")]
         if self.slots.eviction == "scored":
-            kept.append(self._buffer("scores", shape, torch.float32))
+            kept.append(self._buffer("scores", self._shape, torch.float32))
         return tuple(kept)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return (self.rows, self.spec.kv_heads, self.slots.slots)
+
+    @property
+    def _stored(self) -> list[Buffer]:
+        """The buffers of keys and values, in the order in which ops take them."""
+        return [
+            self._buffer("k", (*self._shape, self.spec.key_dim), self.dtype, holds="kv", reset="stale"),
+            self._buffer("v", (*self._shape, self.spec.value_dim), self.dtype, holds="kv", reset="stale"),
+        ]
+
+    @property
+    def _numbers(self) -> dict[str, Any]:
+        """What ops must be told of how keys and values are stored."""
+        return {}
+
+    def _kv(self, build: Build) -> list[Value]:
+        held = build.held(self)
+        return [held[buffer.field] for buffer in self._stored]
 
     def _buffer(self, field: str, shape: tuple[int, ...], dtype: torch.dtype, **options: str) -> Buffer:
         return Buffer(f"{field}_{self.index}", field, shape, dtype, **options)  # type: ignore[arg-type]
@@ -104,21 +137,21 @@ class KVState(LayerState):
             mask = build.inline(self._window_mask, *given, attention.q)
         ages = None if form.slopes is None else build.inline(self.slots.extend_ages, *given)
         return build.emit(
-            xkv.extend_attention.default, attention.q, attention.k, attention.v, held["k"], held["v"], mask, form.scale,
-            sliding_window=form.sliding_window, softcap=form.softcap, sink_logits=form.sink_logits, slopes=form.slopes,
-            ages=ages, name=f"attention_{attention.index}",
+            self.ops["extend"], attention.q, attention.k, attention.v, *self._kv(build), mask, form.scale,
+            **self._numbers, sliding_window=form.sliding_window, softcap=form.softcap, sink_logits=form.sink_logits,
+            slopes=form.slopes, ages=ages, name=f"attention_{attention.index}",
         )  # fmt: skip
 
     def keep(self, build: Build, attention: Attention) -> None:
         """Survivors are chosen again among the slots and the new tokens. A row without new tokens keeps its state."""
         held, counts, form = build.held(self), _counts(build), attention.form
         score = scoring_call(
-            rescore_tokens, build.scorer, self.slots.slots, plan=self.slots, sliding_window=form.sliding_window,
-            softcap=form.softcap,
+            self.rescore, build.scorer, self.slots.slots, plan=self.slots, sliding_window=form.sliding_window,
+            softcap=form.softcap, **self._numbers,
         )  # fmt: skip
         scores = build.emit(
-            score, attention.q, attention.k, attention.v, build.length, counts["seen"], counts["base"], held["k"],
-            held["v"], held["positions"], form.scale, sink_logits=form.sink_logits, slopes=form.slopes,
+            score, attention.q, attention.k, attention.v, build.length, counts["seen"], counts["base"],
+            *self._kv(build), held["positions"], form.scale, sink_logits=form.sink_logits, slopes=form.slopes,
             **build.scorer_inputs(attention), name=f"scores_{attention.index}",
         )  # fmt: skip
         self._keep(build, attention, scores, fresh=False)
@@ -129,8 +162,8 @@ class KVState(LayerState):
         chosen = build.emit(choose, scores, held["positions"], build.length, counts["seen"], counts["base"])
         source, placed, gained = (build.emit(operator.getitem, chosen, part) for part in range(3))
         build.emit(
-            xkv.keep.default, attention.k, attention.v, source, placed, held["k"], held["v"], held["positions"],
-            capacity=self.slots.capacity, fresh=fresh,
+            self.ops["keep"], attention.k, attention.v, source, placed, *self._kv(build), held["positions"],
+            capacity=self.slots.capacity, **self._numbers, fresh=fresh,
         )  # fmt: skip
         if "scores" not in held:
             return
@@ -143,19 +176,20 @@ class KVState(LayerState):
         these follow from counters alone."""
         held, counts, form = build.held(self), _counts(build), attention.form
         given = (held["positions"], counts["seen"], counts["base"])
-        token = (attention.q, attention.k, attention.v, held["k"], held["v"])
+        token = (attention.q, attention.k, attention.v, *self._kv(build))
         options = {"softcap": form.softcap, "sink_logits": form.sink_logits, "name": f"attention_{attention.index}"}
+        options |= self._numbers
         if self.slots.eviction != "scored":
             slot = build.once(("slot", self.slots), lambda: self._next_slot(build))
             mask = self._mask(build, form.slopes, given)
-            return build.emit(xkv.decode_attention.default, *token, slot, mask, form.scale, **options)
+            return build.emit(self.ops["decode"], *token, slot, mask, form.scale, **options)
         slot = build.inline(self.slots.evicted_slot, held["positions"], held["scores"], counts["seen"])
         if self.slots.masks_by_position or form.slopes is not None:
             after = build.inline(self.slots.with_token, held["positions"], slot, counts["seen"])
             given = (after, *given[1:])
         mask = self._mask(build, form.slopes, given)
         return build.emit(
-            xkv.decode_scored.default, *token, held["positions"], held["scores"], slot, mask, counts["seen"],
+            self.ops["decode_scored"], *token, held["positions"], held["scores"], slot, mask, counts["seen"],
             form.scale, **options,
         )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from xkv_fx.formats import LayerFormats
 from xkv_fx.layers import LayerSpec
 from xkv_fx.runtime.state.kv import KVState
 
@@ -16,8 +17,8 @@ class LatentState(KVState):
     kind: ClassVar[str] = "latents"
 
     @classmethod
-    def serves(cls, spec: LayerSpec) -> bool:
-        return spec.value_dim == 0
+    def serves(cls, spec: LayerSpec, formats: LayerFormats | None) -> bool:
+        return formats is None and spec.value_dim == 0
 
     @property
     def contents(self) -> str:

@@ -8,15 +8,17 @@ import functools
 import torch
 
 from xkv_fx.errors import BudgetError
+from xkv_fx.formats import LayerFormats
 from xkv_fx.layers import LayerSpec
 from xkv_fx.runtime.slots import SlotPlan
 from xkv_fx.runtime.state.base import Buffer, LayerState
+from xkv_fx.runtime.state.coded import CodedState
 from xkv_fx.runtime.state.counters import CountersState
 from xkv_fx.runtime.state.kv import KVState
 from xkv_fx.runtime.state.latent import LatentState
 from xkv_fx.runtime.state.tensors import State
 
-KINDS: tuple[type[KVState], ...] = (LatentState, KVState)
+KINDS: tuple[type[KVState], ...] = (LatentState, CodedState, KVState)
 """The kinds of states that a layer's cache may be; the first that serves a layer is taken."""
 
 
@@ -30,6 +32,7 @@ class CachePlan:
         rows: batch rows.
         dtype: of keys and values.
         device: where the tensors live.
+        formats: of the keys and values of each layer; None where they are in the model's dtype.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -37,15 +40,24 @@ class CachePlan:
     rows: int
     dtype: torch.dtype
     device: torch.device
+    formats: tuple[LayerFormats | None, ...] | None = None
 
     @functools.cached_property
     def caches(self) -> tuple[KVState, ...]:
         """The state of each layer that owns a cache, in execution order."""
-        pairs = enumerate(zip(self.layers, self.slots, strict=True))
-        return tuple(
-            next(kind for kind in KINDS if kind.serves(spec))(index, spec, slots, self.rows, self.dtype)
-            for index, (spec, slots) in pairs
-        )
+        formats = (None,) * len(self.layers) if self.formats is None else self.formats
+        each = enumerate(zip(self.layers, self.slots, formats, strict=True))
+        return tuple(self._cache(index, spec, slots, pair) for index, (spec, slots, pair) in each)
+
+    def _cache(self, index: int, spec: LayerSpec, slots: SlotPlan, formats: LayerFormats | None) -> KVState:
+        kind = next((kind for kind in KINDS if kind.serves(spec, formats)), None)
+        if kind is None:
+            raise BudgetError(
+                f"layer {index} caches latents, which are keys and values at once; they are stored in the model's "
+                "dtype only"
+            )
+        options = {} if formats is None else {"formats": formats}
+        return kind(index, spec, slots, self.rows, self.dtype, **options)
 
     @functools.cached_property
     def counters(self) -> CountersState:

@@ -1,0 +1,159 @@
+"""Slots of fewer bits through any conversation: what comes out is what slots in the model's dtype give, if every token
+passes through its coding when it is written, and only then."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ready_models import cache_plan, captured
+from tiny_models import random_ids
+from torch import Tensor
+
+from xkv_fx.errors import BudgetError, SessionError
+from xkv_fx.lowering.program import CompiledProgram, Graphs
+from xkv_fx.policy import Eviction, Policy
+from xkv_fx.runtime.quantize import Coding
+from xkv_fx.runtime.scorers import Scorer, scorer_of
+from xkv_fx.runtime.session import Session
+from xkv_fx.runtime.session_file import load_session, save_session
+from xkv_fx.runtime.state import Attention, Build, CachePlan, CodedState, KVState, Value
+
+PAIRS: dict[str, Any] = {
+    "int8": ("int8", "int8"),
+    "int8/int4": ("int8", "int4"),
+    "int4": ("int4", "int4"),
+    "model/int4": ("model", "int4"),
+    "int8/model": ("int8", "model"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PassedState(KVState):
+    """Slots in the model's dtype, of tokens that have passed through a coding when they were written."""
+
+    formats: Any = ("model", "model")
+
+    def _passed(self, build: Build, attention: Any) -> Any:
+        made = {}
+        for field, name, node in zip("kv", self.formats, (attention.k, attention.v), strict=True):
+            size = node.meta["val"].shape[-1]
+            made[field] = node if name == "model" else build.inline(Coding.of(name, size).passed, node)
+        return dataclasses.replace(attention, **made)
+
+    def _keep(self, build: Build, attention: Attention, scores: Value, fresh: bool) -> None:
+        super()._keep(build, self._passed(build, attention), scores, fresh)
+
+    def decode(self, build: Build, attention: Attention) -> Value:
+        return super().decode(build, self._passed(build, attention))
+
+
+@dataclasses.dataclass(frozen=True)
+class PassedPlan(CachePlan):
+    @functools.cached_property
+    def caches(self) -> tuple[KVState, ...]:
+        coded = CachePlan(self.layers, self.slots, self.rows, self.dtype, self.device, self.formats).caches
+        return tuple(
+            PassedState(*(getattr(cache, field.name) for field in dataclasses.fields(PassedState)))
+            if isinstance(cache, CodedState)
+            else cache
+            for cache in coded
+        )
+
+
+def sessions(family: str, policy: Policy, pairs: tuple[Any, ...], backend: str = "eager") -> tuple[Session, Session]:
+    """One with slots of fewer bits, and one that says what it should compute."""
+    source = captured(family, 3, 2)
+    capacities = (64,) * 3 if policy.eviction == "none" else (12, 17, 14)
+    plain = cache_plan(source, capacities, policy, max_new_tokens=9)
+    scorer: Scorer = scorer_of(policy)
+    given = (plain.layers, plain.slots, plain.rows, plain.dtype, plain.device, pairs)
+    ours, theirs = CachePlan(*given), PassedPlan(*given)
+    return tuple(  # type: ignore[return-value]
+        Session(CompiledProgram(Graphs(source, plan, scorer), name))
+        for plan, name in ((ours, backend), (theirs, "eager"))
+    )
+
+
+def conversation(session: Session) -> list[Tensor]:
+    """A padded prompt, some steps, a turn in which a row is silent, and more steps."""
+    left = torch.tensor([[True] * 23, [False] * 6 + [True] * 17])
+    logits = [session.feed(random_ids(2, 23), valid=left)]
+    logits += [session.step(random_ids(2, 1, seed=seed)) for seed in range(4)]
+    logits.append(session.feed(random_ids(2, 5, seed=9), valid=torch.tensor([[True] * 5, [False] * 5])))
+    logits += [session.step(random_ids(2, 1, seed=seed)) for seed in range(4, 7)]
+    logits.append(session.feed(random_ids(2, 8, seed=10), all_logits=True))
+    return logits
+
+
+def assert_same(ours: Session, theirs: Session) -> None:
+    for got, expected in zip(conversation(ours), conversation(theirs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+    for layer in range(3):
+        assert torch.equal(ours.ordinals(layer), theirs.ordinals(layer))
+
+
+@pytest.mark.parametrize("pair", list(PAIRS))
+@pytest.mark.parametrize("eviction", ["ring", "scored", "append", "none"])
+def test_every_eviction(eviction: Eviction, pair: str) -> None:
+    assert_same(*sessions("llama", Policy(eviction=eviction), (PAIRS[pair],) * 3))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "mistral"])
+@pytest.mark.parametrize("eviction", ["ring", "scored"])
+def test_soft_caps_sink_logits_and_windows(family: str, eviction: Eviction) -> None:
+    assert_same(*sessions(family, Policy(eviction=eviction), (PAIRS["int8/int4"],) * 3))
+
+
+@pytest.mark.parametrize("scorer", ["h2o", "tova", "key_norm", "key_diff", "value_norm", "expected_attention"])
+def test_every_scorer(scorer: str) -> None:
+    assert_same(*sessions("llama", Policy(scorer=scorer), (PAIRS["int8"], None, PAIRS["int4"])))
+
+
+def test_compiled() -> None:
+    assert_same(*sessions("llama", Policy(), (PAIRS["int8/int4"], None, PAIRS["int4"]), "inductor"))
+
+
+@pytest.mark.parametrize("pair", list(PAIRS))
+def test_bytes(pair: str) -> None:
+    ours, theirs = sessions("llama", Policy(), (PAIRS[pair],) * 3)
+    sizes = {"model": 8 * 4, "int8": 8 + 4, "int4": 4 + 4}  # of a head of eight elements in one group
+    slot = sum(sizes[name] for name in PAIRS[pair])
+    assert ours.state.kv_bytes == ours.program.plan.kv_bytes == 2 * 2 * (12 + 17 + 14) * slot
+    assert ours.state.state_bytes == theirs.state.state_bytes
+    assert ours.program.key != theirs.program.plan.caches[0].kind
+
+
+def test_forks_beams_refilled_rows_and_files(tmp_path: Path) -> None:
+    ours, theirs = sessions("llama", Policy(eviction="scored"), (PAIRS["int8/int4"],) * 3)
+    steps = [random_ids(2, 1, seed=seed) for seed in range(5)]
+    after = []
+    for session in (ours, theirs):
+        session.feed(random_ids(2, 30))
+        session.reorder(torch.tensor([1, 1]))
+        twin = session.fork()
+        session.step(steps[0])
+        save_session(session, tmp_path / "session")
+        session.reset([0])
+        session.feed(random_ids(2, 9, seed=3), valid=torch.tensor([[True] * 9, [False] * 9]))
+        logits = [session.step(steps[1]), twin.step(steps[2])]
+        load_session(session, tmp_path / "session")
+        after.append([*logits, session.step(steps[3])])
+    for got, expected in zip(*after, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+    save_session(ours, tmp_path / "coded")
+    other, _ = sessions("llama", Policy(eviction="scored"), (PAIRS["int8"],) * 3)
+    with pytest.raises(SessionError, match="of another model, other budgets"):
+        load_session(other, tmp_path / "coded")
+
+
+def test_a_layer_of_latents_is_refused() -> None:
+    plain = cache_plan(captured(), (12, 12, 12))
+    latents = tuple(dataclasses.replace(spec, value_dim=0) for spec in plain.layers)
+    plan = CachePlan(latents, plain.slots, 1, plain.dtype, plain.device, (PAIRS["int8"],) * 3)
+    with pytest.raises(BudgetError, match="layer 0 caches latents"):
+        plan.allocate()

@@ -1,0 +1,187 @@
+"""Attention over slots that are stored in fewer bits. Codes are widened a tile of slots at a time: no dequantized copy
+of a cache is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from xkv_fx.runtime.attention import (
+    BLOCK,
+    causal_attention,
+    distance_bias,
+    merge_attention,
+    soft_cap,
+    without_slots,
+)
+from xkv_fx.runtime.form import AttentionForm
+from xkv_fx.runtime.quantize import Coding, rotate, rotate_back
+
+TILE = 512
+"""Slots that are widened at once."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stored:
+    """The keys or the values that a layer's slots hold.
+
+    Attributes:
+        cache: codes uint8 `[rows, kv_heads, slots, code_bytes]`; the vectors themselves where there is no coding.
+        scales: float16 `[rows, kv_heads, slots, groups, 2]`; no groups where there is no coding.
+        coding: how they are stored; None for the model's dtype.
+    """
+
+    cache: Tensor
+    scales: Tensor
+    coding: Coding | None
+
+    @classmethod
+    def of(cls, cache: Tensor, scales: Tensor, bits: int, dim: int) -> Stored:
+        """From an op's arguments; `bits` is 0 for the model's dtype."""
+        return cls(cache, scales, Coding.of_bits(bits, dim) if bits else None)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the vectors, `[rows, kv_heads, slots, dim]`."""
+        rows, kv_heads, slots = self.cache.shape[:3]
+        return rows, kv_heads, slots, self.dim
+
+    @property
+    def slots(self) -> int:
+        return self.cache.shape[2]
+
+    @property
+    def dim(self) -> int:
+        """Elements of a vector."""
+        return self.cache.shape[3] if self.coding is None else self.coding.dim
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """The vectors of `TILE` slots at a time, float32 `[rows, kv_heads, TILE, dim]`, rotated where coded."""
+        for start in range(0, self.slots, TILE):
+            part = slice(start, min(start + TILE, self.slots))
+            if self.coding is None:
+                yield part, self.cache[:, :, part].float()
+            else:
+                yield part, self.coding.decode(self.cache[:, :, part], self.scales[:, :, part])
+
+    def write(self, vectors: Tensor, at: tuple[Tensor, ...]) -> None:
+        """Store vectors `[..., dim]` in slots, in place.
+
+        Args:
+            at: indices of the slots along the first three axes.
+        """
+        if self.coding is None:
+            self.cache.index_put_(at, vectors)
+            return
+        codes, scales = self.coding.encode(vectors)
+        self.cache.index_put_(at, codes)
+        self.scales.index_put_(at, scales)
+
+    def vectors(self) -> Tensor:
+        """All of them at once, rotated back, float32: for those who must look at whole keys or values."""
+        whole = torch.cat([tile for _, tile in self.tiles()], 2)
+        return whole if self.coding is None else rotate_back(whole)
+
+
+def logits_of(
+    q: Tensor, keys: Stored, scale: float, softcap: float | None = None, mean: Tensor | None = None
+) -> Tensor:
+    """Logits float32 `[rows, kv_heads, group, S, slots]` of queries `[rows, query_heads, S, key_dim]`.
+
+    Args:
+        mean: float32 `[kv_heads, key_dim]`, what was subtracted from the keys before they were stored.
+    """
+    rows, heads, length, dim = q.shape
+    kv_heads = keys.cache.shape[1]
+    grouped = q.float().reshape(rows, kv_heads, heads // kv_heads * length, dim)
+    asking = grouped if keys.coding is None else rotate(grouped)
+    parts = [torch.matmul(asking, tile.transpose(-1, -2)) for _, tile in keys.tiles()]
+    logits = torch.cat(parts, -1)
+    if mean is not None:
+        logits = logits + torch.matmul(grouped, mean[..., None])
+    return soft_cap(logits * scale, softcap).view(rows, kv_heads, -1, length, keys.slots)
+
+
+def weighted(weights: Tensor, values: Stored) -> Tensor:
+    """The sum of values by weights `[rows, kv_heads, group, S, slots]`, float32 `[rows, query_heads, S, value_dim]`."""
+    flat = weights.flatten(2, 3)
+    parts = [torch.matmul(flat[..., part], tile) for part, tile in values.tiles()]
+    out = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    out = out if values.coding is None else rotate_back(out)
+    return out.view(*weights.shape[:4], values.dim).flatten(1, 2)
+
+
+def attend(
+    q: Tensor,
+    keys: Stored,
+    values: Stored,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    mean: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention to the slots by an additive mask.
+
+    Args:
+        mask: broadcastable to `[rows, kv_heads, group, S, slots]`; 0, minus infinity, or a bias.
+
+    Returns:
+        float32 `[rows, query_heads, S, value_dim]`, 0 for a query without any slot; the weights
+        `[rows, kv_heads, group, S, slots]`; and the log-sum-exp `[rows, query_heads, S]`.
+    """
+    logits = logits_of(q, keys, scale, softcap, mean) + mask
+    lse = torch.logsumexp(logits, -1)
+    weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    return weighted(weights, values), weights, lse.flatten(1, 2)
+
+
+def extend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Stored,
+    values: Stored,
+    mask: Tensor,
+    form: AttentionForm,
+    ages: Tensor | None = None,
+    mean: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `xkv::extend_attention` without sink logits: output in q's dtype, and log-sum-exp."""
+    among_new = causal_attention(q, k, v, dataclasses.replace(form, sink_logits=None))
+    outs, lses = [], []
+    for start in range(0, q.shape[2], BLOCK):
+        part = q[:, :, start : start + BLOCK]
+        query = torch.arange(start, start + part.shape[2], device=q.device)
+        out, lse = extend_block(part, query, keys, values, mask, form, ages, mean)
+        outs.append(out)
+        lses.append(lse)
+    over_slots = torch.cat(outs, 2), torch.cat(lses, 2)
+    return merge_attention(among_new, without_slots(over_slots, q, k, mask))
+
+
+def extend_block(
+    q: Tensor,
+    query: Tensor,
+    keys: Stored,
+    values: Stored,
+    mask: Tensor,
+    form: AttentionForm,
+    ages: Tensor | None = None,
+    mean: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A block of queries over the slots: output in q's dtype and log-sum-exp.
+
+    Args:
+        query: int64 `[S]`, the places of these queries among the new tokens.
+        mask: bool `[rows, kv_heads or 1, S of all or 1, slots]`.
+        ages: int64 `[rows, kv_heads, slots]`, the distance of each slot's token from the first query; with slopes.
+    """
+    seen = mask if mask.shape[2] == 1 else mask.index_select(2, query)
+    added = torch.zeros((), device=q.device).masked_fill(~seen[:, :, None], float("-inf"))
+    if form.slopes is not None and ages is not None:
+        added = added + distance_bias(form.slopes, ages[:, :, None] + query[:, None])
+    out, _, lse = attend(q, keys, values, added, form.scale, form.softcap, mean)
+    return out.to(q.dtype), lse
