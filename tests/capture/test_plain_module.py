@@ -72,6 +72,7 @@ def test_every_attention_is_found_with_what_it_caches(name: str) -> None:
         assert (spec.query_heads, spec.kv_heads, spec.key_dim, spec.value_dim) == (HEADS, kv_heads, HEAD_DIM, HEAD_DIM)
         assert spec.sliding_window == window
     assert len(found.layers) == 2
+    assert (found.facts.name, found.facts.has_latents) == ("Decoder", False)
     assert found.max_positions == POSITIONS
     assert found.vocabulary == plain.VOCABULARY
     for node in calls(found.prompt, torch.ops.xkv.attention.default):

@@ -16,8 +16,9 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 import xkv_fx
 from xkv_fx import Budgets, Policy
 from xkv_fx.compile_backend.dynamo_graph import _has_effects
-from xkv_fx.hf.capture import capture, layers_of_model
+from xkv_fx.hf.capture import capture_source, layers_of_model
 from xkv_fx.hf.generation import BudgetedLM
+from xkv_fx.hf.inspect import read_model
 from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.pipeline import profile_pipeline, run_pipeline
 from xkv_fx.runtime.scorers.expected_attention import ExpectedAttention
@@ -121,12 +122,12 @@ class Paid(ExpectedAttention):
         return super().__call__(dataclasses.replace(prompt, v=prompt.k.new_ones((*prompt.k.shape[:3], 1))))
 
 
-def test_attention_expected_of_latents_is_that_of_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_expected_of_latents_is_that_of_the_heads() -> None:
     """The queries that are to come are told before they become queries of the latent; the mean over all heads."""
-    source, scores = deepseek(1), []
+    (source, facts), scores = read_model(deepseek(1)), []
     for latents in (True, False):
-        monkeypatch.setattr("xkv_fx.hf.capture.has_latents", lambda model, latents=latents: latents)
-        captured = capture(source, check=False, decode=False)
+        known = dataclasses.replace(facts, has_latents=latents)
+        captured = capture_source(source, known, check=False, decode=False)
         module = captured.graph("prompt")
         run_pipeline(module, profile_pipeline(Paid(future_positions=20, sinks=0), layers=captured.layers))
         positions = torch.arange(LENGTH)[None]

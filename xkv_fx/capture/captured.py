@@ -7,32 +7,13 @@ import dataclasses
 from typing import Literal
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
+from xkv_fx.capture.facts import ModelFacts, Shard
 from xkv_fx.errors import PassError
 from xkv_fx.layers import LayerSpec
 from xkv_fx.policy import Policy
 from xkv_fx.runtime.scorers import Scorer, check_independent_heads, scorer_of
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """Which part of a model's heads and weights a graph has, where processes share a model; the whole otherwise.
-
-    Attributes:
-        rank, size: part `rank` of `size`, counted from 0.
-    """
-
-    rank: int = 0
-    size: int = 1
-
-    def all_heads(self, states: Tensor) -> Tensor:
-        """`[rows, heads, ...]` of all parts' heads, in their order, from those of this part."""
-        return states
-
-
-UNSHARDED = Shard()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,27 +23,42 @@ class CapturedModel:
     Attributes:
         prompt: graph of `(input_ids, position_ids)` `[rows, S]` -> logits `[rows, S, vocabulary]`, S dynamic.
         token: the same for S = 1, all shapes static; None if it was not asked for.
-        layers: what each attention caches, in execution order.
-        fingerprint: identifies the model in plans and profiles.
+        layers: what each attention caches, in execution order; of the part of the model that this process has.
         rows: batch rows that the graphs are captured for.
-        dtype, device: of keys and values.
-        max_positions: the longest sequence that the model has positions for; None if unbounded.
-        vocabulary: size of the logits' last dimension.
-        ends_early: what is different behind `max_positions`, where that is less than the model has positions for.
-        shard: which part of the model this process has; `layers` are that part's.
+        vocabulary: size of the logits' last dimension, which the graph alone says.
+        facts: what is known about the model.
     """
 
     prompt: GraphModule
     token: GraphModule | None
     layers: tuple[LayerSpec, ...]
-    fingerprint: str
     rows: int
-    dtype: torch.dtype
-    device: torch.device
-    max_positions: int | None
     vocabulary: int
-    ends_early: str = ""
-    shard: Shard = UNSHARDED
+    facts: ModelFacts
+
+    @property
+    def fingerprint(self) -> str:
+        return self.facts.fingerprint
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.facts.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.facts.device
+
+    @property
+    def max_positions(self) -> int | None:
+        return self.facts.max_positions
+
+    @property
+    def ends_early(self) -> str:
+        return self.facts.ends_early
+
+    @property
+    def shard(self) -> Shard:
+        return self.facts.shard
 
     def scorer_of(self, policy: Policy) -> Scorer:
         """The scorer that a policy names, for this model.

@@ -37,16 +37,33 @@ def check_capture(
     """
     limit = TOLERANCE.get(dtype, 1e-2)
     with torch.no_grad():
-        error = _difference(prompt(ids, _positions(ids)), expected, dtype)
+        logits = prompt(ids, _positions(ids))
+    error = _difference(logits, expected, dtype)
     if not error <= limit:
         raise UnsupportedModelError(
             f"the captured graph differs from the model by {error:.2g} of its largest logit (limit {limit:.0e}); its "
             "attention does something that was not captured"
         )
-    few = ids[:, :LENGTH]
-    if few.shape[1] < 3:
+    check_continues(prompt, token, ids[:, :LENGTH], logits[:, :LENGTH], dtype)
+
+
+def check_continues(
+    prompt: GraphModule, token: GraphModule | None, ids: Tensor, whole: Tensor, dtype: torch.dtype
+) -> None:
+    """Compare a captured graph with itself when the prompt comes in pieces.
+
+    Args:
+        prompt, token, dtype: see `check_capture`.
+        ids: int64 `[rows, S]`; fewer than 3 tokens make no pieces.
+        whole: the graph's logits for them `[rows, S, vocabulary]`, from a prompt that began with them.
+
+    Raises:
+        UnsupportedModelError: they differ; the message does not name the model.
+    """
+    if ids.shape[1] < 3:
         return
-    error = _continuation_error(prompt, token, few, dtype)
+    limit = TOLERANCE.get(dtype, 1e-2)
+    error = _continuation_error(prompt, token, ids, whole, dtype)
     if not error <= limit:
         raise UnsupportedModelError(
             f"a prompt fed in pieces gives logits that differ by {error:.2g} of the largest (limit {limit:.0e}); it "
@@ -54,7 +71,9 @@ def check_capture(
         )
 
 
-def _continuation_error(prompt: GraphModule, token: GraphModule | None, ids: Tensor, dtype: torch.dtype) -> float:
+def _continuation_error(
+    prompt: GraphModule, token: GraphModule | None, ids: Tensor, whole: Tensor, dtype: torch.dtype
+) -> float:
     """How far the logits of a prompt of at least 3 tokens, fed in pieces, are from those of the whole, behind the first
     piece."""
     length = ids.shape[1]
@@ -68,7 +87,6 @@ def _continuation_error(prompt: GraphModule, token: GraphModule | None, ids: Ten
         return 0.0
     history: dict[int, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
-        whole = prompt(ids, positions)
         logits = [
             _Continuing(module, history).run(ids[:, start:stop].contiguous(), positions[:, start:stop].contiguous())
             for module, start, stop in pieces

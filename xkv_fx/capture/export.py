@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 from torch.fx import config as fx_config
 from torch.fx.graph import CodeGen
 
-from xkv_fx.errors import UnsupportedModelError, first_line
+from xkv_fx.errors import UnsupportedModelError, XkvError, first_line
+from xkv_fx.passes.prepare.clean_graph import CleanGraph
 from xkv_fx.passes.tools.graph import arguments, at_length, output_node, placeholders
 
 aten = torch.ops.aten
@@ -24,20 +25,32 @@ NO_TRACES = "do_not_emit_stack_traces"
 
 
 def export_graph(
-    module: nn.Module, inputs: tuple[Tensor, Tensor], longest: int | None = None
+    module: nn.Module, inputs: tuple[Tensor, Tensor], longest: int | None = None, alone: bool = False
 ) -> tuple[GraphModule, int | None]:
     """The graph of a module of `(input_ids, position_ids)`; plain positional inputs, one plain output, weights shared.
 
     Args:
         inputs: int64 `[rows, S]` each. With S = 1 all sizes are static, otherwise S is left open.
         longest: the largest S; none when None.
+        alone: refuse a module that talks to other processes: it is not known what they have of the model.
 
     Returns:
-        the graph, and the largest S for which it is the module; None when there is none.
+        the graph, clean, and the largest S for which it is the module; None when there is none.
 
     Raises:
-        UnsupportedModelError: the module branches on S.
+        UnsupportedModelError: the module branches on S, is random, or talks to other processes.
     """
+    exported, longest = uncleaned_graph(module, inputs, longest)
+    if alone:
+        _check_alone(exported.graph)
+    CleanGraph()(exported)
+    return exported, longest
+
+
+def uncleaned_graph(
+    module: nn.Module, inputs: tuple[Tensor, Tensor], longest: int | None = None
+) -> tuple[GraphModule, int | None]:
+    """As `export_graph`, with all that `torch.export` leaves in a graph; to be recompiled before it is run."""
     length = torch.export.Dim("length", min=2, max=longest or UNBOUNDED)
     dynamic = None if inputs[0].shape[1] == 1 else ({1: length}, {1: length})
     with torch.no_grad(), _as_ops_without_traces(), warnings.catch_warnings():
@@ -51,7 +64,6 @@ def export_graph(
         node._rename(name)
     output = output_node(graph)
     output.args = (cast(Any, output.args[0])[0],)
-    exported.recompile()
     _check_not_random(graph)
     return exported, longest
 
@@ -69,12 +81,7 @@ def _as_ops_without_traces() -> Iterator[None]:
         setattr(fx_config, NO_TRACES, traces)
 
 
-def check_alone(graph: torch.fx.Graph) -> None:
-    """Refuse a graph that talks to other processes, unless it is known what they have of the model.
-
-    Raises:
-        UnsupportedModelError: it does; the message names the node.
-    """
+def _check_alone(graph: torch.fx.Graph) -> None:
     for node in graph.nodes:
         if getattr(node.target, "namespace", "") in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
             raise UnsupportedModelError(
@@ -109,6 +116,25 @@ def _exported(
     exported: Any = program.module(check_guards=False)
     held = _held_up_to(exported, longest or UNBOUNDED, inputs[0].shape[1])
     return exported, held if longest is not None or held < UNBOUNDED else None
+
+
+@contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Whatever goes wrong while a model is traced means that it cannot be captured.
+
+    Args:
+        name: of the model's class.
+    """
+    try:
+        yield
+    except UnsupportedModelError as error:
+        if name in str(error):
+            raise
+        raise UnsupportedModelError(f"{name} cannot be captured: {error}") from error
+    except XkvError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(f"{name} cannot be captured: {reason_of(error)}") from error
 
 
 def reason_of(error: Exception) -> str:

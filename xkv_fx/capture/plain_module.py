@@ -12,11 +12,11 @@ from torch.fx import GraphModule
 
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.capture.check import check_capture
-from xkv_fx.capture.export import check_alone, export_graph, reason_of
+from xkv_fx.capture.export import export_graph, reason_of
+from xkv_fx.capture.facts import ModelFacts
 from xkv_fx.errors import UnsupportedModelError, XkvError
-from xkv_fx.passes.analyses.find_attention import attention_sites, cached_layers
+from xkv_fx.passes.analyses.find_attention import any_latent, attention_sites, cached_layers
 from xkv_fx.passes.prepare.absorb_latents import AbsorbLatents
-from xkv_fx.passes.prepare.clean_graph import CleanGraph
 from xkv_fx.passes.prepare.find_positions import FindPositions, position_limit
 from xkv_fx.passes.prepare.match_attention import MatchAttention
 from xkv_fx.passes.prepare.specialize import one_token_graph
@@ -67,29 +67,28 @@ def capture_module(
         raise
     except Exception as error:
         raise UnsupportedModelError(f"{name} cannot be captured: {reason_of(error)}") from error
-    return CapturedModel(
-        prompt=prompt,
-        token=token,
-        layers=cached_layers(sites),
+    layers = cached_layers(sites)
+    facts = ModelFacts(
+        name=name,
         fingerprint=_fingerprint(module),
-        rows=rows,
         dtype=dtype,
         device=ids.device,
         max_positions=longest,
-        vocabulary=int(cast(Any, output_node(prompt.graph).args[0]).meta["val"].shape[2]),
+        has_latents=any_latent(layers),
     )
+    vocabulary = int(cast(Any, output_node(prompt.graph).args[0]).meta["val"].shape[2])
+    return CapturedModel(prompt, token, layers, rows, vocabulary, facts)
 
 
 def _prompt_graph(twin: nn.Module, ids: Tensor, positions: Tensor, rows: int) -> tuple[GraphModule, int | None]:
-    prompt, longest = export_graph(twin, (ids, positions))
-    check_alone(prompt.graph)
-    CleanGraph()(prompt)
+    prompt, longest = export_graph(twin, (ids, positions), alone=True)
     limits = [limit for limit in (longest, position_limit(prompt, rows)) if limit is not None]
     longest = min(limits, default=None)
-    MatchAttention(rows, longest)(prompt)
+    MatchAttention(rows, longest).rewrite(prompt)
     attention_sites(prompt)
-    FindPositions(rows, longest)(prompt)
-    AbsorbLatents()(prompt)
+    FindPositions(rows, longest).rewrite(prompt)
+    AbsorbLatents().rewrite(prompt)
+    prompt.recompile()
     return prompt, longest
 
 

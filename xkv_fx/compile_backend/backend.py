@@ -154,7 +154,7 @@ class _CompiledCall:
         with self.lock:
             if plan not in self.planned:
                 self.planned[plan] = PlannedGraphs(
-                    self.graph, plan, self.options.budgets, self.options.lower, cache.session.program.max_positions
+                    self.graph, plan, self.options.budgets, self.options.lower, cache.facts
                 )
             return self.planned[plan]
 

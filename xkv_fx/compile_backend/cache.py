@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache as TransformersCache
 
 from xkv_fx.budgets import Plan
+from xkv_fx.capture.facts import UNSHARDED, ModelFacts
 from xkv_fx.compile_backend.planned_graphs import BoundGraphs, PlannedGraphs
 from xkv_fx.errors import BudgetError, SessionError, UnsupportedModelError
 from xkv_fx.files import is_int
 from xkv_fx.hf.cache import SessionCache
-from xkv_fx.hf.capture import layers_of_model
-from xkv_fx.hf.inspect import check_model, fingerprint, max_positions
+from xkv_fx.hf.capture import layers_of_source
+from xkv_fx.hf.inspect import read_model
 from xkv_fx.hf.rotary import refuse_changing_rotary
-from xkv_fx.hf.tensor_parallel import shards_of
 from xkv_fx.lowering.describe import describe_layers, describe_plan
 from xkv_fx.lowering.program import program_key
 from xkv_fx.public_budgets import Budgets, budgets_of
@@ -67,18 +67,17 @@ class Cache(SessionCache):
         budgets = plan_of(budgets)
         if not is_int(batch_size) or batch_size < 1:
             raise BudgetError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
-        source = check_model(model)
-        refuse_changing_rotary(source)
-        if shards_of(source) is not None:
+        source, facts = read_model(model)
+        refuse_changing_rotary(facts.name, facts.rotary)
+        if facts.shard != UNSHARDED:
             raise UnsupportedModelError(
-                f"{type(source).__name__} is split among processes, which the backend 'xkv' does not take; use "
-                "xkv_fx.transform"
+                f"{facts.name} is split among processes, which the backend 'xkv' does not take; use xkv_fx.transform"
             )
-        layers, identity = layers_of_model(source), fingerprint(source)
-        budgets.check_layers(layers, identity)
+        layers = layers_of_source(source, facts)
+        budgets.check_layers(layers, facts.fingerprint)
         slots = slot_plans(budgets, layers, max_new_tokens)
-        plan = CachePlan(layers, slots, batch_size, source.dtype, source.device, budgets.formats)
-        self._planned = _PlanOnly(plan, budgets, max_positions(source), identity)
+        plan = CachePlan(layers, slots, batch_size, facts.dtype, facts.device, budgets.formats)
+        self._planned = _PlanOnly(plan, budgets, facts)
         super().__init__(self._planned)
         self.model: weakref.ref[nn.Module] = weakref.ref(source)
         self._register()
@@ -90,6 +89,11 @@ class Cache(SessionCache):
     @property
     def budgets(self) -> Budgets:
         return self._planned.budgets
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What is known about the model."""
+        return self._planned.facts
 
     @contextmanager
     def running(self, graphs: BoundGraphs) -> Iterator[None]:
@@ -104,7 +108,7 @@ class Cache(SessionCache):
     def describe(self) -> str:
         """The plan, and what the backend compiled for it so far, as text."""
         planned = self._planned
-        lines = describe_plan(planned.identity, planned.plan, planned.scorer, planned.budgets)
+        lines = describe_plan(planned.facts.fingerprint, planned.plan, planned.scorer, planned.budgets)
         lines += ["", *describe_layers(planned.plan)]
         made = [line for graphs in self.graphs for line in graphs.describe()]
         return "\n".join(lines + (made or ["", "nothing compiled yet"]))
@@ -181,13 +185,13 @@ def plan_of(budgets: Any) -> Budgets:
 class _PlanOnly:
     """A `runtime.session.Program` whose graphs come from whichever compiled call is running."""
 
-    def __init__(self, plan: CachePlan, budgets: Budgets, max_positions: int | None, identity: str) -> None:
+    def __init__(self, plan: CachePlan, budgets: Budgets, facts: ModelFacts) -> None:
         self.plan = plan
         self.budgets = budgets
-        self.max_positions = max_positions
-        self.identity = identity
+        self.facts = facts
+        self.max_positions = facts.max_positions
         self.scorer = scorer_of(budgets.policy)
-        self.key = program_key(identity, plan, self.scorer)
+        self.key = program_key(facts.fingerprint, plan, self.scorer)
         self.used: dict[PlannedGraphs, None] = {}
         self.current = threading.local()
 

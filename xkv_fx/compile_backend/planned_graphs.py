@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from xkv_fx.capture.captured import CapturedModel
-from xkv_fx.capture.check import LENGTH, check_capture
+from xkv_fx.capture.check import LENGTH, check_continues
 from xkv_fx.capture.export import export_graph
+from xkv_fx.capture.facts import ModelFacts
 from xkv_fx.capture.plain_module import PROBE_LENGTH
 from xkv_fx.compile_backend.dynamo_graph import DynamoGraph
 from xkv_fx.errors import BackendError, SessionError
@@ -25,7 +26,6 @@ from xkv_fx.lowering.lift_weights import lift_weights
 from xkv_fx.lowering.program import Graphs, check_request
 from xkv_fx.passes.analyses.find_attention import any_latent, attention_sites, cached_layers
 from xkv_fx.passes.prepare.absorb_latents import AbsorbLatents
-from xkv_fx.passes.prepare.clean_graph import CleanGraph
 from xkv_fx.passes.prepare.open_last_logits import OpenLastLogits
 from xkv_fx.passes.tools.graph import output_node
 from xkv_fx.public_budgets import Budgets
@@ -42,11 +42,11 @@ class PlannedGraphs:
         all_logits: whether the call returns the logits of every token.
     """
 
-    def __init__(self, source: DynamoGraph, plan: CachePlan, budgets: Budgets, lower: str, longest: int | None) -> None:
+    def __init__(self, source: DynamoGraph, plan: CachePlan, budgets: Budgets, lower: str, facts: ModelFacts) -> None:
         self.source = source
         self.backend = backend_of(lower)
         self.many = source.many
-        captured, self.all_logits = _capture(source, plan, longest)
+        captured, self.all_logits = _capture(source, plan, facts)
         self.graphs = Graphs(captured, plan, check_request(budgets, lower))
         self._decode: Lowered | None = None
         self._lowered: dict[tuple[Kind, bool], Callable[..., Tensor]] = {}
@@ -111,13 +111,12 @@ class BoundGraphs:
         return functools.partial(self.planned.lowered("decode"), self.weights)
 
 
-def _capture(source: DynamoGraph, plan: CachePlan, longest: int | None) -> tuple[CapturedModel, bool]:
+def _capture(source: DynamoGraph, plan: CachePlan, facts: ModelFacts) -> tuple[CapturedModel, bool]:
     """What `transform` would start from, and whether the call wants the logits of every token."""
-    length = min(PROBE_LENGTH, longest or PROBE_LENGTH) if source.many else 1
+    length = min(PROBE_LENGTH, facts.max_positions or PROBE_LENGTH) if source.many else 1
     ids = torch.zeros(plan.rows, length, dtype=torch.int64, device=plan.device)
     positions = torch.arange(length, device=plan.device).expand(plan.rows, -1).contiguous()
-    graph, _ = export_graph(source.entry, (ids, positions), longest)
-    CleanGraph()(graph)
+    graph, _ = export_graph(source.entry, (ids, positions), facts.max_positions)
     if any_latent(plan.layers):
         AbsorbLatents()(graph)
     layers = cached_layers(attention_sites(graph))
@@ -137,18 +136,9 @@ def _capture(source: DynamoGraph, plan: CachePlan, longest: int | None) -> tuple
         OpenLastLogits()(graph)
     if source.many:
         _check_continues(graph, plan)
-    captured = CapturedModel(
-        prompt=graph,
-        token=None if source.many else graph,
-        layers=layers,
-        fingerprint="",
-        rows=plan.rows,
-        dtype=plan.dtype,
-        device=plan.device,
-        max_positions=longest,
-        vocabulary=int(logits.meta["val"].shape[2]),
-    )
-    return captured, all_logits
+    vocabulary = int(logits.meta["val"].shape[2])
+    token = None if source.many else graph
+    return CapturedModel(graph, token, layers, plan.rows, vocabulary, facts), all_logits
 
 
 def _check_continues(graph: GraphModule, plan: CachePlan) -> None:
@@ -156,4 +146,4 @@ def _check_continues(graph: GraphModule, plan: CachePlan) -> None:
     ids = torch.arange(plan.rows * LENGTH, device=plan.device).view(plan.rows, LENGTH)
     positions = torch.arange(LENGTH, device=plan.device).expand(plan.rows, -1).contiguous()
     with torch.no_grad():
-        check_capture(graph, None, ids, graph(ids, positions), plan.dtype)
+        check_continues(graph, None, ids, graph(ids, positions), plan.dtype)

@@ -7,56 +7,33 @@ pass `MatchAttention` looks for it in the graph.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+import dataclasses
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from xkv_fx.capture.captured import UNSHARDED, CapturedModel
+from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.capture.check import check_capture
-from xkv_fx.capture.export import check_alone, export_graph, reason_of
+from xkv_fx.capture.export import export_graph, refusing
+from xkv_fx.capture.facts import UNSHARDED
 from xkv_fx.capture.plain_module import PROBE_LENGTH
-from xkv_fx.errors import UnsupportedModelError, XkvError
+from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.hf.attention_entry import NAME
-from xkv_fx.hf.inspect import check_model, ends_early, fingerprint, has_latents, max_positions, shadow
-from xkv_fx.hf.masks import FARTHEST, OutOfSightError, check_masks, recording_masks
-from xkv_fx.hf.rotary import changing_rotary
-from xkv_fx.hf.tensor_parallel import shards_of, use_shards
+from xkv_fx.hf.inspect import TransformersFacts, read_model
+from xkv_fx.hf.probe import logits_of, probe
+from xkv_fx.hf.shadow import shadow
+from xkv_fx.hf.tensor_parallel import use_shards
 from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.analyses.find_attention import attention_sites, cached_layers
 from xkv_fx.passes.prepare.absorb_latents import AbsorbLatents
-from xkv_fx.passes.prepare.clean_graph import CleanGraph
 from xkv_fx.passes.prepare.find_positions import FindPositions
 from xkv_fx.passes.prepare.match_attention import MatchAttention
 from xkv_fx.passes.prepare.specialize import one_token_graph
 from xkv_fx.passes.tools.graph import output_node
-
-
-class _Entry(nn.Module):
-    """`(input_ids, position_ids)` -> logits of every token, without a cache."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return _logits(self.model, input_ids, position_ids)
-
-
-def _logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Logits without a cache. A model that takes no positions counts them itself."""
-    kinds = {name: parameter.kind for name, parameter in inspect.signature(model.forward).parameters.items()}
-    takes_positions = "position_ids" in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values()
-    options = {"position_ids": position_ids} if takes_positions else {}
-    logits: Tensor = model(input_ids=input_ids, use_cache=False, return_dict=True, **options).logits
-    return logits
 
 
 def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) -> CapturedModel:
@@ -70,20 +47,89 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
     Raises:
         UnsupportedModelError: the model cannot be captured exactly; the message says what stands in the way.
     """
-    model = check_model(model)
-    shards = shards_of(model)
-    twin, probed = _twin(model)
-    longest = max_positions(model)
-    device = model.device
-    example = min(PROBE_LENGTH, longest or PROBE_LENGTH)
-    ids = torch.zeros(rows, example, dtype=torch.int64, device=device)
-    positions = torch.arange(example, device=device).expand(rows, -1).contiguous()
-    entry = _Entry(twin)
-    with _refusing(model):
-        prompt, longest = export_graph(entry, (ids, positions), longest)
-        if shards is None:
-            check_alone(prompt.graph)
-        rewritten = _rewrite(prompt, rows, longest, written=not probed)
+    return capture_source(*read_model(model), rows, check, decode)
+
+
+def capture_source(
+    source: PreTrainedModel, facts: TransformersFacts, rows: int = 1, check: bool = True, decode: bool = True
+) -> CapturedModel:
+    """As `capture`, for a model that was read already."""
+    return _capture_twin(source, facts, _twin_of(source, facts), rows, check, decode)
+
+
+def layers_of_model(model: Any) -> tuple[LayerSpec, ...]:
+    """What each layer of a transformers causal language model caches; runs it once on a few tokens.
+
+    Raises:
+        UnsupportedModelError: as `capture`.
+    """
+    return layers_of_source(*read_model(model))
+
+
+def layers_of_source(source: PreTrainedModel, facts: TransformersFacts) -> tuple[LayerSpec, ...]:
+    """As `layers_of_model`, for a model that was read already."""
+    twin = _twin_of(source, facts)
+    if facts.has_latents:  # which the graph alone shows
+        return _capture_twin(source, facts, twin, check=False, decode=False).layers
+    return twin.layers or _capture_twin(source, facts, twin, decode=False).layers
+
+
+@dataclasses.dataclass(frozen=True)
+class _Twin:
+    """A shadow of a model, to capture.
+
+    Attributes:
+        layers: what its attentions cache; nothing where it writes its attention out.
+    """
+
+    model: PreTrainedModel
+    layers: tuple[LayerSpec, ...]
+
+
+def _twin_of(source: PreTrainedModel, facts: TransformersFacts) -> _Twin:
+    try:
+        twin = shadow(source, facts, NAME)
+    except UnsupportedModelError:  # its attention cannot be replaced
+        return _unreplaced(source, facts)
+    attentions = probe(use_shards(twin, facts.shard), facts)
+    if not attentions.count:
+        return _unreplaced(source, facts)
+    _check_layer_count(facts, attentions.count)
+    return _Twin(twin, attentions.layers)
+
+
+def _unreplaced(source: PreTrainedModel, facts: TransformersFacts) -> _Twin:
+    """A shadow that attends as the model does. It is a second copy: the first has lost which attention each part of the
+    model had."""
+    return _Twin(use_shards(shadow(source, facts, None), facts.shard), ())
+
+
+class _Entry(nn.Module):
+    """`(input_ids, position_ids)` -> logits of every token, without a cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return logits_of(self.model, input_ids, position_ids)
+
+
+def _capture_twin(
+    source: PreTrainedModel,
+    facts: TransformersFacts,
+    twin: _Twin,
+    rows: int = 1,
+    check: bool = True,
+    decode: bool = True,
+) -> CapturedModel:
+    example = min(PROBE_LENGTH, facts.max_positions or PROBE_LENGTH)
+    ids = torch.zeros(rows, example, dtype=torch.int64, device=facts.device)
+    positions = torch.arange(example, device=facts.device).expand(rows, -1).contiguous()
+    entry = _Entry(twin.model)
+    with refusing(facts.name):
+        prompt, longest = export_graph(entry, (ids, positions), facts.max_positions, alone=facts.shard == UNSHARDED)
+        rewritten = _rewrite(prompt, rows, longest, written=not twin.layers)
         token = None
         if decode:
             try:
@@ -94,46 +140,21 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
                 token, _ = export_graph(entry, (ids[:, :1].clone(), positions[:, :1].clone()))
     sites = attention_sites(prompt)
     layers = cached_layers(sites)
-    _check_layer_count(model, len(sites))
-    for found in (probed or layers, layers if token is None else cached_layers(attention_sites(token))):
+    _check_layer_count(facts, len(sites))
+    for found in (twin.layers or layers, layers if token is None else cached_layers(attention_sites(token))):
         if found != layers:
             raise UnsupportedModelError(
-                f"{type(model).__name__}: export kept {len(layers)} attentions of the {len(found)} that ran"
+                f"{facts.name}: export kept {len(layers)} attentions of the {len(found)} that ran"
             )
-    if has_latents(model):
+    if facts.has_latents:
         layers = _absorb_latents(prompt, token)
     logits = cast(Any, output_node(prompt.graph).args[0]).meta["val"]
     if logits.dim() != 3:
-        raise UnsupportedModelError(f"{type(model).__name__} gives no logits for each token; it is no language model")
+        raise UnsupportedModelError(f"{facts.name} gives no logits for each token; it is no language model")
     if check:
-        _check(model, prompt, token, rows)
-    return CapturedModel(
-        prompt=prompt,
-        token=token,
-        layers=layers,
-        fingerprint=fingerprint(model),
-        rows=rows,
-        dtype=model.dtype,
-        device=device,
-        max_positions=longest,
-        vocabulary=int(logits.shape[2]),
-        ends_early=ends_early(model),
-        shard=shards or UNSHARDED,
-    )
-
-
-def _twin(model: PreTrainedModel) -> tuple[PreTrainedModel, tuple[LayerSpec, ...]]:
-    """A shadow of the model to capture, and what its attentions cache; nothing where it writes its attention out."""
-    shards = shards_of(model)
-    try:
-        twin = shadow(model, NAME)
-    except UnsupportedModelError:  # its attention cannot be replaced
-        return use_shards(shadow(model, None), shards), ()
-    record = _probe(use_shards(twin, shards))
-    if not record.attentions:
-        return use_shards(shadow(model, None), shards), ()
-    _check_layer_count(model, record.attentions)
-    return twin, tuple(record.layers)
+        _check(source, facts, prompt, token, rows)
+    vocabulary = int(logits.shape[2])
+    return CapturedModel(prompt, token, layers, rows, vocabulary, dataclasses.replace(facts, max_positions=longest))
 
 
 def _rewrite(prompt: GraphModule, rows: int, longest: int | None, written: bool) -> bool:
@@ -142,11 +163,11 @@ def _rewrite(prompt: GraphModule, rows: int, longest: int | None, written: bool)
     Returns:
         whether the graph is another one than export gives.
     """
-    CleanGraph()(prompt)
     if written:
-        MatchAttention(rows, longest)(prompt)
+        MatchAttention(rows, longest).rewrite(prompt)
     attention_sites(prompt)
-    return bool(FindPositions(rows, longest)(prompt).changed) or written
+    found = FindPositions(rows, longest)(prompt)
+    return bool(found.changed) or written
 
 
 def _absorb_latents(prompt: GraphModule, token: GraphModule | None) -> tuple[LayerSpec, ...]:
@@ -160,84 +181,11 @@ def _absorb_latents(prompt: GraphModule, token: GraphModule | None) -> tuple[Lay
     return cached[0]
 
 
-def layers_of_model(model: Any) -> tuple[LayerSpec, ...]:
-    """What each layer of a transformers causal language model caches; runs it once on shapes alone.
-
-    Raises:
-        UnsupportedModelError: as `capture`.
-    """
-    model = check_model(model)
-    if has_latents(model):  # which the graph alone shows
-        return capture(model, check=False, decode=False).layers
-    _, layers = _twin(model)
-    return layers or capture(model, decode=False).layers
-
-
-class _RecordAttention(TorchDispatchMode):
-    """What each attention caches; one that attends to the K/V of an earlier one, nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.layers: list[LayerSpec] = []
-        self.windows: list[int | None] = []
-        self._cached: list[tuple[Tensor, Tensor, int | None]] = []
-
-    @property
-    def attentions(self) -> int:
-        return len(self.windows)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.xkv.attention.default:
-            q, k, v = args[:3]
-            window = args[5] if len(args) > 5 else None
-            self.windows.append(window)
-            if not any(k is keys and v is values and window == other for keys, values, other in self._cached):
-                self._cached.append((k, v, window))
-                value_dim = 0 if v is k else v.shape[3]
-                self.layers.append(LayerSpec(q.shape[1], k.shape[1], k.shape[3], value_dim, k.dtype.itemsize, window))
-        return func(*args, **(kwargs or {}))
-
-
-def _probe(twin: PreTrainedModel, length: int = 2) -> _RecordAttention:
-    """What the attentions of a model cache, from a run on `length` tokens."""
-    ids = torch.zeros(1, length, dtype=torch.int64, device=twin.device)
-    positions = torch.arange(length, device=twin.device)[None]
-    record = _RecordAttention()
-    with _refusing(twin), torch.no_grad(), recording_masks() as masks, record:
-        _Entry(twin)(ids, positions)
-    if not record.attentions:
-        return record
-    windows = record.windows
-    longest = max_positions(twin) or FARTHEST
-    try:
-        check_masks(twin, masks, windows, length - 1 if length > 2 else min(longest, FARTHEST) - 1)
-    except OutOfSightError:
-        enough = min(2 * max((window or 0 for window in windows), default=0) + 64, longest)
-        return _probe(twin, max(enough, 3))
-    return record
-
-
-@contextmanager
-def _refusing(model: nn.Module) -> Iterator[None]:
-    """Whatever goes wrong while a model is traced means that it cannot be captured."""
-    try:
-        yield
-    except UnsupportedModelError as error:
-        if type(model).__name__ in str(error):
-            raise
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be captured: {error}") from error
-    except XkvError:
-        raise
-    except Exception as error:
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be captured: {reason_of(error)}") from error
-
-
-def _check_layer_count(model: PreTrainedModel, attentions: int) -> None:
+def _check_layer_count(facts: TransformersFacts, attentions: int) -> None:
     """Fewer attentions than layers: the others hold some other state. More: each has a cache of its own."""
-    expected = model.config.get_text_config(decoder=True).num_hidden_layers
-    if attentions < expected:
+    if attentions < facts.hidden_layers:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has {expected} layers but {attentions} attentions; models that mix in other "
+            f"{facts.name} has {facts.hidden_layers} layers but {attentions} attentions; models that mix in other "
             "kinds of layers (recurrent, linear attention, convolution), whose state is no KV cache, are not supported"
         )
 
@@ -248,21 +196,27 @@ def _random_ids(model: PreTrainedModel, rows: int, length: int) -> Tensor:
     return torch.randint(vocabulary, (rows, length), generator=generator).to(model.device)
 
 
-def _reference(model: PreTrainedModel) -> PreTrainedModel:
-    """What the graphs are compared with: the model as it is evaluated, under an attention that is not ours."""
-    if model.config.get_text_config(decoder=True)._attn_implementation == NAME:
-        return shadow(model, "eager", settled=False)
-    return shadow(model, None, settled=False) if model.training or changing_rotary(model) else model
+def _reference(source: PreTrainedModel, facts: TransformersFacts) -> PreTrainedModel:
+    """What the graphs are compared with: the model as it is evaluated, under an attention that is not ours.
+
+    Mostly that is the model itself. Otherwise it is a copy besides the captured one, in which attention and angles are
+    others.
+    """
+    if source.config.get_text_config(decoder=True)._attn_implementation == NAME:
+        return shadow(source, facts, "eager", settled=False)
+    return shadow(source, facts, None, settled=False) if source.training or facts.rotary else source
 
 
-def _check(model: PreTrainedModel, prompt: GraphModule, token: GraphModule | None, rows: int) -> None:
+def _check(
+    source: PreTrainedModel, facts: TransformersFacts, prompt: GraphModule, token: GraphModule | None, rows: int
+) -> None:
     """Run the model and its graphs on the same random tokens."""
-    ids = _random_ids(model, rows, min(PROBE_LENGTH, max_positions(model) or PROBE_LENGTH))
-    positions = torch.arange(ids.shape[1], device=model.device).expand(rows, -1).contiguous()
+    ids = _random_ids(source, rows, min(PROBE_LENGTH, facts.max_positions or PROBE_LENGTH))
+    positions = torch.arange(ids.shape[1], device=facts.device).expand(rows, -1).contiguous()
     with torch.no_grad():
-        expected = _logits(_reference(model), ids, positions)
-    with _refusing(model):
+        expected = logits_of(_reference(source, facts), ids, positions)
+    with refusing(facts.name):
         try:
-            check_capture(prompt, token, ids, expected, model.dtype)
+            check_capture(prompt, token, ids, expected, facts.dtype)
         except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{type(model).__name__}: {error}") from error
+            raise UnsupportedModelError(f"{facts.name}: {error}") from error

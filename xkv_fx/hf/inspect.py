@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from xkv_fx.capture.facts import ModelFacts
 from xkv_fx.errors import UnsupportedModelError
-from xkv_fx.hf.rotary import changing_rotary, check_rotary, fixed_up_to
+from xkv_fx.hf.rotary import ChangingRotary, changing_rotary, fixed_up_to
+from xkv_fx.hf.tensor_parallel import shard_of
 
 # What does not change which plan is right for a model.
 _VOLATILE = {
@@ -32,6 +35,43 @@ _VOLATILE = {
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformersFacts(ModelFacts):
+    """What else is known about a transformers model.
+
+    Attributes:
+        hidden_layers: how many layers its configuration says that it has.
+        rotary: what angles change with the length.
+    """
+
+    hidden_layers: int
+    rotary: tuple[ChangingRotary, ...]
+
+
+def read_model(model: Any) -> tuple[PreTrainedModel, TransformersFacts]:
+    """The model that `check_model` returns, and all that is known about it before it is captured.
+
+    Raises:
+        UnsupportedModelError: as `check_model`; or it is split among processes in a way that is not taken.
+    """
+    source, rotary = _checked(model)
+    config = source.config.get_text_config(decoder=True)
+    longest, why = _reach(config, rotary)
+    facts = TransformersFacts(
+        name=type(source).__name__,
+        fingerprint=fingerprint(source),
+        dtype=source.dtype,
+        device=source.device,
+        max_positions=longest,
+        ends_early=why,
+        has_latents=isinstance(getattr(config, "kv_lora_rank", None), int),
+        shard=shard_of(source),
+        hidden_layers=config.num_hidden_layers,
+        rotary=rotary,
+    )
+    return source, facts
+
+
 def check_model(model: Any) -> PreTrainedModel:
     """`model`, or the model inside it that holds peft adapters, if it is a decoder-only causal language model.
 
@@ -39,6 +79,10 @@ def check_model(model: Any) -> PreTrainedModel:
         UnsupportedModelError: it is something else, is spread over devices, or rotates by angles that change with the
             length in ways that are not known; the message says what.
     """
+    return _checked(model)[0]
+
+
+def _checked(model: Any) -> tuple[PreTrainedModel, tuple[ChangingRotary, ...]]:
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a model, got {type(model).__name__}; load it first")
     model = _adapted_model(model)
@@ -50,8 +94,7 @@ def check_model(model: Any) -> PreTrainedModel:
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder model; only decoders are supported")
     _check_state(model)
     _check_placement(model)
-    check_rotary(model)
-    return model
+    return model, changing_rotary(model)
 
 
 def _adapted_model(model: nn.Module) -> nn.Module:
@@ -116,67 +159,26 @@ def fingerprint(model: PreTrainedModel) -> str:
     return f"{type(model).__name__}:{digest[:16]}"
 
 
-def has_latents(model: PreTrainedModel) -> bool:
-    """Whether the model makes keys and values from latents (multi-head latent attention), which may be cached then."""
-    return isinstance(getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None), int)
-
-
-def max_positions(model: PreTrainedModel) -> int | None:
-    """The longest sequence that the model is taken for: what it has positions for, or less (`ends_early`)."""
-    return min(
-        (limit for limit, _ in (*_early_ends(model), (_positions(model), "")) if limit is not None), default=None
-    )
-
-
-def ends_early(model: PreTrainedModel) -> str:
-    """Why a model is taken for fewer positions than it has, as what is different behind them; empty where it is not."""
-    limit = max_positions(model)
-    return "; ".join(why for end, why in _early_ends(model) if end == limit != _positions(model))
-
-
-def _early_ends(model: PreTrainedModel) -> list[tuple[int, str]]:
+def _reach(config: PreTrainedConfig, rotary: Sequence[ChangingRotary]) -> tuple[int | None, str]:
+    """The longest sequence that a model is taken for, None if unbounded; and where that is less than it has positions
+    for, what is different behind."""
+    has = _positions(config)
     ends = []
-    config = model.config.get_text_config(decoder=True)
     chunk = getattr(config, "attention_chunk_size", None)
     if isinstance(chunk, int) and "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         # within the first chunk, attention in chunks is plain causal attention
         ends.append((chunk, "some layers attend in chunks of that size (Llama 4), a new one of which begins there"))
-    fixed = fixed_up_to(model)
+    fixed = fixed_up_to(rotary)
     if fixed is not None:
         ends.append((fixed, "the angles of its rotary embedding change, those of kept keys too"))
-    return ends
+    limits = [limit for limit in (*(end for end, _ in ends), has) if limit is not None]
+    longest = min(limits, default=None)
+    return longest, "; ".join(why for end, why in ends if end == longest != has)
 
 
-def _positions(model: PreTrainedModel) -> int | None:
-    config = model.config.get_text_config(decoder=True)
+def _positions(config: PreTrainedConfig) -> int | None:
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-def shadow(model: PreTrainedModel, attention: str | None, settled: bool = True) -> PreTrainedModel:
-    """A copy of the modules of `model`, in evaluation mode, on the very same weights, with its own configuration.
-
-    Args:
-        attention: the implementation of attention to use; the model's own when None.
-        settled: fix angles that would change with the length.
-
-    The user's model is not touched.
-    """
-    own = {id(buffer) for rotary in changing_rotary(model) for buffer in rotary.buffers}
-    weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in own}
-    twin = copy.deepcopy(model, weights)
-    twin.eval()
-    for rotary in changing_rotary(twin) if settled else ():
-        rotary.settle()
-    if attention is None:
-        return twin
-    try:
-        twin.set_attn_implementation(attention)
-    except (ValueError, ImportError) as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not let its attention be replaced ({error}); it cannot be captured"
-        ) from error
-    return twin

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from xkv_fx.capture.captured import Shard
+from xkv_fx.capture.facts import UNSHARDED, Shard
 from xkv_fx.errors import UnsupportedModelError
 
 c10d = torch.ops._c10d_functional
@@ -51,8 +51,8 @@ class Shards(Shard):
         return -(-width // self.size)
 
 
-def shards_of(model: PreTrainedModel) -> Shards | None:
-    """How a model is split among processes; None if it is whole.
+def shard_of(model: PreTrainedModel) -> Shard:
+    """Which part of a model that is split among processes this one has: `Shards`; `UNSHARDED` if it is whole.
 
     Raises:
         UnsupportedModelError: it is split in a way that is not taken.
@@ -60,7 +60,7 @@ def shards_of(model: PreTrainedModel) -> Shards | None:
     weights: list[Any] = [weight for weight in (*model.parameters(), *model.buffers()) if _is_sharded(weight)]
     meshes = {weight.device_mesh for weight in weights}
     if not meshes:
-        return None
+        return UNSHARDED
     name = type(model).__name__
     size = getattr(model, "tp_size", None) or 1
     mesh = next(iter(meshes))
@@ -81,16 +81,16 @@ def shards_of(model: PreTrainedModel) -> Shards | None:
     return Shards(mesh.get_local_rank(), size, mesh.get_group().group_name)
 
 
-def use_shards(twin: PreTrainedModel, shards: Shards | None) -> PreTrainedModel:
+def use_shards(twin: PreTrainedModel, shards: Shard) -> PreTrainedModel:
     """Let a copy of a model that is split compute with its shards as plain tensors, which are not copied.
 
     Args:
-        shards: of the model; None for a whole one, which stays as it is.
+        shards: of the model; a whole one stays as it is.
 
     Raises:
         UnsupportedModelError: a layer is split in a way that is not taken.
     """
-    if shards is None:
+    if not isinstance(shards, Shards):
         return twin
     for path, module in twin.named_modules():
         sharded = {name for name, weight in module.named_parameters(recurse=False) if _is_sharded(weight)}

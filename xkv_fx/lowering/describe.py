@@ -10,7 +10,7 @@ from xkv_fx.runtime.session import Kind
 from xkv_fx.runtime.state import CachePlan
 
 if TYPE_CHECKING:  # an engine is described without the passes
-    from xkv_fx.capture.captured import Shard
+    from xkv_fx.capture.facts import Shard
     from xkv_fx.passes.pipeline import TransformedGraph
 
 

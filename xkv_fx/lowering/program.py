@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from xkv_fx.budgets import Plan
-from xkv_fx.capture.captured import UNSHARDED, CapturedModel, Shard
+from xkv_fx.capture.captured import CapturedModel
+from xkv_fx.capture.facts import UNSHARDED, Shard
 from xkv_fx.errors import BudgetError, UnsupportedModelError
 from xkv_fx.lowering.backends.eager import run_eager
 from xkv_fx.lowering.backends.table import backend_of

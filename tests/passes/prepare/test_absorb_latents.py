@@ -33,6 +33,7 @@ def test_the_latent_is_cached(captured: CapturedModel, kind: str) -> None:
     layer = captured.layers[KINDS.index(kind)]
     assert layer == LayerSpec(HEADS, 1, size, 0, 4)
     assert layer.slot_bytes() == 4 * size
+    assert captured.facts.has_latents
 
 
 @pytest.mark.parametrize("kind", [*LEFT, "too_wide"])

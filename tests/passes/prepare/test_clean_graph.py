@@ -11,9 +11,10 @@ from tiny_models import llama, random_ids
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from xkv_fx.capture.export import export_graph
-from xkv_fx.hf.capture import NAME
-from xkv_fx.hf.inspect import shadow
+from xkv_fx.capture.export import uncleaned_graph
+from xkv_fx.hf.attention_entry import NAME
+from xkv_fx.hf.inspect import read_model
+from xkv_fx.hf.shadow import shadow
 from xkv_fx.passes.prepare.clean_graph import CHECKS, CleanGraph
 from xkv_fx.passes.tools.graph import calls
 
@@ -42,7 +43,7 @@ def prompt_inputs(length: int = 9) -> tuple[Tensor, Tensor]:
 class Exported(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.model = shadow(llama(2), NAME)
+        self.model = shadow(*read_model(llama(2)), NAME)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         logits: Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
@@ -52,7 +53,7 @@ class Exported(nn.Module):
 @pytest.fixture(scope="module")
 def exported() -> GraphModule:
     """A model's graph as `torch.export` leaves it; a captured one is clean already."""
-    return export_graph(Exported(), prompt_inputs())[0]
+    return uncleaned_graph(Exported(), prompt_inputs())[0]
 
 
 @pytest.fixture

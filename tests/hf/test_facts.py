@@ -1,0 +1,69 @@
+"""A public call reads a model once and copies it once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import POSITIONS, llama, random_ids
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
+
+import xkv_fx
+from xkv_fx import Budgets
+from xkv_fx.hf.capture import capture, layers_of_model
+from xkv_fx.hf.inspect import read_model
+
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "capture": capture,
+    "layers": layers_of_model,
+    "transform": lambda model: xkv_fx.transform(model, Budgets.full(2, 60), backend="eager"),
+    "Cache": lambda model: xkv_fx.Cache(model, Budgets.full(2, 60)),
+    "profile": lambda model: xkv_fx.profile(model, [random_ids(1, 30)]),
+}
+
+
+class Counted:
+    """A function that counts its calls."""
+
+    def __init__(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        module, _, name = place.rpartition(".")
+        self.function = getattr(__import__(module, fromlist=[name]), name)
+        self.calls = 0
+        monkeypatch.setattr(place, self)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.calls += 1
+        return self.function(*args, **options)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_model_is_read_once_and_copied_once(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    inspect, copies = "xkv_fx.hf.inspect", Counted("xkv_fx.hf.capture.shadow", monkeypatch)
+    read = [Counted(f"{inspect}.{name}", monkeypatch) for name in ("changing_rotary", "shard_of", "fingerprint")]
+    CALLS[call](model)
+    assert [counted.calls for counted in (*read, copies)] == [1, 1, 1, 1]
+
+
+def bloom() -> PreTrainedModel:
+    """Its attention is written out."""
+    torch.manual_seed(0)
+    return BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4)).eval()
+
+
+def test_written_out_attention_takes_a_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first has lost the attention that the model came with."""
+    copies = Counted("xkv_fx.hf.capture.shadow", monkeypatch)
+    layers_of_model(bloom())
+    assert copies.calls == 2
+
+
+def test_what_is_read() -> None:
+    source, facts = read_model(llama(3))
+    assert facts.name == "LlamaForCausalLM"
+    assert (facts.dtype, facts.device) == (torch.float32, torch.device("cpu"))
+    assert (facts.max_positions, facts.ends_early) == (POSITIONS, "")
+    assert (facts.hidden_layers, facts.rotary, facts.has_latents) == (3, (), False)
+    assert capture(source, check=False, decode=False).facts == facts
