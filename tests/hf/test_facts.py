@@ -1,4 +1,4 @@
-"""A public call reads a model once and copies it once."""
+"""A public call reads a model once, copies it once, and traces of it only what its graph needs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import POSITIONS, llama, random_ids
+from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
 import xkv_fx
@@ -67,3 +68,26 @@ def test_what_is_read() -> None:
     assert (facts.max_positions, facts.ends_early) == (POSITIONS, "")
     assert (facts.hidden_layers, facts.rotary, facts.has_latents) == (3, (), False)
     assert capture(source, check=False, decode=False).facts == facts
+
+
+class Switching(nn.Module):
+    """A part of a model that computes with gradients, whatever it is called with."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        with torch.enable_grad():
+            return self.inner(*args, **options)
+
+
+@pytest.mark.parametrize("part", ["self_attn", "mlp"])
+def test_switches_of_gradients_leave_no_trace(part: str) -> None:
+    model = llama()
+    layer = model.get_submodule("model.layers.1")
+    setattr(layer, part, Switching(layer.get_submodule(part)))
+    llm = xkv_fx.transform(model, Budgets.full(2, 60), backend="eager")
+    ids, options = random_ids(1, 20), {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(llm.generate(ids, **options), model.generate(ids, **options))
+    assert not [node for node in llm.prefill.graph.nodes if "grad" in str(node.target)]

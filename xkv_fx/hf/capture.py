@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.capture.check import check_capture
-from xkv_fx.capture.export import export_graph, refusing
+from xkv_fx.capture.export import OneGradMode, export_graph, refusing
 from xkv_fx.capture.facts import UNSHARDED
 from xkv_fx.capture.plain_module import PROBE_LENGTH
 from xkv_fx.errors import UnsupportedModelError
@@ -112,7 +112,8 @@ class _Entry(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return logits_of(self.model, input_ids, position_ids)
+        with OneGradMode():
+            return logits_of(self.model, input_ids, position_ids)
 
 
 def _capture_twin(
