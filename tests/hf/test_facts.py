@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import POSITIONS, llama, random_ids
-from torch import nn
+from torch import Tensor, nn
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, find_packed_sequence_indices
 
 import xkv_fx
-from xkv_fx import Budgets
+from xkv_fx import Budgets, UnsupportedModelError
+from xkv_fx.hf.attention_entry import CAPTURED_NAME, NAME
 from xkv_fx.hf.capture import capture, layers_of_model
 from xkv_fx.hf.inspect import read_model
 
@@ -68,6 +70,30 @@ def test_what_is_read() -> None:
     assert (facts.max_positions, facts.ends_early) == (POSITIONS, "")
     assert (facts.hidden_layers, facts.rotary, facts.has_latents) == (3, (), False)
     assert capture(source, check=False, decode=False).facts == facts
+
+
+def test_no_masks_are_made_while_a_model_is_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are looked at before, and each would be traced and thrown away."""
+    exporting = []
+
+    def noted(position_ids: Tensor) -> Tensor | None:
+        exporting.append(torch.compiler.is_exporting())
+        return find_packed_sequence_indices(position_ids)
+
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", noted)
+    capture(llama())
+    assert exporting, "the masks were not looked at"
+    assert not any(exporting)
+
+
+def test_the_attention_of_capture_runs_nowhere_else() -> None:
+    """It sees no masks, and would take padding for tokens."""
+    assert NAME in ALL_MASK_ATTENTION_FUNCTIONS
+    assert CAPTURED_NAME not in ALL_MASK_ATTENTION_FUNCTIONS
+    model = llama()
+    model.set_attn_implementation(CAPTURED_NAME)
+    with pytest.raises(UnsupportedModelError, match="LlamaAttention runs under the attention 'xkv_captured'"):
+        model(random_ids(1, 9), use_cache=False)
 
 
 class Switching(nn.Module):

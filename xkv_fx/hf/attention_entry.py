@@ -21,6 +21,9 @@ from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.tracing_marks import FOREIGN_CACHE
 
 NAME = "xkv"
+CAPTURED_NAME = "xkv_captured"
+"""The same attention while a model is exported, whose masks were looked at before: under a name that has no function of
+masks, transformers makes none, which under `NAME` would be traced and then thrown away."""
 # Arguments that say nothing about the mathematics of attention once the mask is causal.
 _HARMLESS = {
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal",
@@ -80,6 +83,21 @@ def attention(
     else:
         out = _attention_with_padding(query, key, value, attention_mask, options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def captured_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """As `attention`, for export alone.
+
+    Raises:
+        UnsupportedModelError: as `attention`; or a model is run under this name, whose padding nobody would see.
+    """
+    if not torch.compiler.is_exporting():
+        raise UnsupportedModelError(
+            f"{type(module).__name__} runs under the attention {CAPTURED_NAME!r}, which is for capture; use {NAME!r}"
+        )
+    return attention(module, query, key, value, attention_mask, **options)
 
 
 def refusal(reason: int, where: str, arguments: str = "arguments of its own") -> XkvError:
@@ -144,4 +162,5 @@ def _attention_with_padding(
 
 
 AttentionInterface.register(NAME, attention)
+AttentionInterface.register(CAPTURED_NAME, captured_attention)
 AttentionMaskInterface.register(NAME, padding_mask)

@@ -22,7 +22,7 @@ from xkv_fx.capture.export import OneGradMode, export_graph, refusing
 from xkv_fx.capture.facts import UNSHARDED
 from xkv_fx.capture.plain_module import PROBE_LENGTH
 from xkv_fx.errors import UnsupportedModelError
-from xkv_fx.hf.attention_entry import NAME
+from xkv_fx.hf.attention_entry import CAPTURED_NAME, NAME
 from xkv_fx.hf.inspect import TransformersFacts, read_model
 from xkv_fx.hf.probe import logits_of, probe
 from xkv_fx.hf.shadow import shadow
@@ -95,6 +95,7 @@ def _twin_of(source: PreTrainedModel, facts: TransformersFacts) -> _Twin:
     if not attentions.count:
         return _unreplaced(source, facts)
     _check_layer_count(facts, attentions.count)
+    twin.set_attn_implementation(CAPTURED_NAME)  # its masks are known, and need not be made again
     return _Twin(twin, attentions.layers)
 
 
