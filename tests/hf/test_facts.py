@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, find_packed
 import xkv_fx
 from xkv_fx import Budgets, UnsupportedModelError
 from xkv_fx.hf.attention_entry import CAPTURED_NAME, NAME
-from xkv_fx.hf.capture import capture, layers_of_model
+from xkv_fx.hf.capture import capture, layers_of_model, layers_of_source
 from xkv_fx.hf.inspect import read_model
 
 CALLS: dict[str, Callable[[Any], Any]] = {
@@ -117,3 +118,10 @@ def test_switches_of_gradients_leave_no_trace(part: str) -> None:
     ids, options = random_ids(1, 20), {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(llm.generate(ids, **options), model.generate(ids, **options))
     assert not [node for node in llm.prefill.graph.nodes if "grad" in str(node.target)]
+
+
+def test_a_model_that_does_not_say_how_many_layers_it_has() -> None:
+    """Those that hold another state than keys and values would not be missed."""
+    source, facts = read_model(llama())
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM: its configuration has no num_hidden_layers"):
+        layers_of_source(source, dataclasses.replace(facts, hidden_layers=None))

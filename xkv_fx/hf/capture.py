@@ -185,6 +185,11 @@ def _absorb_latents(prompt: GraphModule, token: GraphModule | None) -> tuple[Lay
 
 def _check_layer_count(facts: TransformersFacts, attentions: int) -> None:
     """Fewer attentions than layers: the others hold some other state. More: each has a cache of its own."""
+    if facts.hidden_layers is None:
+        raise UnsupportedModelError(
+            f"{facts.name}: its configuration has no num_hidden_layers, so that nobody can tell whether it has layers "
+            "besides its attentions, whose state is no KV cache"
+        )
     if attentions < facts.hidden_layers:
         raise UnsupportedModelError(
             f"{facts.name} has {facts.hidden_layers} layers but {attentions} attentions; models that mix in other "

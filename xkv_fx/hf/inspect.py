@@ -40,11 +40,11 @@ class TransformersFacts(ModelFacts):
     """What else is known about a transformers model.
 
     Attributes:
-        hidden_layers: how many layers its configuration says that it has.
+        hidden_layers: how many layers its configuration says that it has; None if it does not say so.
         rotary: what angles change with the length.
     """
 
-    hidden_layers: int
+    hidden_layers: int | None
     rotary: tuple[ChangingRotary, ...]
 
 
@@ -66,7 +66,7 @@ def read_model(model: Any) -> tuple[PreTrainedModel, TransformersFacts]:
         ends_early=why,
         has_latents=isinstance(getattr(config, "kv_lora_rank", None), int),
         shard=shard_of(source),
-        hidden_layers=config.num_hidden_layers,
+        hidden_layers=getattr(config, "num_hidden_layers", None),
         rotary=rotary,
     )
     return source, facts
