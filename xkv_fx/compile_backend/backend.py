@@ -23,10 +23,17 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from xkv_fx.compile_backend.cache import Cache, cache_of, plan_of
-from xkv_fx.compile_backend.dynamo_graph import DynamoGraph, leave_lengths_open, locals_of_call, model_of_call
+from xkv_fx.compile_backend.dynamo_graph import (
+    DynamoGraph,
+    arguments_of_call,
+    attends_without_cache,
+    leave_lengths_open,
+    model_of_call,
+)
 from xkv_fx.compile_backend.models_of_calls import ModelsOfCalls
 from xkv_fx.compile_backend.planned_graphs import PlannedGraphs
 from xkv_fx.errors import BackendError, PromptError, SessionError, XkvError
+from xkv_fx.hf.cache_name import CACHE_NAME, CACHE_NAMES, TRANSFORMERS
 from xkv_fx.hf.inspect import check_model
 from xkv_fx.lowering.program import check_request
 from xkv_fx.public_budgets import Budgets
@@ -57,22 +64,29 @@ def xkv(
     try:
         given = _Options.of(options, mode)
         leave_lengths_open(module, example_inputs)
-        _refuse_foreign_cache()
+        _check_caches(module)
         return _CompiledCall(DynamoGraph.of(module, example_inputs), given, model_of_call(), example_inputs).run
     except XkvError as error:
         return functools.partial(_raise_again, error)
 
 
-def _refuse_foreign_cache() -> None:
-    given = locals_of_call()
-    arguments = {**given, **given["kwargs"]} if isinstance(given.get("kwargs"), dict) else given
-    for name in ("past_key_values", "cache"):
-        cache = arguments.get(name)
-        if cache is not None and not isinstance(cache, Cache):
+def _check_caches(module: GraphModule) -> None:
+    """A call has one cache, of ours, and uses it."""
+    arguments = arguments_of_call()
+    caches = {name: arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None}
+    for name, cache in caches.items():
+        if not isinstance(cache, Cache):
             raise SessionError(
                 f"a {type(cache).__name__} has no bounded memory that the plan knows of; pass "
                 f"{name}=xkv_fx.Cache(model, budgets) to a model that is compiled with backend='xkv'"
             )
+    if len(caches) > 1:  # even the same one: Dynamo would run this call's graph for others, with another one
+        raise SessionError(f"{' and '.join(caches)} are two names for one argument; pass one")
+    if caches and attends_without_cache(module):
+        raise SessionError(
+            f"the model does not use the xkv_fx.Cache that it was given as {next(iter(caches))}; transformers "
+            f"{TRANSFORMERS} calls this argument {CACHE_NAME}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +160,17 @@ class _CompiledCall:
             raise SessionError(
                 "this xkv_fx.Cache was made for other budgets than those that the model is compiled with; use the same"
             )
-        if self.models is not None and not self.models.holds(cache.model(), inputs):
+        if not self._is_for_this_model(cache, inputs):
             raise SessionError("this xkv_fx.Cache was made for another model; make one for this model")
         return cache
+
+    def _is_for_this_model(self, cache: Cache, inputs: Sequence[Any]) -> bool:
+        """Where something around the model was compiled, the first cache that was made for its weights tells it."""
+        model = cache.model()
+        if self.models is None and model is not None:
+            models = ModelsOfCalls(model, self.graph.weights.values(), inputs)
+            self.models = models if models.holds(model, inputs) else None
+        return self.models is not None and self.models.holds(model, inputs)
 
     def _planned(self, plan: CachePlan, cache: Cache) -> PlannedGraphs:
         with self.lock:

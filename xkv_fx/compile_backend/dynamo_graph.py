@@ -6,6 +6,7 @@ It becomes a graph of `(input_ids, position_ids)` with weights as attributes, wh
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -149,17 +150,44 @@ def leave_lengths_open(module: GraphModule, example_inputs: Sequence[Any]) -> No
 
 
 def model_of_call() -> nn.Module | None:
-    """The model whose frame Dynamo is compiling; None if it is some other frame."""
-    found = locals_of_call().get("self")
+    """The model whose frame Dynamo is compiling; None if it is some other frame.
+
+    It may be the frame of a decorator that transformers put around `forward`, whose first argument is the model.
+    """
+    given = _locals_of_call()
+    found = given.get("self", next(iter(_positional(given)), None))
     return found if isinstance(found, nn.Module) and hasattr(found, "config") else None
 
 
-def locals_of_call() -> Mapping[str, Any]:
+def arguments_of_call() -> Mapping[str, Any]:
+    """What the frame that Dynamo is compiling was called with, by name."""
+    given = _locals_of_call()
+    model, named = model_of_call(), given.get("kwargs")
+    arguments = {**given, **named} if isinstance(named, dict) else dict(given)
+    if model is not None:
+        values = [value for value in _positional(given) if value is not model]
+        arguments.update(zip(inspect.signature(model.forward).parameters, values, strict=False))
+    return arguments
+
+
+def _positional(given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a frame holds in `*args`."""
+    found = given.get("args")
+    return found if isinstance(found, tuple) else ()
+
+
+def _locals_of_call() -> Mapping[str, Any]:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     translator: Any = InstructionTranslator.current_tx()
     found: Mapping[str, Any] = translator.f_locals
     return found
+
+
+def attends_without_cache(module: GraphModule) -> bool:
+    """Whether a graph of Dynamo's has attention, but none that reads a cache of ours."""
+    attends = _calls(module.graph, xkv_ops.attention) or _calls(module.graph, xkv_ops.refused)
+    return bool(attends) and not _calls(module.graph, xkv_ops.keys_of_session)
 
 
 def _check_captured(graph: Graph) -> None:

@@ -35,7 +35,7 @@ class ModelsOfCalls:
 
     def holds(self, model: nn.Module | None, inputs: Sequence[Any]) -> bool:
         """Whether the weights of a call are this model's."""
-        if model is None:
+        if model is None or not self._weights:
             return False
         seen = self._seen.get(model, [])
         if seen and all(known() is inputs[index] for known, index in zip(seen, self._weights, strict=True)):

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from xkv_fx.hf.cache_name import CACHE_NAME
+
 
 class Reader(Protocol):
     """A model with a cache that holds one conversation."""
@@ -68,7 +70,7 @@ class TransformersReader:
 
     @torch.no_grad()
     def read(self, ids: Tensor) -> Tensor:
-        output = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = self.model(ids, use_cache=True, logits_to_keep=1, **{CACHE_NAME: self.cache})
         logits: Tensor = output.logits
         return logits[:, -1]
 

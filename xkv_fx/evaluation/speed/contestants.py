@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from xkv_fx.evaluation.quality.quantized import cache_bytes
 from xkv_fx.evaluation.quality.quantized import quantized as quantized_kind
 from xkv_fx.hf.cache import SessionCache
+from xkv_fx.hf.cache_name import CACHE_NAME
 from xkv_fx.hf.generation import BudgetedLM
 
 
@@ -94,7 +95,7 @@ class Transformers:
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> None:
         self._restart()
-        logits = self.model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
+        logits = self.model(ids, use_cache=True, logits_to_keep=1, **{CACHE_NAME: self._cache}).logits
         self._ids, self._seen = logits.argmax(-1), ids.shape[1]
 
     @torch.no_grad()
@@ -112,7 +113,7 @@ class Transformers:
     @torch.no_grad()
     def step(self) -> None:
         position = torch.full_like(self._ids, self._seen)
-        logits = self._decode(self._ids, position_ids=position, past_key_values=self._cache, use_cache=True).logits
+        logits = self._decode(self._ids, position_ids=position, use_cache=True, **{CACHE_NAME: self._cache}).logits
         self._ids = logits.argmax(-1)
         self._seen += 1
 
