@@ -20,6 +20,28 @@ def module_name(path: Path) -> str:
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {module_name(path) for path in FILES}
 
+# A room may import itself and all on lower levels, not those beside it.
+LEVELS = (
+    ("errors",),
+    ("files",),
+    ("fields",),
+    ("engine_settings", "formats", "layers", "policy"),
+    ("budgets",),
+    ("runtime",),
+    ("passes",),
+    ("capture",),
+    ("lowering", "planning"),
+    ("hf", "engines"),
+    ("public_budgets",),
+    ("compile_backend",),
+    ("api",),
+    ("register_attention",),
+    ("",),  # the package's face
+    ("evaluation",),
+    ("cli", "__main__"),
+)
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+
 
 def room_of(module: str) -> str:
     """`xkv_fx.passes.tools.graph` -> `passes`; a file beside the rooms is a room of its own, the face is ``."""
