@@ -17,7 +17,8 @@ PYTEST_WORKERS ?= 2
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test types tests test-exhaustive test-tensorrt test-lowest test-newest fuzz coverage lint format clean
+.PHONY: help .venv demo test types tests test-exhaustive test-tensorrt test-lowest test-newest fuzz docs pictures coverage
+.PHONY: lint format clean
 
 help:  ## Say what each target does
 	@sed -n 's/^\([a-z.-]*\):.*  ## /\1\t/p' Makefile | expand -t 18
@@ -96,7 +97,13 @@ test-newest: .venv/.installed  ## Run the tests with the newest torch and transf
 docs: .venv/.installed  ## Write the API reference from the docstrings to out/docs
 	$(VENV_PYTHON) -m pip install -q -c constraints.txt -e '.[docs]'
 	$(VENV_PYTHON) docs/draw_graphs.py
+	$(VENV_PYTHON) docs/draw_imports.py
 	$(VENV_PYTHON) -m pdoc --docformat google --output-directory out/docs xkv_fx
+
+pictures: .venv/.installed  ## Draw the pictures of README and docs anew
+	$(VENV_PYTHON) docs/draw_pipeline.py
+	$(VENV_PYTHON) docs/draw_graphs.py
+	$(VENV_PYTHON) docs/draw_imports.py
 
 coverage: .venv/.installed  ## Try every causal language model that transformers registers; writes docs/coverage.md
 	$(VENV_PYTHON) -m xkv_fx.evaluation.coverage --output docs/coverage.md

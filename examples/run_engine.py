@@ -2,8 +2,8 @@
 
     python examples/run_engine.py ENGINE 1,15,27,9 --new 16
 
-prints the token ids that are generated, greedily, behind the prompt's. An engine is executable code: run none that you
-would not run as a program.
+prints the token ids that are generated, greedily, behind the prompt's. An engine is executable code: do not run one
+that you would not run as a program.
 """
 
 import argparse

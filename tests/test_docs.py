@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from xkv_fx.planning.solve import allocators
 from xkv_fx.runtime.scorers import base
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 trace_once = functools.cache(trace.trace_program)
-SLOW = ("README.md", "api.md", "engines.md")
+SLOW = ("README.md", "api.md", "engines.md", "serving.md")
 """Pages whose blocks take half a minute; `make test-exhaustive` runs them."""
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -141,7 +142,49 @@ def test_every_public_name_and_command_is_in_the_docs() -> None:
         assert f"`{name}`" in text or f'"{name}"' in text, f"the docs lack {name}"
 
 
+@functools.cache
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
-            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+            if target.startswith("http"):
+                continue
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in headings(path), f"{page.name}: {target} has no heading #{anchor}"
+
+
+def test_the_readme_is_short_and_says_what_this_is_not() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    for promised in ("make demo", "make test", "2412.05896", "It is **not** *xKV", "2503.18893"):
+        assert promised in text
+
+
+def test_the_index_of_the_docs_names_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in index, f"docs/README.md lacks {page.name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
+def test_commands_in_the_docs_exist(page: Path) -> None:
+    """Programs by their module, commands of xkv-fx with their options, files that are run, targets of make."""
+    text = re.sub(r"\\?\n\s*", " ", page.read_text(encoding="utf-8"))
+    for module in re.findall(r"python -m (xkv_fx[\w.]*)", text):
+        assert importlib.util.find_spec(module), f"python -m {module}"
+    for file in re.findall(r"python (?:-m pytest )?((?:docs|examples|tests)/[\w./]+)", text):
+        assert (ROOT / file).exists(), file
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for target in re.findall(r"`make ([a-z-]+)", text):
+        assert target in targets, f"make {target}"
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    for name, rest in re.findall(r"`xkv-fx ([a-z]+) ([^`|]*)`", text):
+        known = {option for parameter in commands[name].params for option in parameter.opts + parameter.secondary_opts}
+        unknown = set(re.findall(r"--[a-z-]+", rest)) - known
+        assert not unknown, f"xkv-fx {name} has no {', '.join(unknown)}"
