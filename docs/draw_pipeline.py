@@ -74,7 +74,7 @@ def graph_lines(llm: Any) -> list[str]:
         given = arguments(node) if "xkv" in str(node.target) else {}
         if "capacity" in given:
             caches = ", ".join(source.name for source in node.all_input_nodes if source.name.startswith(("k_", "v_")))
-            lines.append(f"xkv.keep({caches}, capacity={given['capacity']}, recent={given['recent']})")
+            lines.append(f"xkv.keep(..., {caches}, capacity={given['capacity']})")
     if len(lines) != len(llm.budgets.capacities):
         raise SystemExit(f"the prefill graph names {len(lines)} capacities of {len(llm.budgets.capacities)}")
     return lines

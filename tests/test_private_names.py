@@ -11,7 +11,7 @@ import ctypes
 import dataclasses
 import functools
 import importlib
-import importlib.util
+import importlib.metadata
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +28,7 @@ from torch import nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.torch_version import TorchVersion
 from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
 
 TORCH, TRANSFORMERS, PYTHON = "torch 2.13.0", "transformers 5.23.0", "Python 3.11"
@@ -46,7 +47,7 @@ class Private:
         name: in full, as CONTRIBUTING.md has it.
         read_from: the version in which it is as it is used.
         check: that it still is.
-        since: the version of torch that it came with; the package does without it in older ones.
+        since: a version of its library that has it; the package does without it in older ones that lack it.
     """
 
     name: str
@@ -107,6 +108,10 @@ def is_inductor_setting(name: str) -> None:
 def is_read_by_generate(name: str) -> None:
     assert hasattr(PreTrainedModel, name.rpartition(".")[2])
     assert f"self.{name.rpartition('.')[2]}" in inspect.getsource(GenerationMixin), "generate does not read it"
+
+
+def is_noted_by_generate(name: str) -> None:
+    assert f"generation_config.{name.rpartition('.')[2]} = " in inspect.getsource(GenerationMixin), "nobody sets it"
 
 
 def has_the_table_of_attentions(name: str) -> None:
@@ -243,6 +248,7 @@ PRIVATE = (
     ),
     # transformers' models and generate
     Private("transformers.GenerationMixin._is_stateful", TRANSFORMERS, is_read_by_generate),
+    Private("transformers.GenerationConfig._mask_length", TRANSFORMERS, is_noted_by_generate, since="5.23"),
     Private(
         "transformers.GenerationMixin._prepare_cache_for_generation",
         TRANSFORMERS,
@@ -290,8 +296,9 @@ def fault(private: Private) -> str | None:
 
 @pytest.mark.parametrize("private", PRIVATE, ids=lambda private: private.name)
 def test_a_private_name_is_as_it_was_read(private: Private) -> None:
-    if torch.__version__ < private.since:
-        pytest.skip(f"torch {torch.__version__} does not have it yet, and the package does without")
+    library = private.read_from.partition(" ")[0]
+    if library != "Python" and TorchVersion(importlib.metadata.version(library)) < private.since:
+        pytest.skip(f"this {library} may lack it, and the package does without then")
     wrong = fault(private)
     assert wrong is None, wrong
 
