@@ -189,7 +189,7 @@ class TwoFacedLlama(LlamaForCausalLM):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
-        if self.config._attn_implementation != "xkv":
+        if not str(self.config._attn_implementation).startswith("xkv"):  # the name is another while it is exported
             output.logits = output.logits + 0.1 * output.logits.abs().max()
         return output
 

@@ -115,7 +115,16 @@ def test_every_scorer(scorer: str) -> None:
 
 
 def test_compiled() -> None:
-    assert_same(*sessions("llama", Policy(), (PAIRS["int8/int4"], None, PAIRS["int4"]), "inductor"))
+    """A compiler rounds in other places, which moves a code by one step now and then, and what follows from it."""
+    ours, theirs = sessions("llama", Policy(), (PAIRS["int8/int4"], None, PAIRS["int4"]), "inductor")
+    for got, expected in zip(conversation(ours), conversation(theirs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=5e-3 * float(expected.abs().max()))
+    for layer, field in ((0, "k"), (0, "v"), (2, "k"), (2, "v")):
+        coded = ours.state.of(ours.program.plan.caches[layer])[field]
+        again = sessions("llama", Policy(), (PAIRS["int8/int4"], None, PAIRS["int4"]))[0]
+        conversation(again)
+        plain = again.state.of(again.program.plan.caches[layer])[field]
+        assert float((coded != plain).float().mean()) < 0.01
 
 
 @pytest.mark.parametrize("pair", list(PAIRS))
