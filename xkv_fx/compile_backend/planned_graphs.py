@@ -29,8 +29,7 @@ from xkv_fx.passes.prepare.absorb_latents import AbsorbLatents
 from xkv_fx.passes.prepare.open_last_logits import OpenLastLogits
 from xkv_fx.passes.tools.graph import output_node
 from xkv_fx.public_budgets import Budgets
-from xkv_fx.runtime.session import Kind
-from xkv_fx.runtime.state import CachePlan
+from xkv_fx.runtime.state import CachePlan, GraphKind
 
 
 class PlannedGraphs:
@@ -49,7 +48,7 @@ class PlannedGraphs:
         captured, self.all_logits = _capture(source, plan, facts)
         self.graphs = Graphs(captured, plan, check_request(budgets, lower))
         self._decode: Lowered | None = None
-        self._lowered: dict[tuple[Kind, bool], Callable[..., Tensor]] = {}
+        self._lowered: dict[tuple[GraphKind, bool], Callable[..., Tensor]] = {}
         self._lock = threading.RLock()
         self.lowered("prefill" if self.many else "decode")
 
@@ -57,7 +56,7 @@ class PlannedGraphs:
         """These graphs with the weights of a call."""
         return BoundGraphs(self, {name: inputs[index] for name, index in self.source.weights.items()})
 
-    def lowered(self, kind: Kind) -> Callable[..., Tensor]:
+    def lowered(self, kind: GraphKind) -> Callable[..., Tensor]:
         """The graph of that kind, as a function of weights by name and the graph's own inputs."""
         key = (kind, kind != "decode" and self.all_logits)
         with self._lock:
@@ -65,7 +64,7 @@ class PlannedGraphs:
                 self._lowered[key] = self._lower(*key)
             return self._lowered[key]
 
-    def _lower(self, kind: Kind, all_logits: bool) -> Callable[..., Tensor]:
+    def _lower(self, kind: GraphKind, all_logits: bool) -> Callable[..., Tensor]:
         lifted, constants = lift_weights(self.graphs.get(kind, all_logits).module)
         code: Callable[..., Tensor] = lifted
         if kind == "decode":
@@ -78,7 +77,7 @@ class PlannedGraphs:
 
         return run
 
-    def module(self, kind: Kind) -> GraphModule:
+    def module(self, kind: GraphKind) -> GraphModule:
         """The readable graph of that kind."""
         return self.graphs.get(kind, kind != "decode" and self.all_logits).module
 

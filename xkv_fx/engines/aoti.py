@@ -15,8 +15,7 @@ from torch.export import ExportedProgram
 from xkv_fx.engines.form import PackageForm, Run
 from xkv_fx.engines.manifest import Manifest
 from xkv_fx.errors import BackendError, EngineError, first_line
-from xkv_fx.runtime.session import Kind
-from xkv_fx.runtime.state import CachePlan
+from xkv_fx.runtime.state import CachePlan, GraphKind
 
 if TYPE_CHECKING:
     from xkv_fx.lowering.program import Graphs
@@ -28,7 +27,7 @@ _ABOUT = {"archive_format", "archive_version", "byteorder", ".data/version", ".d
 _CODE = "data/aotinductor/model/"
 
 
-def _trace(graphs: Graphs, kind: Kind, longest: int) -> tuple[ExportedProgram, dict[str, Tensor]]:
+def _trace(graphs: Graphs, kind: GraphKind, longest: int) -> tuple[ExportedProgram, dict[str, Tensor]]:
     from xkv_fx.engines import by_sums  # which those who load an engine do without
     from xkv_fx.engines.trace import trace_program
 

@@ -21,8 +21,8 @@ from xkv_fx.errors import BackendError, EngineError, FileFormatError, PromptErro
 from xkv_fx.files import check_safetensors_size
 from xkv_fx.lowering.describe import describe_layers
 from xkv_fx.runtime.decode_steps import generate_tokens
-from xkv_fx.runtime.session import Kind, Session
-from xkv_fx.runtime.state import CachePlan
+from xkv_fx.runtime.session import Session
+from xkv_fx.runtime.state import CachePlan, GraphKind
 
 
 class Engine:
@@ -32,7 +32,7 @@ class Engine:
         manifest: what the folder says about itself.
     """
 
-    def __init__(self, manifest: Manifest, weights: dict[str, Tensor], run: dict[Kind, Run]) -> None:
+    def __init__(self, manifest: Manifest, weights: dict[str, Tensor], run: dict[GraphKind, Run]) -> None:
         self.manifest = manifest
         self._program = _EngineProgram(manifest, weights, run)
 
@@ -115,7 +115,7 @@ class Engine:
 class _EngineProgram:
     """Loaded packages; satisfies `runtime.session.Program`."""
 
-    def __init__(self, manifest: Manifest, weights: dict[str, Tensor], run: dict[Kind, Run]) -> None:
+    def __init__(self, manifest: Manifest, weights: dict[str, Tensor], run: dict[GraphKind, Run]) -> None:
         self._manifest = manifest
         self._run = run
         self._weights = {
@@ -139,7 +139,7 @@ class _EngineProgram:
         with torch.no_grad():
             return self._run["decode"]([*self._weights["decode"], ids, positions, *state])
 
-    def _prompt(self, kind: Kind, all_logits: bool) -> Callable[..., Tensor]:
+    def _prompt(self, kind: GraphKind, all_logits: bool) -> Callable[..., Tensor]:
         if all_logits:
             raise BackendError("an engine returns the logits of each row's last token only")
 

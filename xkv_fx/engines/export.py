@@ -25,7 +25,7 @@ from xkv_fx.errors import BackendError, EngineError, UnsupportedModelError
 from xkv_fx.files import folder_written_whole
 from xkv_fx.lowering.budgeted import Budgeted
 from xkv_fx.passes.tools.graph import calls, placeholders
-from xkv_fx.runtime.session import Kind
+from xkv_fx.runtime.state import GraphKind
 
 TOKENIZER = "tokenizer"
 
@@ -54,8 +54,8 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
     try:
         with folder_written_whole(folder) as part:
             weights = _Weights()
-            programs: dict[Kind, ExportedProgram] = {}
-            packages: dict[Kind, Package] = {}
+            programs: dict[GraphKind, ExportedProgram] = {}
+            packages: dict[GraphKind, Package] = {}
             for kind, form in forms.items():
                 programs[kind], taken = form.trace(graphs, kind, longest)
                 packages[kind] = Package(f"{kind}{form.suffix}", weights.add(taken), inputs_of(kind, plan))

@@ -15,7 +15,7 @@ from xkv_fx.engines.manifest import Manifest
 from xkv_fx.engines.records import FileRecord
 from xkv_fx.engines.targets import TARGETS
 from xkv_fx.errors import EngineError, FileFormatError, XkvError
-from xkv_fx.runtime.session import Kind
+from xkv_fx.runtime.state import GraphKind
 
 _MAX_SMALL_BYTES = 1 << 20
 
@@ -96,7 +96,7 @@ def check_packages(folder: Path, manifest: Manifest) -> None:
         _check_package(folder, manifest, kind, form)
 
 
-def _check_package(folder: Path, manifest: Manifest, kind: Kind, form: PackageForm) -> None:
+def _check_package(folder: Path, manifest: Manifest, kind: GraphKind, form: PackageForm) -> None:
     path = folder / manifest.packages[kind].file
     try:
         with zipfile.ZipFile(path) as archive:

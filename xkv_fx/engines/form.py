@@ -12,8 +12,7 @@ from torch.export import ExportedProgram
 
 from xkv_fx.engines.manifest import Manifest
 from xkv_fx.engines.records import TensorRTBuild
-from xkv_fx.runtime.session import Kind
-from xkv_fx.runtime.state import CachePlan
+from xkv_fx.runtime.state import CachePlan, GraphKind
 
 if TYPE_CHECKING:  # an engine is loaded without the passes
     from xkv_fx.lowering.program import Graphs
@@ -56,7 +55,7 @@ class PackageForm:
     """
 
     suffix: str
-    trace: Callable[[Graphs, Kind, int], tuple[ExportedProgram, dict[str, Tensor]]]
+    trace: Callable[[Graphs, GraphKind, int], tuple[ExportedProgram, dict[str, Tensor]]]
     write: Callable[[ExportedProgram, Path, str, CachePlan], TensorRTBuild | None]
     load: Callable[[Path, Manifest], Run]
     belongs: Callable[[str], bool]

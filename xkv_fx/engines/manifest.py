@@ -27,9 +27,8 @@ from xkv_fx.errors import FileFormatError, XkvError
 from xkv_fx.fields import DOCUMENT, LIST, OBJECT, TEXT, Field, check_fields, list_of, or_null, whole
 from xkv_fx.files import read_sealed_json, write_sealed_json
 from xkv_fx.layers import LayerSpec, layer_specs
-from xkv_fx.runtime.session import KINDS, Kind
 from xkv_fx.runtime.slots import slot_plans
-from xkv_fx.runtime.state import CachePlan
+from xkv_fx.runtime.state import GRAPH_KINDS, CachePlan, GraphKind
 
 FORMAT = "xkv_fx.engine"
 FORMAT_VERSION = 3  # 1 knew nothing of TensorRT, 2 had no checksum of its own
@@ -82,7 +81,7 @@ class Manifest:
     end_tokens: tuple[int, ...]
     pad_token: int
     weights: tuple[TensorSpec, ...]
-    packages: Mapping[Kind, Package]
+    packages: Mapping[GraphKind, Package]
     files: Mapping[str, FileRecord]
     tensorrt: TensorRTBuild | None = None
 
@@ -97,7 +96,7 @@ class Manifest:
         device = torch.device(self.machine.device)
         return CachePlan(self.layers, slots, self.batch_size, DTYPES[self.dtype], device, self.budgets.formats)
 
-    def package_key(self, kind: Kind) -> str:
+    def package_key(self, kind: GraphKind) -> str:
         """SHA-256 of all that a package was compiled for; the package holds it too."""
         package = self.packages[kind]
         shapes = {spec.name: spec.to_dict() for spec in self.weights}
@@ -258,9 +257,9 @@ def _write_named(records: Mapping[str, Package | FileRecord]) -> dict[str, Any]:
     return {name: record.to_dict() for name, record in records.items()}
 
 
-def _read_packages(data: dict[str, Any]) -> dict[Kind, Package]:
-    check_fields(data, dict.fromkeys(KINDS, OBJECT), "packages")
-    return {kind: Package.from_dict(data[kind]) for kind in KINDS}
+def _read_packages(data: dict[str, Any]) -> dict[GraphKind, Package]:
+    check_fields(data, dict.fromkeys(GRAPH_KINDS, OBJECT), "packages")
+    return {kind: Package.from_dict(data[kind]) for kind in GRAPH_KINDS}
 
 
 def _read_files(data: dict[str, Any]) -> dict[str, FileRecord]:
@@ -275,7 +274,7 @@ def _read_build(data: dict[str, Any] | None) -> TensorRTBuild | None:
     return None if data is None else TensorRTBuild.from_dict(data)
 
 
-def inputs_of(kind: Kind, plan: CachePlan) -> tuple[TensorSpec, ...]:
+def inputs_of(kind: GraphKind, plan: CachePlan) -> tuple[TensorSpec, ...]:
     """What a graph of that kind takes after its weights."""
     columns = 1 if kind == "decode" else LENGTH
     tokens = [TensorSpec(name, (plan.rows, columns), "int64") for name in ("input_ids", "position_ids")]

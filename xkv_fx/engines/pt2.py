@@ -13,14 +13,13 @@ from torch.export import ExportedProgram
 from xkv_fx.engines.form import KEY_FILE, PackageForm, Run
 from xkv_fx.engines.manifest import Manifest
 from xkv_fx.errors import EngineError
-from xkv_fx.runtime.session import Kind
-from xkv_fx.runtime.state import CachePlan
+from xkv_fx.runtime.state import CachePlan, GraphKind
 
 if TYPE_CHECKING:
     from xkv_fx.lowering.program import Graphs
 
 
-def _trace(graphs: Graphs, kind: Kind, longest: int) -> tuple[ExportedProgram, dict[str, Tensor]]:
+def _trace(graphs: Graphs, kind: GraphKind, longest: int) -> tuple[ExportedProgram, dict[str, Tensor]]:
     from xkv_fx.engines.trace import trace_program  # which those who load an engine do without
 
     return trace_program(graphs.get(kind).module, graphs.scorer, longest)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from xkv_fx.errors import BackendError
 
 if TYPE_CHECKING:
-    from xkv_fx.runtime.session import Kind
+    from xkv_fx.runtime.state import GraphKind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Target:
     devices: tuple[str, ...]
     summary: str
 
-    def form_of(self, kind: Kind) -> str:
+    def form_of(self, kind: GraphKind) -> str:
         """The form of the package of that kind."""
         return self.decode if kind == "decode" else self.prompts
 

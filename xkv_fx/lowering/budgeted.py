@@ -16,7 +16,8 @@ from xkv_fx.lowering.program import CompiledProgram, compile_program
 from xkv_fx.passes.pipeline import PassStep
 from xkv_fx.runtime.choose_tokens import token_chooser
 from xkv_fx.runtime.decode_steps import decode_steps
-from xkv_fx.runtime.session import KINDS, Kind, Session
+from xkv_fx.runtime.session import Session
+from xkv_fx.runtime.state import GRAPH_KINDS, GraphKind
 
 
 class Budgeted(nn.Module):
@@ -50,7 +51,7 @@ class Budgeted(nn.Module):
         """`(input_ids, position_ids, *state)` -> logits `[rows, 1, vocabulary]`."""
         return self.program.graphs.decode
 
-    def passes(self, kind: Kind = "decode") -> tuple[PassStep, ...]:
+    def passes(self, kind: GraphKind = "decode") -> tuple[PassStep, ...]:
         """The passes that made a graph, run again one by one: what each did, how long it took, and the graph behind it.
 
         Args:
@@ -59,8 +60,8 @@ class Budgeted(nn.Module):
         Raises:
             BackendError: another kind.
         """
-        if kind not in KINDS:
-            raise BackendError(f"there is no {kind!r} graph; choose one of {', '.join(KINDS)}")
+        if kind not in GRAPH_KINDS:
+            raise BackendError(f"there is no {kind!r} graph; choose one of {', '.join(GRAPH_KINDS)}")
         return self.program.graphs.steps(kind)
 
     @property

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from xkv_fx.budgets import Plan
 from xkv_fx.runtime.scorers import Scorer
-from xkv_fx.runtime.session import Kind
-from xkv_fx.runtime.state import CachePlan
+from xkv_fx.runtime.state import CachePlan, GraphKind
 
 if TYPE_CHECKING:  # an engine is described without the passes
     from xkv_fx.capture.facts import Shard
@@ -45,7 +44,7 @@ def describe_layers(plan: CachePlan) -> list[str]:
     return lines
 
 
-def describe_passes(kind: Kind, graph: TransformedGraph) -> list[str]:
+def describe_passes(kind: GraphKind, graph: TransformedGraph) -> list[str]:
     """A line for each pass that made a graph."""
     return [
         f"passes of the {kind} graph",

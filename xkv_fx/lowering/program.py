@@ -29,9 +29,8 @@ from xkv_fx.passes.pipeline import (
     run_stepwise,
 )
 from xkv_fx.runtime.scorers import Scorer, scorer_of
-from xkv_fx.runtime.session import Kind
 from xkv_fx.runtime.slots import SlotPlan, slot_plans
-from xkv_fx.runtime.state import CachePlan
+from xkv_fx.runtime.state import CachePlan, GraphKind
 
 Compiled = Callable[..., Tensor]
 
@@ -44,9 +43,9 @@ class Graphs:
     plan: CachePlan
     scorer: Scorer
     _lock: threading.RLock = dataclasses.field(default_factory=threading.RLock, repr=False)
-    _built: dict[tuple[Kind, bool], TransformedGraph] = dataclasses.field(default_factory=dict, repr=False)
+    _built: dict[tuple[GraphKind, bool], TransformedGraph] = dataclasses.field(default_factory=dict, repr=False)
 
-    def get(self, kind: Kind, all_logits: bool = False) -> TransformedGraph:
+    def get(self, kind: GraphKind, all_logits: bool = False) -> TransformedGraph:
         """The graph of that kind, and the records of the passes that made it."""
         with self._lock:
             key = (kind, all_logits)
@@ -54,14 +53,14 @@ class Graphs:
                 self._built[key] = self._build(kind, all_logits)
             return self._built[key]
 
-    def _build(self, kind: Kind, all_logits: bool) -> TransformedGraph:
+    def _build(self, kind: GraphKind, all_logits: bool) -> TransformedGraph:
         return run_pipeline(*self._start(kind, all_logits))
 
-    def steps(self, kind: Kind, all_logits: bool = False) -> tuple[PassStep, ...]:
+    def steps(self, kind: GraphKind, all_logits: bool = False) -> tuple[PassStep, ...]:
         """The passes that make the graph of that kind, run again one by one, each with the graph that it leaves."""
         return run_stepwise(*self._start(kind, all_logits))
 
-    def _start(self, kind: Kind, all_logits: bool) -> tuple[GraphModule, tuple[GraphPass, ...]]:
+    def _start(self, kind: GraphKind, all_logits: bool) -> tuple[GraphModule, tuple[GraphPass, ...]]:
         if kind == "decode":
             return self.captured.graph("token"), decode_pipeline(self.plan)
         pipeline = prefill_pipeline if kind == "prefill" else extend_pipeline
@@ -150,7 +149,7 @@ class CompiledProgram:
     def decode(self) -> Compiled:
         return self.lowered.run
 
-    def _lower_prompt(self, kind: Kind, all_logits: bool) -> Compiled:
+    def _lower_prompt(self, kind: GraphKind, all_logits: bool) -> Compiled:
         return run_eager(self.graphs.get(kind, all_logits).module)
 
     def _ends(self) -> str:
@@ -167,7 +166,7 @@ class CompiledProgram:
             "",
             *describe_layers(self.plan),
         ]
-        kinds: tuple[Kind, ...] = ("prefill", "decode")
+        kinds: tuple[GraphKind, ...] = ("prefill", "decode")
         for kind in kinds:
             lines += ["", *describe_passes(kind, self.graphs.get(kind))]
         return "\n".join(lines)

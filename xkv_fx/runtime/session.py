@@ -12,10 +12,6 @@ from torch import Tensor
 from xkv_fx.errors import PromptError, SessionError
 from xkv_fx.runtime.history import History
 from xkv_fx.runtime.state import CachePlan, State
-from xkv_fx.runtime.state.base import GRAPH_KINDS as KINDS
-from xkv_fx.runtime.state.base import GraphKind as Kind
-
-__all__ = ["KINDS", "Kind"]
 
 Graph = Callable[..., Tensor]
 _UNLIMITED = 2**62

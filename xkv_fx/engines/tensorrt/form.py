@@ -20,14 +20,13 @@ from xkv_fx.engines.tensorrt.build import (
 )
 from xkv_fx.engines.tensorrt.run import TensorRTDecode, check_library
 from xkv_fx.errors import FileFormatError
-from xkv_fx.runtime.session import Kind
-from xkv_fx.runtime.state import CachePlan
+from xkv_fx.runtime.state import CachePlan, GraphKind
 
 if TYPE_CHECKING:
     from xkv_fx.lowering.program import Graphs
 
 
-def _trace(graphs: Graphs, kind: Kind, longest: int) -> tuple[ExportedProgram, dict[str, Tensor]]:
+def _trace(graphs: Graphs, kind: GraphKind, longest: int) -> tuple[ExportedProgram, dict[str, Tensor]]:
     """The engine holds its weights itself."""
     from xkv_fx.engines.tensorrt.graph import trace_for_tensorrt  # which those who load an engine do without
 

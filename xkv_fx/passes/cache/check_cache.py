@@ -13,12 +13,12 @@ from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.tools.graph import arguments, calls
 from xkv_fx.passes.tools.roles import nodes_by_role
 from xkv_fx.runtime import coded_ops, ops  # noqa: F401  (register the ops)
-from xkv_fx.runtime.state import KINDS, CachePlan, GraphKind
+from xkv_fx.runtime.state import CACHE_KINDS, CachePlan, GraphKind
 
 xkv = torch.ops.xkv
-DECODE_OPS = tuple(kind.ops[use] for kind in KINDS for use in ("decode", "decode_scored"))
-KEEP_OPS = tuple(kind.ops["keep"] for kind in KINDS)
-READERS = (*DECODE_OPS, *KEEP_OPS, *(kind.ops["extend"] for kind in KINDS))
+DECODE_OPS = tuple(kind.ops[use] for kind in CACHE_KINDS for use in ("decode", "decode_scored"))
+KEEP_OPS = tuple(kind.ops["keep"] for kind in CACHE_KINDS)
+READERS = (*DECODE_OPS, *KEEP_OPS, *(kind.ops["extend"] for kind in CACHE_KINDS))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,20 +7,21 @@ borrowed    the cache of an earlier attention, read by one that makes no keys an
 counters    how many tokens each row has seen
 
 A kind says what it keeps, and what prefill, extend and decode do to it; everybody else iterates over what it says. A
-new kind is a file here and a row in `plan.KINDS`, if layers have it, or in `CachePlan.states`, if one serves all.
+new kind is a file here and a row in `plan.CACHE_KINDS`, if layers have it, or in `CachePlan.states`, if one serves all.
 """
 
-from xkv_fx.runtime.state.base import Attention, Buffer, Build, GraphKind, LayerState, Value
+from xkv_fx.runtime.state.base import GRAPH_KINDS, Attention, Buffer, Build, GraphKind, LayerState, Value
 from xkv_fx.runtime.state.borrowed import BorrowedState
 from xkv_fx.runtime.state.coded import CodedState
 from xkv_fx.runtime.state.counters import CountersState
 from xkv_fx.runtime.state.kv import KVState
 from xkv_fx.runtime.state.latent import LatentState
-from xkv_fx.runtime.state.plan import KINDS, CachePlan
+from xkv_fx.runtime.state.plan import CACHE_KINDS, CachePlan
 from xkv_fx.runtime.state.tensors import State
 
 __all__ = [
-    "KINDS",
+    "CACHE_KINDS",
+    "GRAPH_KINDS",
     "Attention",
     "BorrowedState",
     "Buffer",

@@ -18,7 +18,7 @@ from xkv_fx.runtime.state.kv import KVState
 from xkv_fx.runtime.state.latent import LatentState
 from xkv_fx.runtime.state.tensors import State
 
-KINDS: tuple[type[KVState], ...] = (LatentState, CodedState, KVState)
+CACHE_KINDS: tuple[type[KVState], ...] = (LatentState, CodedState, KVState)
 """The kinds of states that a layer's cache may be; the first that serves a layer is taken."""
 
 
@@ -50,7 +50,7 @@ class CachePlan:
         return tuple(self._cache(index, spec, slots, pair) for index, (spec, slots, pair) in each)
 
     def _cache(self, index: int, spec: LayerSpec, slots: SlotPlan, formats: LayerFormats | None) -> KVState:
-        kind = next((kind for kind in KINDS if kind.serves(spec, formats)), None)
+        kind = next((kind for kind in CACHE_KINDS if kind.serves(spec, formats)), None)
         if kind is None:
             raise BudgetError(
                 f"layer {index} caches latents, which are keys and values at once; they are stored in the model's "
