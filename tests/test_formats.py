@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import ready_models
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sealed_json import sealed
+from served_formats import serve_formats
 
 import xkv_fx
 from xkv_fx import Budgets, LayerSpec
 from xkv_fx.engines.manifest import NAME, Manifest
 from xkv_fx.errors import BudgetError, FileFormatError
-from xkv_fx.formats import SLOT_FORMATS, checked_formats
+from xkv_fx.formats import CODE_BITS, SLOT_FORMATS, checked_formats, group_of, pair_name, vector_bytes
+from xkv_fx.runtime.quantize import Coding
 
 FILES = Path(__file__).parent / "files_of_0_1"
 LAYER = LayerSpec(8, 2, 16, 16, 4)
@@ -88,6 +91,68 @@ def test_other_capacities_need_other_formats() -> None:
         dataclasses.replace(plan(), capacities=(1, 2, 3))
 
 
+def test_a_pair_has_a_name() -> None:
+    assert [pair_name(pair) for pair in (None, ("int4", "int4"), ("model", "int8"))] == ["model", "int4", "model/int8"]
+
+
+# Bytes
+
+
+@pytest.mark.parametrize(
+    ("dim", "int8", "int4"), [(64, 68, 36), (80, 88, 48), (96, 104, 56), (128, 136, 72), (256, 272, 144), (8, 12, 8)]
+)
+def test_a_vector_takes_its_codes_and_a_scale_and_a_zero_for_each_group(dim: int, int8: int, int4: int) -> None:
+    assert (vector_bytes("int8", dim, 2), vector_bytes("int4", dim, 4)) == (int8, int4)
+    assert vector_bytes("model", dim, 4) == 4 * dim
+
+
+@pytest.mark.parametrize("name", CODE_BITS)
+def test_bytes_are_those_of_what_is_stored(name: Any) -> None:
+    for dim in range(1, 300):
+        if dim % 8:
+            for refused in (lambda dim=dim: vector_bytes(name, dim, 4), lambda dim=dim: Coding.of(name, dim)):
+                with pytest.raises(BudgetError, match=f"divides a head size of {dim}; store it in the model's dtype"):
+                    refused()
+            continue
+        coding = Coding.of(name, dim)
+        codes, scales = coding.encode(torch.ones(dim))
+        assert vector_bytes(name, dim, 4) == coding.nbytes == codes.nbytes + scales.nbytes
+        assert (CODE_BITS[name], group_of(dim)) == (coding.bits, coding.group)
+
+
+def test_slots_of_formats_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_formats(monkeypatch)
+    layer = LayerSpec(8, 2, 64, 128, 4, sliding_window=10)
+    assert layer.slot_bytes(formats=("int8", "int4")) == 2 * (68 + 72)
+    assert layer.slot_bytes(torch.float16, ("model", "int8")) == 2 * (64 * 2 + 136)
+    assert layer.slot_bytes(formats=("model", "model")) == layer.slot_bytes()
+    append = xkv_fx.Policy(eviction="append")
+    mixed = Budgets((12, 3), append, formats=(("int8", "int4"), None))
+    assert mixed.kv_bytes((layer,) * 2, 5, max_new_tokens=2) == 5 * (10 * 2 * (68 + 72) + 5 * 2 * 192 * 4)
+    assert mixed.kv_bytes((layer,) * 2, dtype=torch.float16) == 10 * 2 * (68 + 72) + 3 * 2 * 192 * 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "pair", "message"),
+    [
+        (LAYER, ("fp8", "model"), "keys of layer 1 as fp8 and its values as model, but there is no kernel for fp8 yet"),
+        (LayerSpec(8, 1, 24, 0, 4), ("int8", "int8"), "layer 1 .* but keys and values are one latent"),
+        (LayerSpec(8, 2, 16, 20, 4), ("int8", "int4"), "no group of 8 to 64 elements divides a head size of 20"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused(
+    layer: LayerSpec, pair: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve_formats(monkeypatch)
+    bad = plan((None, pair))
+    for ask in (bad.check_layers, bad.slots, bad.kv_bytes):
+        with pytest.raises(BudgetError, match=message):
+            ask((LAYER, layer))
+    with pytest.raises(BudgetError):
+        layer.slot_bytes(formats=pair)
+    assert plan((("int8", "int4"), ("int8", "model"))).slots((LAYER, LayerSpec(8, 2, 16, 20, 4))) == (12, 16)
+
+
 # The file
 
 
@@ -147,8 +212,8 @@ def test_no_model_takes_them_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(BudgetError, match=STORES):
             ask()
-    with pytest.raises(BudgetError, match="keys of layer 1 as model and its values as fp8"):
-        plan((None, ("model", "fp8"))).kv_bytes((LAYER,) * 2)
+    with pytest.raises(BudgetError, match="keys of layer 1 as model and its values as int8"):
+        plan((None, ("model", "int8"))).kv_bytes((LAYER,) * 2)
 
 
 def test_no_engine_has_them_yet(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from xkv_fx.engine_settings import engine_settings
 from xkv_fx.errors import BudgetError, FileFormatError, ModelMismatchError
 from xkv_fx.fields import ANYTHING, DOCUMENT, LIST, Fields, check_fields
 from xkv_fx.files import check_format, is_finite, is_int, read_json, write_json
-from xkv_fx.formats import LayerFormats, checked_formats
+from xkv_fx.formats import LayerFormats, check_served, checked_formats
 from xkv_fx.layers import HasItemSize, Layers, layers_of
 from xkv_fx.policy import Policy
 
@@ -150,26 +150,35 @@ class Plan:
         """The sum of the capacities."""
         return sum(self.capacities)
 
+    @property
+    def layer_formats(self) -> tuple[LayerFormats | None, ...]:
+        """The formats of each layer, None for the model's dtype."""
+        return (None,) * len(self.capacities) if self.formats is None else self.formats
+
     def check_layers(self, layers: Layers, model: str | None = None) -> None:
         """Check that this plan fits a model with these layers and, where both are known, this fingerprint.
 
         Raises:
-            BudgetError: the number of capacities differs from the number of layers, or a layer is to be stored in
-                another format than the model's dtype.
+            BudgetError: the number of capacities differs from the number of layers, or a layer cannot be stored in
+                its formats.
             ModelMismatchError: the plan was made for another model.
         """
-        count = len(layers_of(layers))
+        specs = layers_of(layers)
+        count = len(specs)
         if len(self.capacities) != count:
             raise BudgetError(
                 f"the plan has {len(self.capacities)} capacities but the model has {count} layers that own a KV "
                 "cache; give one capacity for each of them"
             )
-        for layer, pair in enumerate(self.formats or ()):
-            if pair is not None:
-                raise BudgetError(
-                    f"the plan stores keys of layer {layer} as {pair[0]} and its values as {pair[1]}, but this version "
-                    "stores keys and values in the model's dtype only; leave formats out"
-                )
+        for layer, (spec, pair) in enumerate(zip(specs, self.layer_formats, strict=True)):
+            if pair is None:
+                continue
+            try:
+                spec.slot_bytes(formats=pair)
+                check_served(pair)
+            except BudgetError as error:
+                stored = f"the plan stores keys of layer {layer} as {pair[0]} and its values as {pair[1]}"
+                raise BudgetError(f"{stored}, but {error}") from error
         planned_for = self.provenance.model
         if planned_for is not None and model is not None and planned_for != model:
             raise ModelMismatchError(
@@ -202,7 +211,7 @@ class Plan:
         Args:
             model: its `LayerSpec`s, or what carries them as `layers`, such as a transformed model.
             batch_size: rows after expansion: batch x beams or return sequences.
-            dtype: dtype of the cache; the model's own by default.
+            dtype: of what is stored in no format of its own; the model's by default.
             max_new_tokens: room set aside for generated tokens; counts under `eviction="append"` only.
 
         Raises:
@@ -211,8 +220,8 @@ class Plan:
         if not is_int(batch_size) or batch_size < 1:
             raise BudgetError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
         layers = layers_of(model)
-        slots = self.slots(layers, max_new_tokens)
-        return sum(n * spec.slot_bytes(dtype) for n, spec in zip(slots, layers, strict=True)) * batch_size
+        planned = zip(self.slots(layers, max_new_tokens), layers, self.layer_formats, strict=True)
+        return sum(slots * spec.slot_bytes(dtype, formats) for slots, spec, formats in planned) * batch_size
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file appears whole or not at all."""

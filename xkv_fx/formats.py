@@ -1,4 +1,4 @@
-"""How slots store keys and values: the names of formats, and a pair of them for each layer.
+"""How slots store keys and values: the names of formats, a pair of them for each layer, and the bytes that they take.
 
 Like the plan, this needs neither torch nor transformers.
 """
@@ -18,6 +18,64 @@ LayerFormats = tuple[SlotFormat, SlotFormat]
 """Of a layer's keys, and of its values."""
 
 _IN_MODEL: LayerFormats = ("model", "model")
+
+SERVED_FORMATS: tuple[str, ...] = ("model",)
+"""Those that models can be served with. A plan with another one fits no model."""
+
+CODE_BITS = {"int8": 8, "int4": 4}
+"""Bits of an element, in formats of codes."""
+_LARGEST_GROUP = 64
+_GROUP_MULTIPLE = 8
+_SCALE_BYTES = 4  # of a group: its scale and its zero, in half precision
+
+
+def group_of(dim: int) -> int:
+    """How many elements of a vector of `dim` share a scale and a zero: the largest multiple of 8 up to 64 that divides
+    it.
+
+    Raises:
+        BudgetError: there is none.
+    """
+    for size in range(_LARGEST_GROUP, 0, -_GROUP_MULTIPLE):
+        if dim % size == 0:
+            return size
+    raise BudgetError(
+        f"no group of {_GROUP_MULTIPLE} to {_LARGEST_GROUP} elements divides a head size of {dim}; store it in the "
+        "model's dtype"
+    )
+
+
+def vector_bytes(name: SlotFormat, dim: int, itemsize: int) -> int:
+    """Bytes of a vector of `dim` elements in a format: elements, or codes with their scales and zeros.
+
+    Args:
+        itemsize: bytes of an element in the model's dtype.
+
+    Raises:
+        BudgetError: this format cannot store such a vector.
+    """
+    if name == "model":
+        return dim * itemsize
+    if name not in CODE_BITS:
+        raise BudgetError(f"there is no kernel for {name} yet; choose one of {', '.join(('model', *CODE_BITS))}")
+    groups = dim // group_of(dim)
+    return dim * CODE_BITS[name] // 8 + groups * _SCALE_BYTES
+
+
+def check_served(pair: LayerFormats | None) -> None:
+    """Refuse a layer's formats that no model can be served with.
+
+    Raises:
+        BudgetError: they are such; the message does not name the layer.
+    """
+    if pair is not None and not all(name in SERVED_FORMATS for name in pair):
+        raise BudgetError("this version stores keys and values in the model's dtype only; leave formats out")
+
+
+def pair_name(pair: LayerFormats | None) -> str:
+    """The formats of a layer in a word: `int8`, or `int8/int4` where keys and values differ."""
+    keys, values = pair or _IN_MODEL
+    return keys if keys == values else f"{keys}/{values}"
 
 
 def checked_formats(formats: Any, layers: int) -> tuple[LayerFormats | None, ...] | None:
@@ -41,12 +99,15 @@ def checked_formats(formats: Any, layers: int) -> tuple[LayerFormats | None, ...
         )
     if len(formats) != layers:
         raise BudgetError(f"formats has {len(formats)} entries for {layers} capacities; give one for each of them")
-    pairs = tuple(checked_pair(pair, layer) for layer, pair in enumerate(formats))
+    pairs = tuple(checked_pair(pair, f"layer {layer}") for layer, pair in enumerate(formats))
     return pairs if any(pairs) else None
 
 
-def checked_pair(pair: Any, layer: int) -> LayerFormats | None:
+def checked_pair(pair: Any, where: str) -> LayerFormats | None:
     """The formats of one layer, None where both are `"model"`.
+
+    Args:
+        where: whose they are, for the message, such as "layer 3".
 
     Raises:
         BudgetError: something else than a pair, or an unknown name.
@@ -55,13 +116,13 @@ def checked_pair(pair: Any, layer: int) -> LayerFormats | None:
         return None
     if not _is_sequence(pair) or len(pair) != 2:
         raise BudgetError(
-            f"the formats of layer {layer} must be None or a pair of names, of keys and of values; got {pair!r:.100}"
+            f"the formats of {where} must be None or a pair of names, of keys and of values; got {pair!r:.100}"
         )
     keys, values = pair
     for what, name in (("keys", keys), ("values", values)):
         if not _is_format(name):
             raise BudgetError(
-                f"unknown format {name!r:.100} of the {what} of layer {layer}; choose one of {', '.join(SLOT_FORMATS)}"
+                f"unknown format {name!r:.100} of the {what} of {where}; choose one of {', '.join(SLOT_FORMATS)}"
             )
     return None if (keys, values) == _IN_MODEL else (keys, values)
 

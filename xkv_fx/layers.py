@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from xkv_fx.errors import BudgetError
 from xkv_fx.fields import Fields, check_fields, or_null, whole
+from xkv_fx.formats import LayerFormats, vector_bytes
 
 
 class HasItemSize(Protocol):
@@ -40,10 +41,25 @@ class LayerSpec:
     itemsize: int
     sliding_window: int | None = None
 
-    def slot_bytes(self, dtype: HasItemSize | None = None) -> int:
-        """Bytes that one slot takes over all KV heads, keys and values together, for one row."""
+    def slot_bytes(self, dtype: HasItemSize | None = None, formats: LayerFormats | None = None) -> int:
+        """Bytes that one slot takes over all KV heads, keys and values together, for one row.
+
+        Args:
+            dtype: of what is stored in `"model"`; the model's own by default.
+            formats: of keys and values, None for that dtype. Codes, scales and zeros are counted.
+
+        Raises:
+            BudgetError: such a slot cannot be stored in these formats.
+        """
         itemsize = self.itemsize if dtype is None else dtype.itemsize
-        return self.kv_heads * (self.key_dim + self.value_dim) * itemsize
+        if formats is None:
+            return self.kv_heads * (self.key_dim + self.value_dim) * itemsize
+        if self.value_dim == 0:
+            raise BudgetError("keys and values are one latent, which is stored in the model's dtype only")
+        keys, values = formats
+        return self.kv_heads * (
+            vector_bytes(keys, self.key_dim, itemsize) + vector_bytes(values, self.value_dim, itemsize)
+        )
 
     def effective_capacity(self, capacity: int) -> int:
         """`capacity`, clamped to the sliding window: older tokens are never attended to."""

@@ -39,11 +39,11 @@ class Budgets(Plan):
         Args:
             model: a transformers causal language model, a transformed one, or its `LayerSpec`s.
             batch_size: rows after expansion: batch x beams or return sequences.
-            dtype: dtype of the cache; the model's own by default.
+            dtype: of what is stored in no format of its own; the model's by default.
             max_new_tokens: room set aside for generated tokens; counts under `eviction="append"` only.
 
         Raises:
-            BudgetError: another number of layers, another format than the model's dtype, or a count that is not a
+            BudgetError: another number of layers, formats that a layer cannot be stored in, or a count that is not a
                 whole number in its range.
             UnsupportedModelError: the model has no KV cache that can be planned.
         """
