@@ -107,7 +107,13 @@ def make_calibration() -> Calibration:
     return Calibration(kl, (0.25, 0.5), (40, 50), 8, PLAN.policy, (SPEC,) * 3, "a model")
 
 
-@pytest.mark.parametrize("make", [make_profile, make_calibration])
+def make_calibration_of_formats() -> Calibration:
+    kl = np.random.default_rng(0).random((2, 3, 3)).astype(np.float32)
+    layers, pairs = (dataclasses.replace(SPEC, key_dim=8, value_dim=8),) * 3, (("int8", "int4"),) * 3
+    return Calibration(kl, (0.25, 0.5, 1.0), (40, 50), 8, PLAN.policy, layers, "a model", pairs)
+
+
+@pytest.mark.parametrize("make", [make_profile, make_calibration, make_calibration_of_formats])
 @given(seed=seeds)
 @examples(40)
 def test_measurements(folder: Path, make: Callable[[], Profile | Calibration], seed: int) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from xkv_fx.capture.captured import CapturedModel
     from xkv_fx.engines.engine import Engine
+    from xkv_fx.formats import LayerFormats
     from xkv_fx.hf.generation import BudgetedLM
     from xkv_fx.layers import HasItemSize
     from xkv_fx.lowering.plain import BudgetedModule
@@ -90,8 +91,9 @@ def calibrate(
     progress: Callable[[int, int], None] | None = None,
     resume: str | os.PathLike[str] | None = None,
     group: ProcessGroup | None = None,
+    formats: Sequence[str | LayerFormats] | None = None,
 ) -> Calibration:
-    """Measure how far the output strays from the full cache when one layer alone holds less.
+    """Measure how far the output strays from the full cache when one layer alone holds less, or stores fewer bits.
 
     Each prompt is prefilled, which attends to all of its tokens whatever the budgets are; then one layer keeps the
     survivors that the policy chooses for a capacity, all others keep everything, and the last `continuation` tokens of
@@ -102,12 +104,16 @@ def calibrate(
 
     Only the continuation is run again, from the changed layer on, all capacities of a layer in one pass.
 
+    With `formats`, each capacity is measured in each of them, and so is evicting nothing. What survives the prompt is
+    stored in the formats, and so is every token of the continuation before it is attended to; the prompt itself is
+    attended to as it is. `solve` then chooses capacity and formats of each layer together.
+
     Args:
         model: a transformers causal language model; it is not changed.
         prompts: strings, or token ids of shape `[S]` or `[1, S]`, like those the plan will serve; the last
             `continuation` tokens of each are its continuation.
         grid: capacities to measure, ascending, as shares of the tokens before the continuation, above 0 and below 1;
-            1/64, 1/32, 1/16, 1/8, 1/4, 3/8, 1/2 and 3/4 by default.
+            1/64, 1/32, 1/16, 1/8, 1/4, 3/8, 1/2 and 3/4 by default; fewer for each pair of formats.
         policy: the policy that the plan will be served with; the paper's scorer with a ring by default.
         continuation: tokens fed after each prompt.
         tokenizer: needed for strings.
@@ -115,28 +121,34 @@ def calibrate(
         resume: a folder for what was measured so far, one file a prompt. After an interruption the same call goes on
             from there; results of other weights, policies, grids or prompts are not taken.
         group: processes to share the prompts with; see `profile`. With `resume` each writes the files of its prompts.
+        formats: what slots may store, `"model"` (the model's dtype), `"int8"` and `"int4"`: each for keys and values
+            alike, and int8 keys with int4 values where both are named. Or pairs of such names, of keys and of values.
+            The model's dtype alone by default.
 
     Raises:
         PromptError: no prompts, one that is too short for its continuation or too long for the model's positions, or
             one with tokens that the model does not have.
         UnsupportedModelError: the model cannot be captured exactly, or its tokens meet outside attention.
-        BudgetError: a grid or continuation out of range, an unknown scorer, a policy that never evicts, or processes of
-            the group that were given something else.
+        BudgetError: a grid or continuation out of range, an unknown scorer, a policy that never evicts, formats
+            that are unknown or that a layer cannot be stored in, or processes of the group that were given something
+            else.
     """
     from xkv_fx.hf.capture import capture
     from xkv_fx.hf.prompts import tokenize
     from xkv_fx.planning.measure.calibrate import check_measurable, measure_calibration
+    from xkv_fx.planning.measure.points import pairs_to_measure
     from xkv_fx.planning.measure.team import team_of
 
     policy = Policy() if policy is None else policy
 
     def prepare() -> tuple[tuple[Tensor, ...], CapturedModel]:
         check_measurable(policy, continuation, grid)
+        pairs_to_measure(formats)
         return tokenize(prompts, tokenizer), capture(model, decode=False)
 
     team = team_of(group, model)
     rows, captured = team.together(prepare)
-    return measure_calibration(captured, rows, policy, grid, continuation, progress, resume, team)
+    return measure_calibration(captured, rows, policy, grid, continuation, progress, resume, team, formats)
 
 
 def solve(

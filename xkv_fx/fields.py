@@ -124,7 +124,12 @@ def refuse_missing(data: Collection[str], expected: Fields, what: str = "it", op
 
 
 def read_header(
-    metadata: Mapping[str, str] | None, kind: str, newest: int, expected: Fields, oldest: int = 1
+    metadata: Mapping[str, str] | None,
+    kind: str,
+    newest: int,
+    expected: Fields,
+    oldest: int = 1,
+    since: Mapping[int, Fields] | None = None,
 ) -> dict[str, Any]:
     """Our JSON from a safetensors file's metadata, its format, version and fields checked.
 
@@ -133,6 +138,7 @@ def read_header(
         kind: the format, such as "xkv_fx.profile".
         newest, oldest: versions that are read.
         expected: its fields, besides those of `DOCUMENT`.
+        since: what else files hold from a version on.
 
     Raises:
         FileFormatError: it is not as said; the message does not name the file.
@@ -141,7 +147,11 @@ def read_header(
         header = parse_json((metadata or {}).get(HEADER, ""))
     except ValueError as error:
         raise FileFormatError(f"its metadata holds no JSON of a {kind.rpartition('.')[2]}") from error
-    return check_fields(check_format(header, kind, newest, oldest), {**DOCUMENT, **expected})
+    header = check_format(header, kind, newest, oldest)
+    fields = {**DOCUMENT, **expected}
+    for version, added in (since or {}).items():
+        fields |= added if header["version"] >= version else {}
+    return check_fields(header, fields)
 
 
 def _check_value(value: Any, field: Field, name: str) -> None:

@@ -54,12 +54,21 @@ def vector_bytes(name: SlotFormat, dim: int, itemsize: int) -> int:
     Raises:
         BudgetError: this format cannot store such a vector.
     """
+    check_has_kernel(name)
     if name == "model":
         return dim * itemsize
-    if name not in CODE_BITS:
-        raise BudgetError(f"there is no kernel for {name} yet; choose one of {', '.join(('model', *CODE_BITS))}")
     groups = dim // group_of(dim)
     return dim * CODE_BITS[name] // 8 + groups * _SCALE_BYTES
+
+
+def check_has_kernel(name: SlotFormat) -> None:
+    """Refuse a format that nothing reads yet.
+
+    Raises:
+        BudgetError: it is one.
+    """
+    if name != "model" and name not in CODE_BITS:
+        raise BudgetError(f"there is no kernel for {name} yet; choose one of {', '.join(('model', *CODE_BITS))}")
 
 
 def check_served(pair: LayerFormats | None) -> None:

@@ -22,6 +22,7 @@ from xkv_fx.planning.data.hull import gain_curve
 from xkv_fx.planning.data.load_measured import load_measured
 from xkv_fx.planning.data.profile_data import Profile
 
+FILES = Path(__file__).parents[2] / "files_of_0_1"
 GRID = (0.125, 0.25, 0.5)
 SPEC = LayerSpec(4, 2, 8, 8, 4)
 SLIDING = LayerSpec(4, 2, 8, 8, 4, sliding_window=16)
@@ -88,6 +89,106 @@ def test_solve_takes_it_by_default_with_its_own_allocator() -> None:
     assert provenance.expected_retention is None
     assert provenance.expected_kl == pytest.approx(made().expected_kl(budgets.capacities))
     assert provenance.source == made().digest()
+
+
+# Formats
+
+INT8, INT4 = ("int8", "int8"), ("int4", "int4")
+OF_FORMATS: dict[str, Any] = {
+    "grid": (0.5, 0.75, 0.25, 0.5, 1.0, 0.125, 0.5, 1.0),
+    "formats": (None, None, INT8, INT8, INT8, INT4, INT4, INT4),
+    "kl": np.array([[[0.4, 0.1, 0.9, 0.41, 0.001, 2.0, 0.45, 0.05]], [[0.2, 0.1, 0.5, 0.21, 0.003, 2.2, 0.45, 0.05]]],
+                   dtype=np.float32).repeat(2, 1),
+}  # fmt: skip
+
+
+def test_each_pair_of_formats_has_its_curve() -> None:
+    calibration = made(**OF_FORMATS)
+    assert calibration.pairs == (None, INT8, INT4)
+    curves = calibration.kl_curves(80)
+    assert curves.shape == (3, 2, 81)
+    np.testing.assert_allclose(curves[0, 0, [40, 60, 80]], [0.3, 0.1, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(curves[1, 0, [20, 40, 80]], [0.7, 0.31, 0.002], rtol=1e-6)
+    np.testing.assert_allclose(curves[2, 1, [10, 40, 80]], [2.1, 0.45, 0.05], rtol=1e-6)
+    assert (np.diff(curves) <= 0).all()
+    assert calibration.least_shares().tolist() == [0.5, 0.25, 0.125]
+    assert calibration.expected_kl((40, 80), 80, (None, INT4)) == pytest.approx(0.3 + 0.05, rel=1e-6)
+    assert calibration.expected_kl((60, 80), 80) == pytest.approx(0.1, rel=1e-6)
+
+
+def test_more_tokens_that_seem_worse_are_taken_for_chance() -> None:
+    kl = np.array([[[0.4, 0.02, 0.03]]], dtype=np.float32)
+    curve = made(kl=kl, lengths=(64,), layers=(SPEC,), grid=(0.25, 0.5, 1.0), formats=(INT8,) * 3).kl_curves(64)[0, 0]
+    assert curve[32:].tolist() == pytest.approx([0.02] * 33)
+
+
+def test_a_sliding_layer_strays_no_less_beyond_its_window() -> None:
+    curve = made(**OF_FORMATS, layers=(SPEC, SLIDING)).kl_curves(80)[1, 1]
+    assert (curve[16:] == curve[16]).all()
+    assert curve[8] == pytest.approx(0.31)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"formats": (INT8,) * 7}, "formats must be 8 pairs, one for each point of the grid"),
+        ({"formats": "int8int8"}, "formats must be 8 pairs"),
+        ({"formats": (None, None, *("int8",) * 6)}, "the formats of point 2 must be None or a pair"),
+        ({"formats": (None,) * 8}, "ascending"),
+        ({"formats": (None, None, INT8, INT8, INT4, INT4, INT4, INT4)}, "the last point in int8 must be 1, all tokens"),
+        ({"grid": (0.5, 0.75, 0.5, 0.25, 1.0, 0.125, 0.5, 1.0)}, "ascending"),
+        ({"grid": (0.5, 1.0, 0.25, 0.5, 1.0, 0.125, 0.5, 1.0)}, "below 1"),
+        ({"layers": (SPEC, LayerSpec(4, 2, 8, 20, 4))}, "layer 1 cannot be stored as int8: no group"),
+        ({"layers": (LayerSpec(4, 1, 8, 0, 4),) * 2}, "layer 0 cannot be stored as int8: .* one latent"),
+    ],
+)
+def test_what_cannot_have_been_measured_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        made(**{**OF_FORMATS, **options})
+
+
+def test_what_was_not_measured_is_not_expected() -> None:
+    with pytest.raises(
+        BudgetError, match="int8/int4 was not measured; the formats of this calibration are model, int8"
+    ):
+        made(**OF_FORMATS).expected_kl((4, 4), formats=(None, ("int8", "int4")))
+    with pytest.raises(BudgetError, match="formats of 1 layers were given"):
+        made(**OF_FORMATS).expected_kl((4, 4), formats=(None,))
+    with pytest.raises(BudgetError, match="kl_curves gives"):
+        made(**OF_FORMATS).mean_curve(80)
+
+
+def test_only_a_calibration_with_formats_is_of_version_2(tmp_path: Path) -> None:
+    """What 0.1 could say is written as it wrote it."""
+    for calibration, version in ((made(), 1), (made(**OF_FORMATS), 2)):
+        calibration.save(tmp_path / "c.safetensors")
+        with safetensors.safe_open(tmp_path / "c.safetensors", framework="np") as file:
+            header = json.loads(file.metadata()[HEADER])
+        assert header["version"] == version
+        assert ("formats" in header) == (version == 2)
+        loaded = Calibration.load(tmp_path / "c.safetensors")
+        assert loaded == load_measured(tmp_path / "c.safetensors") == calibration
+        assert (loaded.formats, loaded.grid) == (calibration.formats, calibration.grid)
+    again = Calibration.load(FILES / "calibration.safetensors")
+    again.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (FILES / "calibration.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 1}, "unknown field 'formats'"),
+        ({"formats": None}, "'formats' has the wrong type: None"),
+        ({"formats": [None] * 8}, "ascending"),
+        ({"formats": [["int8", "int3"]] * 8}, "unknown format 'int3' of the values of point 0"),
+        ({"formats": [None, None, *[["int8", "int4"]] * 3, *[["int4", "int4"]] * 3]}, "checksum"),
+    ],
+    ids=str,
+)
+def test_a_file_with_wrong_formats_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = rewritten(tmp_path / "c.safetensors", made(**OF_FORMATS), **changes)
+    with pytest.raises(FileFormatError, match=f"c.safetensors: .*{message}"):
+        Calibration.load(path)
 
 
 def concave(curve: NDArray[np.float64]) -> list[float]:
@@ -191,8 +292,10 @@ def test_file_round_trip(tmp_path: Path) -> None:
         Calibration.load(path)
 
 
-def rewritten(path: Path, tensors: dict[str, Any] | None = None, **changes: Any) -> Path:
-    made().save(path)
+def rewritten(
+    path: Path, calibration: Calibration | None = None, tensors: dict[str, Any] | None = None, **changes: Any
+) -> Path:
+    (calibration or made()).save(path)
     with safetensors.safe_open(path, framework="np") as file:
         header = json.loads(file.metadata()[HEADER])
         held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -214,6 +317,7 @@ def rewritten(path: Path, tensors: dict[str, Any] | None = None, **changes: Any)
         ({"lengths": [1]}, "prompts, layers, grid"),
         ({"lengths": ["a", "b"]}, "whole number"),
         ({"surprise": 1}, "its fields are"),
+        ({"version": 2}, "it lacks 'formats'"),
         ({"layers": [{}, {}]}, "fields of layer 0"),
         ({"tensors": {"kl": KL.astype(np.float64)}}, "float32"),
         ({"tensors": {"other": KL}}, "one array 'kl'"),

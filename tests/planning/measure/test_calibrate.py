@@ -16,12 +16,13 @@ from transformers import BloomConfig, BloomForCausalLM
 import xkv_fx
 from xkv_fx import Budgets, Calibration, Policy
 from xkv_fx.errors import BudgetError, PromptError, UnsupportedModelError
+from xkv_fx.formats import LayerFormats
 from xkv_fx.hf.capture import capture
 from xkv_fx.hf.inspect import fingerprint
-from xkv_fx.planning.measure.calibrate import GRID, cut_checked, measure_calibration, remove_parts
-from xkv_fx.planning.measure.continuation import cut_model, run_full
+from xkv_fx.planning.measure.calibrate import cut_checked, measure_calibration, remove_parts
+from xkv_fx.planning.measure.continuation import FULL, cut_model, layer_plans, run_full
+from xkv_fx.planning.measure.points import GRID
 from xkv_fx.runtime.scorers import SnapKV
-from xkv_fx.runtime.slots import slot_plans
 
 PROMPTS = [random_ids(1, length, seed=length)[0] for length in (40, 31)]
 PROMPTS_ROWS = [ids[None] for ids in PROMPTS]
@@ -48,8 +49,8 @@ def test_each_layer_is_cut_alone() -> None:
         for layer in range(2):
             for place, share in enumerate(SHARES):
                 capacity = round(share * (len(ids) - NEW_TOKENS))
-                slots = slot_plans(Budgets((capacity,) * 2, APPEND), layers, NEW_TOKENS)
-                plan = [slots[layer] if other == layer else None for other in range(2)]
+                cut = layer_plans(Budgets((capacity,) * 2, APPEND), layers, NEW_TOKENS)
+                plan = [cut[layer] if other == layer else FULL for other in range(2)]
                 expected = float(full.divergence([plan]).mean())
                 assert calibration.kl[prompt, layer, place] == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
@@ -61,6 +62,34 @@ def test_it_says_what_it_was_made_for() -> None:
     assert calibration.grid == SHARES
     assert calibration.model == fingerprint(model())
     assert calibrate(grid=None, prompts=PROMPTS[:1]).grid == GRID
+
+
+def test_each_layer_is_stored_in_fewer_bits_alone() -> None:
+    calibration = calibrate(formats=("model", "int8", "int4"))
+    pairs: list[LayerFormats | None] = [None, ("int8", "int8"), ("int8", "int4"), ("int4", "int4")]
+    assert calibration.formats == (*[None] * 2, *(pair for pair in pairs[1:] for _ in range(3)))
+    assert calibration.grid == (*SHARES, *(0.25, 0.5, 1.0) * 3)
+    np.testing.assert_allclose(calibration.kl[:, :, :2], calibrate().kl, rtol=1e-3, atol=1e-7)
+    layers, ids = captured("llama", 2, 1).layers, PROMPTS[0]
+    full = run_full(cut_model(captured("llama", 2, 1)), SnapKV(), ids[None], NEW_TOKENS)
+    (_, (slots, _)) = layer_plans(Budgets((17, 17), APPEND), layers, NEW_TOKENS)
+    for at, pair in enumerate(pairs[1:]):
+        expected = full.divergence([(FULL, (slots, pair)), (FULL, (None, pair))]).mean(1)
+        np.testing.assert_allclose(calibration.kl[0, 1, [3 + 3 * at, 4 + 3 * at]], expected, rtol=1e-3, atol=1e-7)
+
+
+def test_the_models_dtype_named_is_as_if_nothing_was() -> None:
+    named, plain = calibrate(formats=("model",)), calibrate()
+    assert named == plain
+    assert named.digest() == plain.digest()
+    assert named.formats is None
+
+
+def test_partial_results_of_other_formats_are_not_taken(tmp_path: Path) -> None:
+    first = calibrate(resume=tmp_path, formats=("int8",))
+    assert calibrate(resume=tmp_path, formats=("int4",)) != first
+    assert calibrate(resume=tmp_path, formats=("int8",)) == first
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_the_model_is_left_alone() -> None:
@@ -137,6 +166,8 @@ def test_progress_is_reported() -> None:
         ({"grid": (0.5, 1.0)}, BudgetError, "below 1"),
         ({"grid": (float("nan"), 0.5)}, BudgetError, "ascending"),
         ({"grid": "half"}, BudgetError, "grid must be shares"),
+        ({"formats": "int8"}, BudgetError, "formats must be a sequence"),
+        ({"formats": ("int8", "fp8")}, BudgetError, "no kernel for fp8"),
     ],
 )
 def test_bad_input_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -6,16 +6,17 @@ import functools
 
 import pytest
 import torch
+from oracles.stored_llama import continue_over_slots
 from ready_models import captured, model, transformed
 from tiny_models import FAMILIES, random_ids
 from torch import Tensor
 
 from xkv_fx import Budgets, Policy
 from xkv_fx.errors import PromptError
+from xkv_fx.formats import LayerFormats
 from xkv_fx.passes.measure.cut_at_attention import CutModel
-from xkv_fx.planning.measure.continuation import FullRun, cut_model, run_full
+from xkv_fx.planning.measure.continuation import FULL, FullRun, LayerPlans, cut_model, layer_plans, run_full
 from xkv_fx.runtime.scorers import SnapKV
-from xkv_fx.runtime.slots import SlotPlan, slot_plans
 
 IDS = random_ids(1, 60, seed=1)
 NEW = 12
@@ -33,8 +34,8 @@ def full(family: str) -> FullRun:
     return run_full(cut(family), SnapKV(), IDS, NEW)
 
 
-def slots(family: str, capacities: tuple[int, ...], eviction: str) -> tuple[SlotPlan, ...]:
-    return slot_plans(Budgets(capacities, Policy(eviction=eviction)), captured(family, 2, 1).layers, NEW)  # type: ignore[arg-type]
+def plan_of(family: str, capacities: tuple[int, ...], eviction: str) -> LayerPlans:
+    return layer_plans(Budgets(capacities, Policy(eviction=eviction)), captured(family, 2, 1).layers, NEW)  # type: ignore[arg-type]
 
 
 def decoded(family: str, capacities: tuple[int, ...], eviction: str) -> Tensor:
@@ -56,7 +57,7 @@ def decoded(family: str, capacities: tuple[int, ...], eviction: str) -> Tensor:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_one_pass_is_decoding_one_by_one(family: str, eviction: str) -> None:
     plans = PLANS if family == "llama" else PLANS[:1]
-    kl = full(family).divergence([slots(family, capacities, eviction) for capacities in plans])
+    kl = full(family).divergence([plan_of(family, capacities, eviction) for capacities in plans])
     for found, capacities in zip(kl, plans, strict=True):
         torch.testing.assert_close(found, decoded(family, capacities, eviction), atol=2e-5, rtol=1e-3)
 
@@ -64,12 +65,12 @@ def test_one_pass_is_decoding_one_by_one(family: str, eviction: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_budgets_change_nothing(family: str) -> None:
     layers = captured(family, 2, 1).layers
-    assert float(full(family).divergence([(None,) * len(layers)] * 2).max()) < 1e-8
+    assert float(full(family).divergence([(FULL,) * len(layers)] * 2).max()) < 1e-8
 
 
 def test_plans_of_any_order_are_measured_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = slots("llama", (20, 9), "append"), slots("llama", (15, 30), "append")
-    plans = [(None, first[1]), first, (None, None), (second[0], None), (None, second[1]), second]
+    first, second = plan_of("llama", (20, 9), "append"), plan_of("llama", (15, 30), "append")
+    plans = [(FULL, first[1]), first, (FULL, FULL), (second[0], FULL), (FULL, second[1]), second]
     run = full("llama")
     together = run.divergence(plans)
     alone = torch.cat([run.divergence([plan]) for plan in plans])
@@ -82,3 +83,38 @@ def test_plans_of_any_order_are_measured_as_if_alone(monkeypatch: pytest.MonkeyP
 def test_a_prompt_that_is_all_continuation_is_refused() -> None:
     with pytest.raises(PromptError, match="leaves none before its continuation"):
         run_full(cut("llama"), SnapKV(), IDS[:, :NEW], NEW)
+
+
+@pytest.mark.parametrize("eviction", ["append", "ring"])
+def test_formats_are_what_slots_give_back(eviction: str) -> None:
+    """What survives the prompt, and every token of the continuation before it is attended to."""
+    (first, _), (second, _) = plan_of("llama", (20, 9), eviction)
+    plans: list[LayerPlans] = [
+        (FULL, (None, ("int4", "int4"))),
+        ((first, ("int8", "int4")), FULL),
+        ((first, ("int4", "model")), (second, ("int8", "int8"))),
+    ]
+    with torch.no_grad():
+        reference = model("llama")(IDS).logits[0, -NEW:].double().log_softmax(-1)
+    for found, plan in zip(full("llama").divergence(plans), plans, strict=True):
+        log_q = continue_over_slots(model("llama"), IDS, NEW, plan).double().log_softmax(-1)
+        torch.testing.assert_close(found, (reference.exp() * (reference - log_q)).sum(-1), atol=2e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_slots_evicted_by_score_store_alike(family: str) -> None:
+    """Where nothing is evicted yet, it does not matter what would be."""
+    pair: LayerFormats = ("int8", "int4")
+    (scored, _), (append, _) = (plan_of(family, (60, 60), eviction)[1] for eviction in ("scored", "append"))
+    kl = full(family).divergence([(FULL, (slots, pair)) for slots in (scored, append, None)])
+    assert kl.min(1).values.min() > 1e-9
+    torch.testing.assert_close(kl[0], kl[1], atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(kl[0], kl[2], atol=1e-6, rtol=1e-3)
+
+
+def test_what_cut_layers_hold_is_not_remembered() -> None:
+    run = full("llama")
+    (first, _), _ = plan_of("llama", (20, 9), "append")
+    run.divergence([((first, ("int8", "int8")), FULL), (FULL, FULL)])
+    assert set(run._held) <= {(0, FULL), (1, FULL)}
+    assert not run._stored

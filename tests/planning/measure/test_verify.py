@@ -15,10 +15,9 @@ from xkv_fx import Budgets, Calibration, LayerSpec, Policy, Verification
 from xkv_fx.budgets import Provenance
 from xkv_fx.errors import BudgetError, ModelMismatchError, PromptError
 from xkv_fx.planning.measure.bootstrap import Estimate
-from xkv_fx.planning.measure.continuation import cut_model, run_full
+from xkv_fx.planning.measure.continuation import cut_model, layer_plans, run_full
 from xkv_fx.planning.measure.verify import uniform_like
 from xkv_fx.runtime.scorers import SnapKV
-from xkv_fx.runtime.slots import slot_plans
 
 PROMPTS = [random_ids(1, 40, seed=seed)[0] for seed in range(4)]
 NEW = 6
@@ -38,7 +37,7 @@ def test_a_plan_beside_uniform_at_equal_bytes() -> None:
     cut = cut_model(captured("llama", 2, 1))
     for prompt, ids in enumerate(PROMPTS):
         run = run_full(cut, SnapKV(), ids[None], NEW)
-        ours, even = (slot_plans(Budgets(c, APPEND), layers, NEW) for c in (SKEWED.capacities, (13, 13)))
+        ours, even = (layer_plans(Budgets(c, APPEND), layers, NEW) for c in (SKEWED.capacities, (13, 13)))
         expected = run.divergence([ours, even]).mean(1)
         assert report.kl[prompt] == pytest.approx(float(expected[0]), rel=1e-3)
         assert report.uniform_kl[prompt] == pytest.approx(float(expected[1]), rel=1e-3)

@@ -8,7 +8,7 @@ import itertools
 import json
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,37 +19,42 @@ from numpy.typing import NDArray
 from xkv_fx.errors import BudgetError, FileFormatError
 from xkv_fx.fields import HEADER, LIST, NUMBER, OBJECT, TEXT, Fields, list_of, read_header, whole
 from xkv_fx.files import check_safetensors_size, is_int, written_whole
+from xkv_fx.formats import LayerFormats, checked_pair, pair_name
 from xkv_fx.layers import LayerSpec, layer_specs
-from xkv_fx.planning.data.hull import gain_curve
+from xkv_fx.planning.data.hull import gain_curve, kl_curve
 from xkv_fx.planning.data.measured_file import reading
 from xkv_fx.planning.data.profile_data import check_context
 from xkv_fx.policy import Policy
 
 FORMAT = "xkv_fx.calibration"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 has no formats
 MAX_CALIBRATION_BYTES = 256 * 2**20
 _FIELDS: Fields = {
     "sha256": TEXT, "model": TEXT, "policy": OBJECT, "layers": LIST, "grid": list_of(NUMBER),
     "lengths": list_of(whole(1)), "continuation": whole(1),
 }  # fmt: skip
+_SINCE: Mapping[int, Fields] = {2: {"formats": LIST}}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibration:
-    """Measured KL divergence to the full cache, for each layer alone at several capacities.
+    """Measured KL divergence to the full cache, for each layer alone at several capacities, and in several formats.
 
     Attributes:
         kl: mean over continuation tokens of KL(full || cut), nats, float32 `[prompts, layers, grid]`, read-only.
-        grid: the capacities, ascending, as shares of the prompt tokens that a layer can hold, above 0 and below 1.
+        grid: the capacities, ascending, as shares of the prompt tokens that a layer can hold, above 0 and below 1. With
+            formats, those of one pair after another; that of each but the model's dtype ends with 1, all tokens.
         lengths: tokens of each prompt before its continuation.
         continuation: tokens that were fed after each prompt.
         policy: the policy that was measured: `eviction` says whether continuation tokens came on top of a capacity
             (`"append"`) or took the place of others (`"ring"`, `"scored"`).
         layers: the layers that own a KV cache, in execution order.
         model: fingerprint of the model.
+        formats: of keys and values at each point of the grid, None for the model's dtype; None as a whole where all are
+            in that. In the model's dtype, holding all tokens strays by nothing, and is not measured.
 
     Raises:
-        BudgetError: values of the wrong shape, negative or not finite.
+        BudgetError: values of the wrong shape, negative or not finite; or formats that a layer cannot be stored in.
     """
 
     kl: NDArray[np.float32]
@@ -59,6 +64,7 @@ class Calibration:
     policy: Policy
     layers: tuple[LayerSpec, ...]
     model: str
+    formats: tuple[LayerFormats | None, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
@@ -73,7 +79,8 @@ class Calibration:
             raise BudgetError("a calibration needs at least one prompt")
         if not is_int(self.continuation) or self.continuation < 1:
             raise BudgetError(f"continuation must be a whole number of at least 1; got {self.continuation!r}")
-        grid = check_grid(self.grid)
+        grid, formats = _checked_points(self.grid, self.formats)
+        check_storable(formats or (), layers)
         kl = self.kl
         shape = (len(lengths), len(layers), len(grid))
         if not isinstance(kl, np.ndarray) or kl.dtype not in (np.float32, np.float64) or kl.shape != shape:
@@ -84,7 +91,8 @@ class Calibration:
                 raise BudgetError(f"the KL divergences of prompt {prompt} hold NaN, an infinity or a negative value")
         kl = np.array(kl, dtype=np.float32, order="C")
         kl.flags.writeable = False
-        for name, value in (("kl", kl), ("grid", grid), ("lengths", lengths), ("layers", layers)):
+        checked = {"kl": kl, "grid": grid, "lengths": lengths, "layers": layers, "formats": formats}
+        for name, value in checked.items():
             object.__setattr__(self, name, value)
 
     def __eq__(self, other: object) -> bool:
@@ -103,6 +111,42 @@ class Calibration:
         """What else was measured of each layer: nothing."""
         return {}
 
+    @property
+    def pairs(self) -> tuple[LayerFormats | None, ...]:
+        """The formats of keys and values that were measured, None for the model's dtype."""
+        return (None,) if self.formats is None else tuple(dict.fromkeys(self.formats))
+
+    def kl_curves(self, context: int) -> NDArray[np.float64]:
+        """The mean KL of each layer alone in each of `pairs`, holding c of `context` tokens: float64
+        `[pairs, layers, context + 1]`, nats, nowhere rising. Where more tokens were measured to be worse, that is taken
+        for chance.
+
+        Raises:
+            BudgetError: a context that is not a whole number of at least 1.
+        """
+        check_context(context)
+        curves = np.empty((len(self.pairs), len(self.layers), context + 1))
+        for pair, of_pair in zip(self.pairs, curves, strict=True):
+            shares, kl = self._points_of(pair)
+            for spec, measured, curve in zip(self.layers, kl, of_pair, strict=True):
+                held = spec.effective_capacity(context)
+                curve[: held + 1] = kl_curve(shares, np.minimum.accumulate(measured), held)
+                curve[held + 1 :] = curve[held]
+        return curves
+
+    def least_shares(self) -> NDArray[np.float64]:
+        """The smallest share of tokens that was measured in each of `pairs`: float64 `[pairs]`."""
+        return np.array([self._points_of(pair)[0][0] for pair in self.pairs])
+
+    def _points_of(self, pair: LayerFormats | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Shares `[points]`, the last one 1, and the mean KL `[layers, points]` that was measured there."""
+        formats = self.formats or (None,) * len(self.grid)
+        at = [point for point, measured in enumerate(formats) if measured == pair]
+        shares, kl = np.array(self.grid)[at], self.kl.mean(0, dtype=np.float64)[:, at]
+        if pair is None:
+            shares, kl = np.append(shares, 1.0), np.pad(kl, ((0, 0), (0, 1)))
+        return shares, kl
+
     def mean_curve(self, context: int) -> NDArray[np.float64]:
         """What each layer gains by holding c of `context` tokens instead of none: float64 `[layers, context + 1]`,
         nats, concave. Its rise from c to full capacity is the mean KL at c; see `gain_curve`.
@@ -110,9 +154,12 @@ class Calibration:
         For a layer with a sliding window, shares are of what the layer can hold of the context.
 
         Raises:
-            BudgetError: a context that is not a whole number of at least 1.
+            BudgetError: a context that is not a whole number of at least 1, or formats were measured; `kl_curves` has
+                theirs.
         """
         check_context(context)
+        if self.formats is not None:
+            raise BudgetError("this calibration is of several formats; kl_curves gives the divergences in each of them")
         mean = self.kl.mean(0, dtype=np.float64)
         curves = np.empty((len(self.layers), context + 1))
         for layer, spec in enumerate(self.layers):
@@ -121,19 +168,43 @@ class Calibration:
             curves[layer, held + 1 :] = curves[layer, held]
         return curves
 
-    def expected_kl(self, capacities: Sequence[int], context: int | None = None) -> float:
+    def expected_kl(
+        self,
+        capacities: Sequence[int],
+        context: int | None = None,
+        formats: Sequence[LayerFormats | None] | None = None,
+    ) -> float:
         """The sum over layers of the mean KL at these capacities, nats: what a plan would cost if layers only added up.
 
+        Args:
+            capacities: one of each layer.
+            context: tokens of prompt; the longest one by default.
+            formats: of each layer; None for the model's dtype.
+
         Raises:
-            BudgetError: another number of capacities, or values out of range.
+            BudgetError: another number of capacities or formats, values out of range, or formats not measured.
         """
         context = self.context_default if context is None else check_context(context)
-        if len(capacities) != len(self.layers):
-            raise BudgetError(f"{len(capacities)} capacities were given for a calibration of {len(self.layers)} layers")
+        layers = len(self.layers)
+        if len(capacities) != layers:
+            raise BudgetError(f"{len(capacities)} capacities were given for a calibration of {layers} layers")
         if not all(is_int(capacity) and capacity >= 1 for capacity in capacities):
             raise BudgetError("capacities must be whole numbers of at least 1")
-        curves = self.mean_curve(context)
-        return float(sum(curve[-1] - curve[min(int(c), context)] for curve, c in zip(curves, capacities, strict=True)))
+        held = [min(int(capacity), context) for capacity in capacities]
+        pairs = (None,) * layers if formats is None else tuple(formats)
+        if len(pairs) != layers:
+            raise BudgetError(f"formats of {len(pairs)} layers were given for a calibration of {layers} layers")
+        unknown = [pair for pair in pairs if pair not in self.pairs]
+        if unknown:
+            measured = ", ".join(map(pair_name, self.pairs))
+            raise BudgetError(
+                f"{pair_name(unknown[0])} was not measured; the formats of this calibration are {measured}"
+            )
+        if self.formats is None:
+            curves = self.mean_curve(context)
+            return float(sum(curve[-1] - curve[c] for curve, c in zip(curves, held, strict=True)))
+        found = self.kl_curves(context)[[self.pairs.index(pair) for pair in pairs], range(layers), held]
+        return float(found.sum())
 
     def digest(self) -> str:
         """SHA-256 over everything that the calibration holds, in hexadecimal."""
@@ -151,13 +222,18 @@ class Calibration:
             "lengths": list(self.lengths),
             "continuation": self.continuation,
         }
+        if self.formats is not None:
+            description["formats"] = [None if pair is None else list(pair) for pair in self.formats]
         return json.dumps(description, sort_keys=True, default=operator.index)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the calibration as a safetensors file; it appears whole or not at all."""
+        """Write the calibration as a safetensors file; it appears whole or not at all.
+
+        One without formats says nothing that version 1 did not, and stays of that version.
+        """
         header = {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": 1 if self.formats is None else 2,
             "sha256": self.digest(),
             **json.loads(self._description()),
         }
@@ -175,7 +251,7 @@ class Calibration:
         with reading(path, "Calibrate again."):
             check_safetensors_size(path, MAX_CALIBRATION_BYTES)
             with safetensors.safe_open(os.fspath(path), framework="np") as file:
-                header = read_header(file.metadata(), FORMAT, FORMAT_VERSION, _FIELDS)
+                header = read_header(file.metadata(), FORMAT, FORMAT_VERSION, _FIELDS, since=_SINCE)
                 if list(file.keys()) != ["kl"] or file.get_slice("kl").get_dtype() != "F32":
                     raise FileFormatError("it does not hold one array 'kl' of float32")
                 kl = file.get_tensor("kl")
@@ -187,6 +263,7 @@ class Calibration:
                 policy=Policy.from_dict(header["policy"]),
                 layers=layer_specs(header["layers"]),
                 model=header["model"],
+                formats=header.get("formats"),
             )
             if calibration.digest() != header["sha256"]:
                 raise FileFormatError("its content does not match its checksum; it is damaged, so calibrate again")
@@ -199,13 +276,62 @@ def check_grid(grid: Any) -> tuple[float, ...]:
     Raises:
         BudgetError: not ascending shares above 0 and below 1, or fewer than two.
     """
-    try:
-        shares = tuple(map(float, grid))
-    except (TypeError, ValueError) as error:
-        raise BudgetError(f"grid must be shares of the prompt's tokens; got {grid!r:.200}") from error
-    rising = all(low < high for low, high in itertools.pairwise(shares))
-    if len(shares) < 2 or not rising or shares[0] <= 0 or shares[-1] >= 1:
+    shares = _floats(grid)
+    if len(shares) < 2 or not _ascending(shares):
         raise BudgetError(
             f"grid must be at least two ascending shares of the prompt's tokens, above 0 and below 1; got {shares}"
         )
     return shares
+
+
+def _ascending(shares: Sequence[float]) -> bool:
+    """Whether they are ascending shares above 0 and below 1."""
+    rising = all(low < high for low, high in itertools.pairwise(shares))
+    return rising and shares[0] > 0 and shares[-1] < 1
+
+
+def _floats(grid: Any) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, grid))
+    except (TypeError, ValueError) as error:
+        raise BudgetError(f"grid must be shares of the prompt's tokens; got {grid!r:.200}") from error
+
+
+def check_storable(pairs: Sequence[LayerFormats | None], layers: Sequence[LayerSpec]) -> None:
+    """Refuse formats that not all layers can be stored in.
+
+    Raises:
+        BudgetError: there are such; the message names the layer.
+    """
+    for pair in dict.fromkeys(pairs):
+        for layer, spec in enumerate(layers):
+            try:
+                spec.slot_bytes(formats=pair)
+            except BudgetError as error:
+                raise BudgetError(f"layer {layer} cannot be stored as {pair_name(pair)}: {error}") from error
+
+
+def _checked_points(grid: Any, formats: Any) -> tuple[tuple[float, ...], tuple[LayerFormats | None, ...] | None]:
+    """Shares and formats of what was measured, in their one normal form.
+
+    Raises:
+        BudgetError: not a grid for each pair of formats, ending with all tokens in all but the model's dtype.
+    """
+    if formats is None:
+        return check_grid(grid), None
+    shares = _floats(grid)
+    if isinstance(formats, str) or not isinstance(formats, Sequence) or len(formats) != len(shares):
+        raise BudgetError(f"formats must be {len(shares)} pairs, one for each point of the grid; got {formats!r:.100}")
+    pairs = tuple(checked_pair(pair, f"point {point}") for point, pair in enumerate(formats))
+    if not any(pairs):
+        return check_grid(shares), None
+    for pair in dict.fromkeys(pairs):
+        of_pair = [share for share, measured in zip(shares, pairs, strict=True) if measured == pair]
+        if pair is not None and of_pair.pop() != 1:
+            raise BudgetError(f"the last point in {pair_name(pair)} must be 1, all tokens; got {shares}")
+        if not of_pair or not _ascending(of_pair):
+            raise BudgetError(
+                f"the points in {pair_name(pair)} must be ascending shares of the prompt's tokens, above 0 and below "
+                f"1; got {of_pair}"
+            )
+    return shares, pairs

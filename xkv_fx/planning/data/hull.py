@@ -23,17 +23,26 @@ def gain_curve(shares: NDArray[np.float64], kl: NDArray[np.float64], held: int) 
     Returns:
         float64 `[held + 1]`.
     """
-    x = np.append(shares, 1.0)
-    y = np.append(kl, 0.0)
-    corners = lower_hull(x, y)
-    tokens = np.arange(held + 1) / held
-    logs = np.log(np.maximum(tokens, x[0]))
-    curve = np.interp(logs, np.log(x[corners]), y[corners])
-    first, second = corners[0], corners[1]
-    slope = (y[first] - y[second]) / (np.log(x[second]) - np.log(x[first])) / x[first]
-    curve += np.maximum(x[0] - tokens, 0.0) * slope
+    curve = kl_curve(np.append(shares, 1.0), np.append(kl, 0.0), held)
     gains: NDArray[np.float64] = curve[0] - curve
     return gains
+
+
+def kl_curve(shares: NDArray[np.float64], kl: NDArray[np.float64], held: int) -> NDArray[np.float64]:
+    """The divergence at each capacity c = 0 .. `held`, from those at some; see `gain_curve`.
+
+    Args:
+        shares: ascending, the last one 1, `[points]`, at least two.
+        kl: of each, nats, `[points]`.
+    """
+    corners = lower_hull(shares, kl)
+    tokens = np.arange(held + 1) / held
+    logs = np.log(np.maximum(tokens, shares[0]))
+    curve = np.interp(logs, np.log(shares[corners]), kl[corners])
+    first, second = corners[0], corners[1]
+    slope = (kl[first] - kl[second]) / (np.log(shares[second]) - np.log(shares[first])) / shares[first]
+    curve += np.maximum(shares[0] - tokens, 0.0) * slope
+    return np.asarray(curve, dtype=np.float64)
 
 
 def lower_hull(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -22,19 +23,20 @@ from xkv_fx.budgets import Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, PromptError, UnsupportedModelError
 from xkv_fx.files import SEAL, is_int, written_whole
+from xkv_fx.formats import LayerFormats
 from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.measure.cut_at_attention import CutModel
 from xkv_fx.planning.data.calibration_data import Calibration, check_grid
-from xkv_fx.planning.measure.continuation import FullRun, LayerPlans, cut_model, run_full
+from xkv_fx.planning.measure.continuation import FULL, FullRun, LayerPlan, LayerPlans, cut_model, run_full
 from xkv_fx.planning.measure.divergence import kl_divergence
+from xkv_fx.planning.measure.points import GRID, Points, pairs_to_measure, points_to_measure
 from xkv_fx.planning.measure.prompts import check_tokens
 from xkv_fx.planning.measure.team import ALONE, Arrays, Progress, Team
 from xkv_fx.planning.measure.weights import digest_of_weights
 from xkv_fx.policy import Policy
 from xkv_fx.runtime.scorers import Scorer, scorer_of
-from xkv_fx.runtime.slots import SlotPlan, slot_plans
+from xkv_fx.runtime.slots import slot_plans
 
-GRID = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 CALIBRATE_CONTINUATION = 16
 # KL of a continuation that was run again under full budgets; more means that tokens meet outside attention too.
 _SAME = {torch.float32: 1e-6, torch.float64: 1e-9}
@@ -49,8 +51,9 @@ def measure_calibration(
     progress: Progress | None = None,
     resume: str | os.PathLike[str] | None = None,
     team: Team = ALONE,
+    formats: Sequence[str | LayerFormats] | None = None,
 ) -> Calibration:
-    """Measure each layer alone at each capacity of the grid, all others full, on every prompt.
+    """Measure each layer alone at each capacity and in each of the formats, all others full, on every prompt.
 
     Args:
         captured: a model captured for one row.
@@ -62,12 +65,14 @@ def measure_calibration(
         resume: a folder for what was measured so far, a file a prompt; results of the same model, policy, grid and
             prompt are read from there instead of measured.
         team: who measures.
+        formats: see `pairs_to_measure`; the model's dtype alone when None.
 
     Raises:
         PromptError, BudgetError, UnsupportedModelError: see `xkv_fx.calibrate`.
     """
     check_measurable(policy, continuation, grid)
-    shares = check_grid(GRID if grid is None else grid)
+    pairs = pairs_to_measure(formats)
+    points = points_to_measure(pairs, grid, captured.layers)
 
     def prepare() -> tuple[list[Tensor], Scorer, _Partial]:
         team.check_whole(captured)
@@ -78,7 +83,7 @@ def measure_calibration(
             )
         rows = [check_prompt(index, prompt, captured, continuation) for index, prompt in enumerate(prompts)]
         scorer = captured.scorer_of(policy)
-        return rows, scorer, _Partial(resume, captured, policy, shares, continuation)
+        return rows, scorer, _Partial(resume, captured, policy, points, continuation)
 
     rows, scorer, done = team.together(prepare)
     team.check_same(lambda: (done.base, *rows))
@@ -90,13 +95,15 @@ def measure_calibration(
         kl = done.read(ids)
         if kl is None:
             model = cut_checked(captured, scorer, ids, continuation) if model is None else model
-            kl = _measure(model, scorer, captured.layers, policy, shares, ids, continuation)
+            kl = _measure(model, scorer, captured.layers, policy, points, ids, continuation)
             done.write(ids, kl)
         return {"kl": kl}
 
     kl = np.stack([result["kl"] for result in team.measure(len(rows), measure, progress)])
     lengths = tuple(ids.shape[1] - continuation for ids in rows)
-    return Calibration(kl, shares, lengths, continuation, policy, captured.layers, captured.fingerprint)
+    return Calibration(
+        kl, points.shares, lengths, continuation, policy, captured.layers, captured.fingerprint, points.formats
+    )
 
 
 def check_measurable(policy: Policy, continuation: int, grid: Sequence[float] | None = None) -> None:
@@ -140,7 +147,7 @@ def cut_checked(captured: CapturedModel, scorer: Scorer, ids: Tensor, continuati
     few = min(continuation, 8)
     short = ids[:, : min(ids.shape[1], 64 + few)]
     full = run_full(model, scorer, short, few)
-    error = float(full.divergence([(None,) * len(captured.layers)] * 2).mean())
+    error = float(full.divergence([(FULL,) * len(captured.layers)] * 2).mean())
     with torch.no_grad():
         positions = torch.arange(short.shape[1], device=short.device)[None]
         uncut = torch.log_softmax(captured.prompt(short, positions)[0, -few:].float(), -1)
@@ -154,16 +161,23 @@ def cut_checked(captured: CapturedModel, scorer: Scorer, ids: Tensor, continuati
     return model
 
 
-def single_layer_plans(
-    layers: Sequence[LayerSpec], layer: int, capacities: Sequence[int], policy: Policy, continuation: int
-) -> list[LayerPlans]:
-    """For each capacity a plan under which `layer` holds so many tokens and all others everything."""
-    plans: list[LayerPlans] = []
-    for capacity in capacities:
-        slots = slot_plans(Plan((capacity,), policy), (layers[layer],), continuation)
-        plan: list[SlotPlan | None] = [None] * len(layers)
-        plan[layer] = slots[0]
-        plans.append(plan)
+def single_layer_plan(
+    layers: Sequence[LayerSpec],
+    layer: int,
+    share: float,
+    formats: LayerFormats | None,
+    policy: Policy,
+    tokens: int,
+    continuation: int,
+) -> LayerPlans:
+    """The plan under which `layer` holds a share of the `tokens` of a prompt, in these formats, and all others
+    everything."""
+    slots = None
+    if share < 1:
+        capacity = max(1, round(share * layers[layer].effective_capacity(tokens)))
+        (slots,) = slot_plans(Plan((capacity,), policy), (layers[layer],), continuation)
+    plans: list[LayerPlan] = [FULL] * len(layers)
+    plans[layer] = (slots, formats)
     return plans
 
 
@@ -172,19 +186,19 @@ def _measure(
     scorer: Scorer,
     layers: Sequence[LayerSpec],
     policy: Policy,
-    shares: Sequence[float],
+    points: Points,
     ids: Tensor,
     continuation: int,
 ) -> NDArray[np.float32]:
-    """KL of one prompt, float32 `[layers, grid]`."""
+    """KL of one prompt, float32 `[layers, points]`."""
     full: FullRun = run_full(model, scorer, ids, continuation)
-    plans: list[LayerPlans] = []
-    for layer, spec in enumerate(layers):
-        held = spec.effective_capacity(full.prompt_tokens)
-        capacities = [max(1, round(share * held)) for share in shares]
-        plans += single_layer_plans(layers, layer, capacities, policy, continuation)
+    plans = [
+        single_layer_plan(layers, layer, share, formats, policy, full.prompt_tokens, continuation)
+        for layer in range(len(layers))
+        for share, formats in points
+    ]
     measured = full.divergence(plans).mean(1).numpy()
-    kl: NDArray[np.float32] = measured.reshape(len(layers), len(shares)).astype(np.float32)
+    kl: NDArray[np.float32] = measured.reshape(len(layers), len(points)).astype(np.float32)
     if not np.isfinite(kl).all():
         raise PromptError("the model's output is not finite; was it run in a dtype that overflows?")
     return kl
@@ -198,13 +212,15 @@ class _Partial:
         folder: str | os.PathLike[str] | None,
         captured: CapturedModel,
         policy: Policy,
-        shares: Sequence[float],
+        points: Points,
         continuation: int,
     ) -> None:
         self.folder = None if folder is None else Path(folder)
-        self.shape = (len(captured.layers), len(shares))
+        self.shape = (len(captured.layers), len(points))
         self.captured = captured
-        self.settings = policy.to_dict(), list(shares), int(continuation)
+        self.settings: list[Any] = [policy.to_dict(), list(points.shares), int(continuation)]
+        if points.formats is not None:
+            self.settings.append(points.formats)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 

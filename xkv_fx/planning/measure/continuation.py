@@ -14,25 +14,41 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from xkv_fx.budgets import Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import PassError, PromptError
+from xkv_fx.formats import LayerFormats
+from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.analyses.find_attention import check_borrowed
 from xkv_fx.passes.measure.cut_at_attention import CutModel, Segment, Value, cut_at_attention
 from xkv_fx.passes.pipeline import run_pipeline
 from xkv_fx.passes.prepare.clean_graph import CleanGraph
 from xkv_fx.planning.measure.divergence import kl_divergence
-from xkv_fx.planning.measure.held import Held, HeldScored, LayerRun, attend, hold, hold_all
+from xkv_fx.planning.measure.held import Held, HeldScored, LayerRun, as_stored, attend, hold, hold_all
 from xkv_fx.runtime.attention import causal_attention
 from xkv_fx.runtime.scorers import Scorer, future_positions, score_tokens
-from xkv_fx.runtime.slots import SlotPlan
+from xkv_fx.runtime.slots import SlotPlan, slot_plans
 
 # Tokens of all plans together in one pass: enough to keep the matrix products busy.
 _TOKENS_AT_ONCE = 1024
 # Bytes of logits at once.
 _LOGIT_BYTES = 128 * 2**20
 
-LayerPlans = Sequence[SlotPlan | None]
-"""For each layer how it uses its slots, None for the full cache."""
+LayerPlan = tuple[SlotPlan | None, LayerFormats | None]
+"""How a layer uses its slots, None where it holds every token; and the formats of its keys and values, None for the
+model's dtype."""
+FULL: LayerPlan = (None, None)
+LayerPlans = Sequence[LayerPlan]
+"""One for each layer that owns a cache."""
+
+
+def layer_plans(plan: Plan, layers: tuple[LayerSpec, ...], continuation: int) -> LayerPlans:
+    """How the layers hold what `plan` says, with room for a continuation where it is appended.
+
+    Raises:
+        BudgetError: the plan does not fit the layers.
+    """
+    return tuple(zip(slot_plans(plan, layers, continuation), plan.layer_formats, strict=True))
 
 
 def cut_model(captured: CapturedModel, scorer: Scorer | None = None) -> CutModel:
@@ -68,25 +84,42 @@ class FullRun:
     length_dims: dict[str, int]
     logits: Tensor
     tokens: int
-    _held: dict[tuple[int, SlotPlan | None], Held | HeldScored] = dataclasses.field(default_factory=dict, repr=False)
+    _stored: dict[tuple[int, LayerFormats], LayerRun] = dataclasses.field(default_factory=dict, repr=False)
+    _held: dict[tuple[int, LayerPlan], Held | HeldScored] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def prompt_tokens(self) -> int:
         """S, the tokens that prefill sees."""
         return self.layers[0].k.shape[2]
 
-    def held(self, index: int, plan: SlotPlan | None) -> Held | HeldScored:
+    def held(self, index: int, plan: LayerPlan) -> Held | HeldScored:
         """What an attention reaches after the prompt; chosen once for each cache and plan."""
         site = self.model.sites[index]
-        check_borrowed(site, "" if plan is None else plan.eviction)
+        slots, formats = plan
+        check_borrowed(site, "" if slots is None else slots.eviction)
         key = (site.index, plan)
         if key not in self._held:
-            run = self.layers[index]
-            self._held[key] = hold_all(run, self.tokens) if plan is None else hold(run, plan, self.tokens)
+            run = self.stored(index, formats)
+            self._held[key] = hold_all(run, self.tokens) if slots is None else hold(run, slots, self.tokens)
         return self._held[key]
+
+    def stored(self, index: int, formats: LayerFormats | None) -> LayerRun:
+        """What an attention's layer computed for the prompt, K/V as they come back from slots of these formats; made
+        once for each cache. Its scores are those of the prompt, in which nothing was stored yet."""
+        run = self.layers[index]
+        if formats is None:
+            return run
+        key = (self.model.sites[index].index, formats)
+        if key not in self._stored:
+            k, v = as_stored(run.k, run.v, formats)
+            self._stored[key] = dataclasses.replace(run, k=k, v=v)
+        return self._stored[key]
 
     def divergence(self, plans: Sequence[LayerPlans]) -> Tensor:
         """KL divergence of the next-token distributions under each plan from those of the full cache.
+
+        A layer with formats stores what survives the prompt in them, and each token of the continuation before it is
+        attended to; the prompt itself is attended to as it is.
 
         Returns:
             nats, float64 `[plans, T]`: one for each continuation token, once it has been fed.
@@ -97,7 +130,14 @@ class FullRun:
         for start in range(0, len(plans), at_once):
             part = order[start : start + at_once]
             result[part] = self._divergence([plans[row] for row in part]).cpu()
+            self._forget()
         return result
+
+    def _forget(self) -> None:
+        """Let go of what cut layers hold, which would add up to many caches."""
+        self._stored.clear()
+        for key in [key for key in self._held if key[1] != FULL]:
+            del self._held[key]
 
     @torch.no_grad()
     def _divergence(self, plans: Sequence[LayerPlans]) -> Tensor:
@@ -112,13 +152,14 @@ class FullRun:
             joining = sum(start == index for start in starts)
             live = {name: self._extended(name, value, joining) for name, value in live.items()}
             q, k, v = (_split(self._tiled(Value(node.name, 2), live, rows), rows) for node in (site.q, site.k, site.v))
-            groups: dict[SlotPlan | None, list[int]] = {}
+            groups: dict[LayerPlan, list[int]] = {}
             for row, plan in enumerate(plans[:rows]):
                 groups.setdefault(plan[site.index], []).append(row)
             out = q.new_empty((*q.shape[:3], v.shape[3]))
-            for slots, members in groups.items():
-                held = self.held(index, slots)
-                out[members] = attend(q[members], k[members], v[members], held, self.layers[index])
+            for layer_plan, members in groups.items():
+                held = self.held(index, layer_plan)
+                new = as_stored(k[members], v[members], layer_plan[1])
+                out[members] = attend(q[members], *new, held, self.layers[index])
             live = {name: value for name, value in live.items() if name in self.model.needed_from[index + 1]}
             live[site.node.name] = _join(out)
             segment = self.model.segments[index + 1]
@@ -133,7 +174,7 @@ class FullRun:
 
     def _first_cut(self, plan: LayerPlans) -> int:
         """The first attention whose layer does not hold everything; the number of attentions if there is none."""
-        cut = (at for at, site in enumerate(self.model.sites) if plan[site.index] is not None)
+        cut = (at for at, site in enumerate(self.model.sites) if plan[site.index] != FULL)
         return next(cut, len(self.model.sites))
 
     def _extended(self, name: str, value: Tensor, joining: int) -> Tensor:

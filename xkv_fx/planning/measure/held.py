@@ -11,8 +11,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from xkv_fx.formats import LayerFormats, SlotFormat
 from xkv_fx.runtime.attention import apply_sink_logits, causal_attention, merge_attention, slot_attention
 from xkv_fx.runtime.form import AttentionForm
+from xkv_fx.runtime.quantize import Coding
 from xkv_fx.runtime.selection import write_survivors
 from xkv_fx.runtime.slots import EMPTY, SlotPlan
 
@@ -58,6 +60,19 @@ class HeldScored:
     positions: Tensor
     scores: Tensor
     plan: SlotPlan
+
+
+def as_stored(k: Tensor, v: Tensor, formats: LayerFormats | None) -> tuple[Tensor, Tensor]:
+    """Keys and values `[..., dim]` as a layer's slots give them back. Each slot is stored by itself, so it does not
+    matter whether survivors are chosen before or after."""
+    if formats is None:
+        return k, v
+    keys, values = formats
+    return _passed(k, keys), _passed(v, values)
+
+
+def _passed(vectors: Tensor, name: SlotFormat) -> Tensor:
+    return vectors if name == "model" else Coding.of(name, vectors.shape[-1]).passed(vectors)
 
 
 def hold_all(run: LayerRun, tokens: int) -> Held:

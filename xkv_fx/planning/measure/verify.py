@@ -17,11 +17,10 @@ from xkv_fx.errors import BudgetError, PromptError
 from xkv_fx.layers import LayerSpec
 from xkv_fx.planning.measure.bootstrap import Estimate, ratio_of_means
 from xkv_fx.planning.measure.calibrate import check_measurable, check_prompt, cut_checked
-from xkv_fx.planning.measure.continuation import run_full
+from xkv_fx.planning.measure.continuation import layer_plans, run_full
 from xkv_fx.planning.measure.team import Progress
 from xkv_fx.planning.solve.plan import uniform_within_bytes
 from xkv_fx.policy import Policy
-from xkv_fx.runtime.slots import slot_plans
 
 VERIFY_CONTINUATION = 48
 
@@ -146,10 +145,10 @@ def divergence_of_plans(
     if not rows:
         raise PromptError("there are no prompts to measure on; give at least one")
     model = cut_checked(captured, scorer, rows[0], continuation)
-    slots = [slot_plans(plan, captured.layers, continuation) for plan in plans]
+    held = [layer_plans(plan, captured.layers, continuation) for plan in plans]
     results = []
     for done, ids in enumerate(rows, start=1):
-        kl = run_full(model, scorer, ids, continuation).divergence(slots)
+        kl = run_full(model, scorer, ids, continuation).divergence(held)
         if not bool(torch.isfinite(kl).all()):
             raise PromptError(f"the model's output on prompt {done - 1} is not finite; does its dtype overflow?")
         results.append(kl.numpy())
