@@ -167,21 +167,28 @@ def solve(
 ) -> Budgets:
     """Solve how many KV slots each layer gets, under exactly one constraint.
 
+    From a calibration of several formats, each layer's capacity and the formats of its keys and values are chosen
+    together, by measured KL a byte: the sum of KL is above the least possible by less than one step of one layer would
+    gain, which is the first that the bytes no longer pay for.
+
     Args:
         profile: measured retention curves, or a calibration's measured divergences.
-        fraction: the share of `layers * context` tokens to keep, above 0 and at most 1.
-        total_tokens: the sum of the capacities, exact.
+        fraction: the share of `layers * context` tokens to keep, above 0 and at most 1; from a calibration of several
+            formats, of the bytes that a full cache of `context` tokens takes in the model's dtype (sliding windows
+            clamped).
+        total_tokens: the sum of the capacities, exact; not for a calibration of several formats, in which tokens have
+            no one size.
         retention: the mean over layers of the share of attention mass to keep at least, with the fewest tokens; for a
             profile only.
         kv_bytes: the most bytes that the K/V buffers of `batch_size` rows in `dtype` may take.
         context: tokens of prompt to plan for; the longest profiled prompt by default.
         allocator: a registered name or an `Allocator`; by default `"xkv"` for a profile, `"calibrated"` for a
-            calibration.
+            calibration. Only `"calibrated"` chooses formats.
         multiple: round capacities to multiples of this; a total stays exact. Few distinct sizes compile faster.
         floor: the fewest slots of every layer; a layer whose sliding window is smaller gets that.
         batch_size: rows after expansion, batch x beams or return sequences; counts for `kv_bytes` only, since
             capacities are per row.
-        dtype: dtype of the cache for `kv_bytes`; each layer's own by default.
+        dtype: for `kv_bytes`, of what is stored in no format of its own; each layer's own by default.
 
     Returns:
         the plan; its provenance says how it was made, and which retention (of a profile) or KL (of a calibration) is

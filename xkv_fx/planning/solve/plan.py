@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
-import numbers
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xkv_fx.budgets import Plan, Provenance
 from xkv_fx.errors import BudgetError
-from xkv_fx.files import is_int
 from xkv_fx.layers import HasItemSize, LayerSpec
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.curves import mean_retention
 from xkv_fx.planning.data.profile_data import Profile, check_context
 from xkv_fx.planning.solve import allocators, peer_allocators  # noqa: F401  (registers the peers)
 from xkv_fx.planning.solve.allocators import Allocator
+from xkv_fx.planning.solve.constraints import check_fraction, only_constraint, slot_bytes_of, what_bytes_are_of
 from xkv_fx.planning.solve.fill import capacities_for_retention, check_retention
 from xkv_fx.planning.solve.fill_bytes import capacities_for_bytes, check_kv_bytes
 from xkv_fx.planning.solve.limits import Limits, make_limits
+from xkv_fx.planning.solve.plan_formats import plan_with_formats
 
 Curves = NDArray[np.float64]
 Capacities = NDArray[np.int64]
@@ -45,8 +44,11 @@ def solve_plan(
     """See `xkv_fx.solve`."""
     if not isinstance(profile, Profile | Calibration):
         raise BudgetError(f"solve takes an xkv_fx.Profile or Calibration; got {type(profile).__name__}")
-    name, value = _only_constraint(fraction=fraction, total_tokens=total_tokens, retention=retention, kv_bytes=kv_bytes)
+    name, value = only_constraint(fraction=fraction, total_tokens=total_tokens, retention=retention, kv_bytes=kv_bytes)
     context = profile.context_default if context is None else check_context(context)
+    if isinstance(profile, Calibration) and profile.formats is not None:
+        _check_chooses_formats(allocator)
+        return plan_with_formats(profile, name, value, context, multiple, floor, batch_size, dtype)
     calibrated = isinstance(profile, Calibration)
     if allocator is None:
         allocator = "calibrated" if calibrated else "xkv"
@@ -58,11 +60,8 @@ def solve_plan(
     constraint: dict[str, float] = {name: value}
 
     if name == "kv_bytes":
-        slot_bytes = _slot_bytes(profile, batch_size, dtype)
-        if batch_size != 1:
-            constraint["batch_size"] = int(batch_size)
-        if dtype is not None:
-            constraint["itemsize"] = dtype.itemsize
+        slot_bytes = slot_bytes_of(profile.layers, batch_size, dtype)
+        constraint |= what_bytes_are_of(batch_size, dtype)
         curves = profile.mean_curve(context)
         capacities = capacities_within_bytes(share, curves, slot_bytes, value, limits)
     elif name == "retention":
@@ -90,43 +89,27 @@ def solve_plan(
     )
 
 
-def _only_constraint(**constraints: Any) -> tuple[str, Any]:
-    """The name and value of the one constraint that was given, the value as a plain finite number."""
-    given = {name: value for name, value in constraints.items() if value is not None}
-    if len(given) != 1:
-        named = ", ".join(given) or "none"
-        raise BudgetError(f"give exactly one of {', '.join(constraints)}; got {named}")
-    ((name, value),) = given.items()
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        raise BudgetError(f"{name} must be a number; got {value!r}")
-    if name in ("total_tokens", "kv_bytes"):
-        if not is_int(value):
-            raise BudgetError(f"{name} must be a whole number; got {value!r}")
-        return name, int(value)
-    if not math.isfinite(value):
-        raise BudgetError(f"{name} must be finite; got {value!r}")
-    return name, float(value)
+def _check_chooses_formats(allocator: str | Allocator | None) -> None:
+    """Refuse an allocator where layers choose formats, too.
+
+    Raises:
+        BudgetError: it is not the one that does so.
+    """
+    if allocator not in (None, "calibrated"):
+        raise BudgetError(
+            f"the allocator {allocators.allocator(allocator).name!r} shares tokens of one size and cannot choose "
+            "formats; leave allocator out, or calibrate without formats"
+        )
 
 
 def _tokens_of_fraction(fraction: float, limits: Limits) -> int:
-    if not 0 < fraction <= 1:
-        raise BudgetError(f"fraction must be above 0 and at most 1; got {fraction!r}")
+    check_fraction(fraction)
     return whole_tokens(fraction, limits.layers, limits.context)
 
 
 def whole_tokens(fraction: float, layers: int, context: int) -> int:
     """The whole tokens in a share of `layers * context`."""
     return math.floor(fraction * layers * context + 1e-9)  # 0.47 * 5 * 20 is 47, whatever rounding says
-
-
-def _slot_bytes(profile: Profile | Calibration, batch_size: int, dtype: HasItemSize | None) -> NDArray[np.int64]:
-    """Bytes of one slot of each layer over all rows, `[layers]`."""
-    if not is_int(batch_size) or batch_size < 1:
-        raise BudgetError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
-    itemsize = getattr(dtype, "itemsize", None)
-    if dtype is not None and (not is_int(itemsize) or itemsize < 1):
-        raise BudgetError(f"dtype must have its size in bytes, as torch.float16 and numpy.dtype have; got {dtype!r}")
-    return np.array([spec.slot_bytes(dtype) * int(batch_size) for spec in profile.layers], dtype=np.int64)
 
 
 def _share(share: Allocator, curves: Curves, total: int, limits: Limits) -> Capacities:
