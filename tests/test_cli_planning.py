@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from ready_models import model, remember_captures
+from served_formats import serve_formats
 from typer.testing import CliRunner
 
 import xkv_fx
 from xkv_fx import cli
 from xkv_fx.errors import BudgetError
+from xkv_fx.formats import pair_name
 
 RUN = CliRunner()
 MEASURE = ["--length", "30", "--continuation", "6"]
@@ -89,6 +91,28 @@ def test_a_plan_that_is_not_better_is_warned_of_and_replaced_if_asked(
     fallen = xkv_fx.Budgets.load(plan)
     assert fallen.capacities == (10, 10)
     assert fallen.provenance.allocator == "uniform"
+
+
+def test_formats_on_the_command_line(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_formats(monkeypatch)
+    path, plan = tmp_path / "calibration.safetensors", tmp_path / "plan.json"
+    options = ["--formats", "model, int8,int4", "--eviction", "append", "--grid", "0.2", "--grid", "0.6", *MEASURE]
+    shown = json.loads(invoke("calibrate", "--out", path, "--prompts", text, *options, "--json"))
+    assert (shown["formats"], shown["grid"]) == (["model", "int8", "int8/int4", "int4"], [0.2, 0.6, 1.0])
+    calibration = xkv_fx.Calibration.load(path)
+    assert calibration.pairs == (None, ("int8", "int8"), ("int8", "int4"), ("int4", "int4"))
+
+    solving = ["solve", path, "--out", plan, "--fraction", "0.2", "--holdout", text, *MEASURE]
+    shown = json.loads(invoke(*solving, "--json"))
+    solved = xkv_fx.solve(calibration, fraction=0.2)
+    assert [pair and tuple(pair) for pair in shown["formats"]] == list(solved.layer_formats)
+    kept = xkv_fx.Budgets.load(plan)
+    assert (kept.capacities, kept.formats) == (solved.capacities, solved.formats)
+    assert kept.provenance.held_out is not None
+    assert set(kept.provenance.held_out) >= {"single_format", "single_format_ratio", "best"}
+    table = invoke(*solving)
+    assert "formats" in table
+    assert all(pair_name(pair) in table for pair in solved.layer_formats)
 
 
 def test_falling_back_needs_something_to_judge_by(calibrated: Path, tmp_path: Path) -> None:

@@ -247,7 +247,8 @@ def verify(
     tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification | tuple[Verification, ...]:
-    """Measure a plan on held-out prompts, against a uniform plan of equal bytes.
+    """Measure a plan on held-out prompts, against plans of equal bytes: a uniform one in the model's dtype, and the
+    best that stores all layers in one format, with every token where that fits and equal capacities where not.
 
     As in `calibrate`, the last `continuation` tokens of each prompt are fed as decode would, under the plan's own
     policy: on top of the capacities under `eviction="append"`, in place of other tokens under `"ring"` and `"scored"`.
@@ -262,9 +263,10 @@ def verify(
         progress: called as `progress(done, total)` after each prompt.
 
     Returns:
-        mean, median and 95th percentile of both plans' KL to the full cache, and the ratio of the means with its paired
-        95 % bootstrap interval over prompts; `report.better` says whether that lies below 1, and
-        `report.stored_in(budgets)` is the plan with the report in its provenance. One report a plan.
+        mean, median and 95th percentile of these plans' KL to the full cache, and the ratios of the means with their
+        paired 95 % bootstrap intervals over prompts; `report.better` says whether that to uniform lies below 1,
+        `report.best` which of the three is better than the others, and `report.stored_in(budgets)` is the plan with the
+        report in its provenance. One report a plan.
 
     Raises:
         BudgetError: the plan does not fit the model's layers, or never evicts.
@@ -312,7 +314,8 @@ def fit_quality(
         kl: the most that the mean KL over prompts and their continuations may be, nats.
         context: tokens of prompt to plan for; the calibration's longest by default.
         multiple: round capacities to multiples of this.
-        resolution: how exactly to find the total, as a share of layers x context.
+        resolution: how exactly to find the total, as a share of layers x context; of the full cache's bytes where
+            `calib` is of several formats.
         continuation, tokenizer, progress: as in `verify`.
 
     Returns:

@@ -71,13 +71,18 @@ def check_has_kernel(name: SlotFormat) -> None:
         raise BudgetError(f"there is no kernel for {name} yet; choose one of {', '.join(('model', *CODE_BITS))}")
 
 
+def is_served(pair: LayerFormats | None) -> bool:
+    """Whether models can be served with a layer of these formats."""
+    return pair is None or all(name in SERVED_FORMATS for name in pair)
+
+
 def check_served(pair: LayerFormats | None) -> None:
     """Refuse a layer's formats that no model can be served with.
 
     Raises:
         BudgetError: they are such; the message does not name the layer.
     """
-    if pair is not None and not all(name in SERVED_FORMATS for name in pair):
+    if not is_served(pair):
         raise BudgetError("this version stores keys and values in the model's dtype only; leave formats out")
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 import xkv_fx
 from xkv_fx.errors import BudgetError
+from xkv_fx.formats import pair_name
 from xkv_fx.lowering.backends.table import BACKENDS
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ def show_plan(budgets: xkv_fx.Budgets, as_json: bool) -> None:
     result = {
         "capacities": list(budgets.capacities),
         "total_tokens": budgets.total_tokens,
+        "formats": budgets.formats,
         "policy": budgets.policy.to_dict(),
         "provenance": budgets.provenance.to_dict(),
     }
@@ -156,7 +158,8 @@ def show_plan(budgets: xkv_fx.Budgets, as_json: bool) -> None:
         print(json.dumps(result))
         return
     show({"total_tokens": budgets.total_tokens, **budgets.policy.to_dict(), **budgets.provenance.to_dict()}, False)
-    table = Table("layer", "capacity", "recent")
-    for layer, capacity in enumerate(budgets.capacities):
-        table.add_row(str(layer), str(capacity), str(budgets.policy.recent_for(capacity)))
+    table = Table("layer", "capacity", "recent", *(() if budgets.formats is None else ("formats",)))
+    for layer, (capacity, pair) in enumerate(zip(budgets.capacities, budgets.layer_formats, strict=True)):
+        stored = () if budgets.formats is None else (pair_name(pair),)
+        table.add_row(str(layer), str(capacity), str(budgets.policy.recent_for(capacity)), *stored)
     console.print(table)

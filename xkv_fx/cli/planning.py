@@ -18,6 +18,7 @@ from xkv_fx.cli.common import (
     interruptible,
     is_first,
     load,
+    names,
     out_file,
     processes,
     progress,
@@ -26,6 +27,7 @@ from xkv_fx.cli.common import (
     show_plan,
 )
 from xkv_fx.errors import BudgetError
+from xkv_fx.formats import pair_name
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.load_measured import load_measured
 from xkv_fx.planning.data.profile_data import Profile
@@ -87,13 +89,17 @@ def calibrate(
     grid: Annotated[
         list[float] | None, typer.Option(help="Capacities as shares of a prompt, ascending; may be given repeatedly.")
     ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(help="What slots may store, such as model,int8,int4; the model's dtype alone by default."),
+    ] = None,
     scorer: Scorer = "snapkv",
     eviction: Annotated[str, typer.Option(help="ring, scored or append: what will serve.")] = "ring",
     recent: Recent = None,
     sinks: Sinks = 0,
     json_: Json = False,
 ) -> None:
-    """Measure the KL to the full cache when one layer alone holds less.
+    """Measure the KL to the full cache when one layer alone holds less, or stores fewer bits.
 
     Goes on where it was interrupted. Under torchrun, processes share the prompts.
     """
@@ -114,11 +120,13 @@ def calibrate(
                 progress=advance,
                 resume=parts,
                 group=group,
+                formats=None if formats is None else names(formats),
             )
         if is_first(group):
             measured.save(out)
             remove_parts(parts)
-            show({"calibration": str(out), **_summary(measured), "grid": list(measured.grid)}, json_)
+            points = {"grid": sorted(set(measured.grid)), "formats": [pair_name(pair) for pair in measured.pairs]}
+            show({"calibration": str(out), **_summary(measured), **points}, json_)
 
 
 def _summary(measured: Profile | Calibration) -> dict[str, Any]:
@@ -134,7 +142,10 @@ def _summary(measured: Profile | Calibration) -> dict[str, Any]:
 def solve(
     measured: Annotated[Path, typer.Argument(help="A profile or a calibration.")],
     out: Annotated[Path, out_file("Where to write the budgets.")],
-    fraction: Annotated[float | None, typer.Option(help="Share of layers x context to keep.")] = None,
+    fraction: Annotated[
+        float | None,
+        typer.Option(help="Share of layers x context to keep; of a calibration of formats, of the full cache's bytes."),
+    ] = None,
     total_tokens: Annotated[int | None, typer.Option(help="Sum of the capacities.")] = None,
     retention: Annotated[float | None, typer.Option(help="Mean share of attention mass to keep.")] = None,
     kv_bytes: Annotated[int | None, typer.Option(help="Most bytes of KV cache.")] = None,
@@ -146,9 +157,11 @@ def solve(
     multiple: Annotated[int, typer.Option(help="Round capacities to multiples of this.", min=1)] = 16,
     floor: Annotated[int, typer.Option(help="Fewest slots of a layer.", min=1)] = 1,
     holdout: Annotated[
-        list[Path] | None, typer.Option(help="Text files to measure the plan on, against uniform at equal bytes.")
+        list[Path] | None, typer.Option(help="Text files to measure the plan on, against others at equal bytes.")
     ] = None,
-    fall_back: Annotated[bool, typer.Option(help="Write the uniform plan if the solved one is not better.")] = False,
+    fall_back: Annotated[
+        bool, typer.Option(help="If the solved plan is not better, write the best that it was compared with.")
+    ] = False,
     model: Model = "smollm2",
     length: Length = None,
     continuation: Continuation = 48,
@@ -156,8 +169,10 @@ def solve(
 ) -> None:
     """Solve how many slots each layer gets; give exactly one of the constraints.
 
+    From a calibration of several formats, each layer's formats are chosen with them.
+
     With --holdout the plan is measured on those texts; what was found is stored in it, and a plan that is not better
-    than uniform is warned of.
+    than uniform, or than one format for all layers, is warned of.
     """
     if fall_back and not holdout:
         raise BudgetError("--fall-back needs --holdout: without held-out texts nobody knows whether the plan is better")
@@ -177,12 +192,15 @@ def solve(
         report = _verify(budgets, holdout, model, length, continuation)
         errors.print(str(report), markup=False, soft_wrap=True)
         plan = report.stored_in(budgets)
-        if not report.better:
-            kept = "the uniform plan is written instead" if fall_back else "--fall-back writes the uniform plan instead"
+        if report.best != "plan":
+            kept = "that plan is written instead" if fall_back else "--fall-back writes that plan instead"
             errors.print(
-                f"warning: the plan is not better than uniform on these prompts; {kept}", style="yellow", soft_wrap=True
+                f"warning: the plan is not better than {report.rival} on these prompts; {kept}",
+                style="yellow",
+                markup=False,
+                soft_wrap=True,
             )
-            plan = report.uniform_plan(budgets) if fall_back else plan
+            plan = report.rival_plan(budgets) if fall_back else plan
         budgets = plan
     budgets.save(out)
     show_plan(budgets, json_)
@@ -198,7 +216,7 @@ def verify(
     out: Annotated[Path | None, out_file("Write the plan with the result in it here.")] = None,
     json_: Json = False,
 ) -> None:
-    """Measure a plan on held-out texts, against a uniform plan of equal bytes."""
+    """Measure a plan on held-out texts, against others of equal bytes: uniform, and one format for all layers."""
     budgets = xkv_fx.Budgets.load(plan)
     report = _verify(budgets, prompts, model, length, continuation)
     if out is not None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ready_models import captured, model, remember_captures
+from served_formats import serve_formats
 from tiny_models import random_ids
 
 import xkv_fx
@@ -16,7 +17,7 @@ from xkv_fx.budgets import Provenance
 from xkv_fx.errors import BudgetError, ModelMismatchError, PromptError
 from xkv_fx.planning.measure.bootstrap import Estimate
 from xkv_fx.planning.measure.continuation import cut_model, layer_plans, run_full
-from xkv_fx.planning.measure.verify import uniform_like
+from xkv_fx.planning.measure.verify import SINGLE_FORMATS, SingleFormat, single_formats_like, uniform_like
 from xkv_fx.runtime.scorers import SnapKV
 
 PROMPTS = [random_ids(1, 40, seed=seed)[0] for seed in range(4)]
@@ -81,6 +82,115 @@ def test_uniform_takes_no_more_bytes_whatever_the_layers_are() -> None:
     assert even.capacities[2] <= 8
     more = Budgets(tuple(c + 1 for c in even.capacities), APPEND)
     assert more.kv_bytes(layers) > plan.kv_bytes(layers)
+
+
+# Formats
+
+INT8, INT4 = ("int8", "int8"), ("int4", "int4")
+
+
+@pytest.fixture
+def _served(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_formats(monkeypatch)
+
+
+@pytest.mark.usefixtures("_served")
+def test_a_plan_beside_the_best_single_format_at_equal_bytes() -> None:
+    budgets = Budgets((34, 20), APPEND, formats=(INT8, None))
+    layers = captured("llama", 2, 1).layers
+    report = xkv_fx.verify(model(), budgets, PROMPTS, continuation=NEW)
+    assert report.uniform == (16, 16)
+    assert 32 * 128 <= budgets.kv_bytes(layers) == 34 * 2 * (12 + 12) + 20 * 128 < 33 * 128
+    cut, kl = cut_model(captured("llama", 2, 1)), []
+    for ids in PROMPTS:
+        run = run_full(cut, SnapKV(), ids[None], NEW)
+        plans = [budgets, *(Budgets((34, 34), APPEND, formats=(pair,) * 2) for pair in SINGLE_FORMATS)]
+        kl.append(run.divergence([layer_plans(plan, layers, NEW) for plan in plans]).mean(1).numpy())
+    ours, *alike = np.array(kl).T
+    np.testing.assert_allclose(report.kl, ours, rtol=1e-3)
+    assert report.single is not None
+    best = min(range(3), key=lambda at: float(alike[at].mean()))
+    assert (report.single.formats, report.single.capacities) == (SINGLE_FORMATS[best], (34, 34))
+    np.testing.assert_allclose(report.single.kl, alike[best], rtol=1e-2, atol=1e-9)
+    assert report.single.ratio.value == pytest.approx(ours.mean() / alike[best].mean(), rel=1e-2)
+    assert report.best == "single format", "what evicts nothing strays by far less"
+    other = report.single_format_plan(budgets)
+    assert (other.capacities, other.formats) == ((34, 34), (report.single.formats,) * 2)
+    assert other == report.rival_plan(budgets)
+    assert other.provenance.held_out is not None
+    assert other.provenance.held_out["best"] == "single format"
+    assert report.uniform_plan(budgets).formats is None
+
+
+@pytest.mark.usefixtures("_served")
+def test_a_single_format_keeps_equal_capacities_where_not_every_token_fits() -> None:
+    layers = (LayerSpec(4, 2, 64, 64, 2), LayerSpec(4, 2, 64, 64, 2, sliding_window=8))
+    plan = Budgets((40, 20), APPEND, Provenance(context=1000))
+    like = single_formats_like(plan, layers, 30)
+    assert set(like) == set(SINGLE_FORMATS)
+    for pair, alike in like.items():
+        assert alike.formats == (pair,) * 2
+        assert alike.capacities[1] == 8
+        assert 48 * 512 - 2 * 136 < alike.kv_bytes(layers) <= 48 * 512
+        assert single_formats_like(plan, layers, 300)[pair].capacities == alike.capacities
+    assert single_formats_like(Budgets((1, 1), APPEND, formats=(INT4, INT4)), layers, 30).keys() == {INT4}
+    odd = (LayerSpec(4, 2, 64, 20, 2), LayerSpec(4, 1, 24, 0, 2))
+    assert single_formats_like(Budgets((4, 4), APPEND), odd, 30) == {}
+
+
+@pytest.mark.usefixtures("_served")
+def test_a_single_format_is_exactly_as_good_as_itself() -> None:
+    report = xkv_fx.verify(model(), Budgets((34, 34), APPEND, formats=(INT4, INT4)), PROMPTS, continuation=NEW)
+    assert report.single is not None
+    same = report.single.formats == INT4
+    assert (report.single.ratio == Estimate(1.0, 1.0, 1.0)) == same
+    assert report.best in (None, "single format")
+    assert report.better
+
+
+def test_before_formats_are_served_plans_are_compared_with_uniform_alone() -> None:
+    report = xkv_fx.verify(model(), SKEWED, PROMPTS[:2], continuation=NEW)
+    assert report.single is None
+    assert "single_format" not in report.to_dict()
+    assert report.rival == "uniform"
+    with pytest.raises(BudgetError, match="was not compared with a single format"):
+        report.single_format_plan(SKEWED)
+
+
+def test_the_best_of_three_is_better_than_both_by_their_intervals() -> None:
+    def best(plan: float, uniform: float, single: float | None, noise: float = 0.0) -> str | None:
+        ours, even, alike = (np.array([1 - noise, 1 + noise]) * (each or 1.0) for each in (plan, uniform, single))
+        one = SingleFormat(INT8, (4, 4), tuple(alike[::-1]), Estimate(1.0, 1.0, 1.0))
+        kept = None if single is None else one
+        return Verification(tuple(ours), tuple(even), (4, 4), Estimate(1.0, 1.0, 1.0), NEW, kept).best
+
+    assert best(1.0, 2.0, 3.0) == "plan"
+    assert best(2.0, 1.0, 3.0) == "uniform"
+    assert best(2.0, 3.0, 1.0) == "single format"
+    assert best(1.0, 2.0, None) == "plan"
+    assert best(2.0, 1.0, None) == "uniform"
+    assert best(1.0, 1.0, 3.0) is None
+    assert best(1.0, 2.0, 1.1, noise=0.5) is None
+
+
+@pytest.mark.usefixtures("_served")
+def test_the_fewest_bytes_of_several_formats_that_hold_a_bound() -> None:
+    options: dict[str, Any] = {"continuation": NEW, "multiple": 1, "resolution": 0.1}
+    calibration = xkv_fx.calibrate(
+        model(), PROMPTS[:1], (0.3, 0.7), APPEND, continuation=NEW, formats=("model", "int8", "int4")
+    )
+    layers = calibration.layers
+    prompts = PROMPTS[:2]
+    found = xkv_fx.fit_quality(model(), calibration, prompts, kl=0.05, **options)
+    assert found.provenance.constraint == {"kl": 0.05}
+    assert found.provenance.held_out is not None
+    assert found.provenance.held_out["mean_kl"] <= 0.05
+    step = int(0.1 * 2 * 34 * layers[0].slot_bytes())
+    fewer = xkv_fx.solve(calibration, kv_bytes=found.kv_bytes(layers) - step, multiple=1)
+    assert np.mean(xkv_fx.verify(model(), fewer, prompts, continuation=NEW).kl) > 0.05
+    stored = xkv_fx.calibrate(model(), PROMPTS[:1], (0.3, 0.7), APPEND, continuation=NEW, formats=("int4",))
+    with pytest.raises(BudgetError, match="and int4 is not exact; ask for a larger kl"):
+        xkv_fx.fit_quality(model(), stored, prompts, kl=1e-9, **options)
 
 
 @pytest.mark.parametrize(
@@ -162,3 +272,8 @@ def test_reports_say_it_in_words() -> None:
     report = Verification((1.0, 3.0), (2.0, 6.0), (4, 4), Estimate(0.5, 0.45, 0.55), NEW)
     assert report.better
     assert "-50% (-55% to -45%, 95 %, 2 prompts)" in str(report)
+    single = SingleFormat(("int8", "int4"), (64, 40), (4.0, 12.0), Estimate(0.25, 0.2, 0.3))
+    report = Verification((1.0, 3.0), (2.0, 6.0), (4, 4), Estimate(0.5, 0.45, 0.55), NEW, single)
+    _, line = str(report).split("\n")
+    assert line.startswith("against 8.0000 with all layers in int8/int4, 40 to 64 tokens each: -75% (-80% to -70%); ")
+    assert line.endswith("best of the three: the plan")

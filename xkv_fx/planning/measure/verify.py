@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from xkv_fx.budgets import AnyPlan, Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, PromptError
+from xkv_fx.formats import LayerFormats, is_served, pair_name
 from xkv_fx.layers import LayerSpec
+from xkv_fx.planning.data.calibration_data import check_storable
 from xkv_fx.planning.measure.bootstrap import Estimate, ratio_of_means
 from xkv_fx.planning.measure.calibrate import check_measurable, check_prompt, cut_checked
 from xkv_fx.planning.measure.continuation import layer_plans, run_full
@@ -23,18 +26,43 @@ from xkv_fx.planning.solve.plan import uniform_within_bytes
 from xkv_fx.policy import Policy
 
 VERIFY_CONTINUATION = 48
+SINGLE_FORMATS: tuple[LayerFormats, ...] = (("int8", "int8"), ("int8", "int4"), ("int4", "int4"))
+"""What plans are compared with where one format is for all layers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleFormat:
+    """The best plan of equal bytes that stores all layers alike: every token where that fits, else equal capacities.
+
+    Attributes:
+        formats: of keys and values.
+        capacities: of each layer.
+        kl: KL(full || this plan) of each prompt, nats, the mean over its continuation.
+        ratio: mean of the compared plan's KL over mean of `kl`.
+    """
+
+    formats: LayerFormats
+    capacities: tuple[int, ...]
+    kl: tuple[float, ...]
+    ratio: Estimate
+
+    def __str__(self) -> str:
+        low, high = min(self.capacities), max(self.capacities)
+        tokens = f"{low}" if low == high else f"{low} to {high}"
+        return f"all layers in {pair_name(self.formats)}, {tokens} tokens each"
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """A plan beside a uniform one of equal bytes on held-out prompts.
+    """A plan beside others of equal bytes on held-out prompts: a uniform one, and one format for all layers.
 
     Attributes:
         kl: KL(full || plan) of each prompt, nats, the mean over its continuation.
-        uniform_kl: the same for the uniform plan.
+        uniform_kl: the same for the uniform plan, which stores in the model's dtype.
         uniform: the capacities that it was compared with.
         ratio: mean of `kl` over mean of `uniform_kl`.
         continuation: tokens that were fed after each prompt.
+        single: the best plan of a single format; None where the model can be stored in none.
     """
 
     kl: tuple[float, ...]
@@ -42,11 +70,35 @@ class Verification:
     uniform: tuple[int, ...]
     ratio: Estimate
     continuation: int
+    single: SingleFormat | None = None
 
     @property
     def better(self) -> bool:
         """Whether the plan is better than uniform beyond chance: the whole interval of the ratio lies below 1."""
         return self.ratio.high < 1.0
+
+    @property
+    def best(self) -> str | None:
+        """Which of `"plan"`, `"uniform"` and `"single format"` is better than the others beyond chance: the whole
+        intervals of its ratios to them lie below 1. None where chance may decide."""
+        kl = {"plan": self.kl, "uniform": self.uniform_kl}
+        if self.single is not None:
+            kl["single format"] = self.single.kl
+        name = min(kl, key=lambda one: float(np.mean(kl[one])))
+        ours = np.array(kl[name])
+        others = (np.array(kl[other]) for other in kl if other != name)
+        return name if all(ratio_of_means(ours, theirs).high < 1.0 for theirs in others) else None
+
+    @property
+    def rival(self) -> str:
+        """In words, the better one by its mean of the plans that this one was compared with."""
+        return "uniform" if self._rival is None else str(self._rival)
+
+    @property
+    def _rival(self) -> SingleFormat | None:
+        """The plan of a single format where it is better than the uniform one."""
+        single = self.single
+        return single if single is not None and np.mean(single.kl) < np.mean(self.uniform_kl) else None
 
     def to_dict(self) -> dict[str, Any]:
         """What `Provenance.held_out` stores."""
@@ -55,9 +107,17 @@ class Verification:
             "continuation": self.continuation,
             **{f"{name}_kl": value for name, value in summary(self.kl).items()},
             **{f"uniform_{name}_kl": value for name, value in summary(self.uniform_kl).items()},
-            "ratio": self.ratio.value,
-            "ratio_low": self.ratio.low,
-            "ratio_high": self.ratio.high,
+            **_ratio_fields("ratio", self.ratio),
+            **({} if self.single is None else self._single_fields(self.single)),
+        }
+
+    def _single_fields(self, single: SingleFormat) -> dict[str, Any]:
+        return {
+            "single_format": list(single.formats),
+            "single_format_tokens": sum(single.capacities),
+            **{f"single_format_{name}_kl": value for name, value in summary(single.kl).items()},
+            **_ratio_fields("single_format_ratio", single.ratio),
+            "best": self.best,
         }
 
     def stored_in(self, budgets: AnyPlan) -> AnyPlan:
@@ -67,23 +127,61 @@ class Verification:
 
     def uniform_plan(self, budgets: AnyPlan) -> AnyPlan:
         """The uniform plan of equal bytes in the place of `budgets`, saying so, with this in its provenance."""
+        return self._instead(budgets, "uniform", self.uniform, None)
+
+    def single_format_plan(self, budgets: AnyPlan) -> AnyPlan:
+        """The plan of a single format in the place of `budgets`, saying so, with this in its provenance.
+
+        Raises:
+            BudgetError: there is none.
+        """
+        if self.single is None:
+            raise BudgetError("this plan was not compared with a single format, since the model can be stored in none")
+        single = self.single
+        return self._instead(budgets, "single format", single.capacities, (single.formats,) * len(single.capacities))
+
+    def rival_plan(self, budgets: AnyPlan) -> AnyPlan:
+        """The one of these two that `rival` names."""
+        return self.uniform_plan(budgets) if self._rival is None else self.single_format_plan(budgets)
+
+    def _instead(
+        self,
+        budgets: AnyPlan,
+        allocator: str,
+        capacities: tuple[int, ...],
+        formats: tuple[LayerFormats, ...] | None,
+    ) -> AnyPlan:
         provenance = dataclasses.replace(
             budgets.provenance,
-            allocator="uniform",
+            allocator=allocator,
             expected_retention=None,
             expected_kl=None,
             held_out={**self.to_dict(), "instead_of": budgets.provenance.allocator or "a plan by hand"},
         )
-        return dataclasses.replace(budgets, capacities=self.uniform, provenance=provenance)
+        return dataclasses.replace(budgets, capacities=capacities, formats=formats, provenance=provenance)
 
     def __str__(self) -> str:
         plan, uniform = summary(self.kl), summary(self.uniform_kl)
-        return (
-            f"mean KL {plan['mean']:.4f} against {uniform['mean']:.4f} uniform: {self.ratio.value - 1:+.0%} "
-            f"({self.ratio.low - 1:+.0%} to {self.ratio.high - 1:+.0%}, 95 %, {len(self.kl)} prompts); median "
-            f"{plan['median']:.4f} against {uniform['median']:.4f}, 95th percentile {plan['p95']:.4f} against "
-            f"{uniform['p95']:.4f}"
+        said = (
+            f"mean KL {plan['mean']:.4f} against {uniform['mean']:.4f} uniform: {_change(self.ratio)}, 95 %, "
+            f"{len(self.kl)} prompts); median {plan['median']:.4f} against {uniform['median']:.4f}, 95th percentile "
+            f"{plan['p95']:.4f} against {uniform['p95']:.4f}"
         )
+        if self.single is None:
+            return said
+        best = {None: "none beyond chance", "plan": "the plan", "single format": "the single format"}
+        return (
+            f"{said}\nagainst {summary(self.single.kl)['mean']:.4f} with {self.single}: {_change(self.single.ratio)}); "
+            f"best of the three: {best.get(self.best, self.best)}"
+        )
+
+
+def _change(ratio: Estimate) -> str:
+    return f"{ratio.value - 1:+.0%} ({ratio.low - 1:+.0%} to {ratio.high - 1:+.0%}"
+
+
+def _ratio_fields(name: str, ratio: Estimate) -> dict[str, float]:
+    return {name: ratio.value, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
 
 
 def summary(kl: Sequence[float]) -> dict[str, float]:
@@ -98,22 +196,42 @@ def verify_plans(
     continuation: int = VERIFY_CONTINUATION,
     progress: Progress | None = None,
 ) -> tuple[Verification, ...]:
-    """Compare each plan with a uniform one of equal bytes, all in one pass over the prompts; see `xkv_fx.verify`."""
+    """Compare each plan with others of equal bytes, all in one pass over the prompts; see `xkv_fx.verify`."""
     _one_policy(plans)
     for plan in plans:
         plan.check_layers(captured.layers, captured.fingerprint)
+    longest = max((ids.shape[1] - continuation for ids in prompts), default=0)
     even = [uniform_like(plan, captured.layers) for plan in plans]
-    capacities = {plan.capacities: plan for plan in (*plans, *even)}
-    kl = divergence_of_plans(captured, tuple(capacities.values()), prompts, continuation, progress).mean(2)
-    of = dict(zip(capacities, kl.T, strict=True))
+    single = [single_formats_like(plan, captured.layers, longest) for plan in plans]
+    alike = itertools.chain.from_iterable(of_plan.values() for of_plan in single)
+    measured = {_stored(plan): plan for plan in (*plans, *even, *alike)}
+    kl = divergence_of_plans(captured, tuple(measured.values()), prompts, continuation, progress).mean(2)
+    of = dict(zip(measured, kl.T, strict=True))
     reports = []
-    for plan, uniform in zip(plans, even, strict=True):
-        ours, theirs = of[plan.capacities], of[uniform.capacities]
-        ratio = ratio_of_means(ours, theirs)
+    for plan, uniform, of_plan in zip(plans, even, single, strict=True):
+        ours, theirs = of[_stored(plan)], of[_stored(uniform)]
+        best: SingleFormat | None = None
+        for pair, other in of_plan.items():
+            kl_of_other = of[_stored(other)]
+            if best is None or kl_of_other.mean() < np.mean(best.kl):
+                ratio = ratio_of_means(ours, kl_of_other)
+                best = SingleFormat(pair, other.capacities, tuple(kl_of_other.tolist()), ratio)
         reports.append(
-            Verification(tuple(ours.tolist()), tuple(theirs.tolist()), uniform.capacities, ratio, continuation)
+            Verification(
+                tuple(ours.tolist()),
+                tuple(theirs.tolist()),
+                uniform.capacities,
+                ratio_of_means(ours, theirs),
+                continuation,
+                best,
+            )
         )
     return tuple(reports)
+
+
+def _stored(plan: Plan) -> tuple[tuple[int, ...], tuple[LayerFormats | None, ...]]:
+    """All that tells plans of one policy apart."""
+    return plan.capacities, plan.layer_formats
 
 
 def divergence_of_plans(
@@ -165,18 +283,58 @@ def _one_policy(plans: Sequence[Plan]) -> Policy:
 
 
 def uniform_like(budgets: AnyPlan, layers: Sequence[LayerSpec]) -> AnyPlan:
-    """The largest uniform plan of at most the same bytes, of exactly the same where slots are of equal size.
+    """The largest uniform plan of at most the same bytes in the model's dtype, of exactly the same where slots are of
+    equal size.
 
     Raises:
-        BudgetError: another number of layers.
+        BudgetError: another number of layers, or formats that they cannot be stored in.
     """
+    return _alike(budgets, layers, _context_of(budgets, layers), None)
+
+
+def single_formats_like(budgets: AnyPlan, layers: Sequence[LayerSpec], longest: int) -> dict[LayerFormats, AnyPlan]:
+    """The largest plans of at most the same bytes that store all layers alike in fewer bits, for each pair of formats
+    that the layers can be stored in and that the bytes pay a slot of.
+
+    Args:
+        longest: tokens of the longest prompt, all of which are kept where the bytes suffice.
+    """
+    context, kv_bytes = max(longest, _context_of(budgets, layers)), _bytes_of(budgets, layers)
+    return {
+        pair: _alike(budgets, layers, context, pair)
+        for pair in SINGLE_FORMATS
+        if _can_store(layers, pair) and sum(spec.slot_bytes(formats=pair) for spec in layers) <= kv_bytes
+    }
+
+
+def _can_store(layers: Sequence[LayerSpec], pair: LayerFormats) -> bool:
+    try:
+        check_storable((pair,), layers)
+    except BudgetError:
+        return False
+    return is_served(pair)
+
+
+def _context_of(budgets: Plan, layers: Sequence[LayerSpec]) -> int:
+    """The tokens that a plan is for: those that it was solved for, or the most that one of its layers holds."""
     budgets.check_layers(layers)
-    capacities = [spec.effective_capacity(c) for spec, c in zip(layers, budgets.capacities, strict=True)]
-    context = max(budgets.provenance.context or 1, *capacities)
-    kv_bytes = sum(spec.slot_bytes() * capacity for spec, capacity in zip(layers, capacities, strict=True))
-    even = uniform_within_bytes(layers, context, kv_bytes)
+    held = (spec.effective_capacity(c) for spec, c in zip(layers, budgets.capacities, strict=True))
+    return max(budgets.provenance.context or 1, *held)
+
+
+def _bytes_of(budgets: Plan, layers: Sequence[LayerSpec]) -> int:
+    """Of one row's capacities, without room for what is appended."""
+    return sum(
+        spec.slot_bytes(formats=pair) * spec.effective_capacity(capacity)
+        for spec, capacity, pair in zip(layers, budgets.capacities, budgets.layer_formats, strict=True)
+    )
+
+
+def _alike(budgets: AnyPlan, layers: Sequence[LayerSpec], context: int, formats: LayerFormats | None) -> AnyPlan:
+    """The largest plan of equal capacities and formats that takes at most the bytes of `budgets`."""
+    capacities = uniform_within_bytes(layers, context, _bytes_of(budgets, layers), formats)
     plain = type(budgets).uniform(len(layers), 1, budgets.policy)
-    return dataclasses.replace(plain, capacities=tuple(even.tolist()))
+    return dataclasses.replace(plain, capacities=tuple(capacities.tolist()), formats=(formats,) * len(layers))
 
 
 def held_out_summary(kl: Sequence[float], continuation: int) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from xkv_fx.budgets import Plan, Provenance
 from xkv_fx.errors import BudgetError
+from xkv_fx.formats import LayerFormats
 from xkv_fx.layers import HasItemSize, LayerSpec
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.curves import mean_retention
@@ -141,9 +142,15 @@ def capacities_within_bytes(
     return _share(share, curves, totals[above - 1], limits)
 
 
-def uniform_within_bytes(layers: Sequence[LayerSpec], context: int, kv_bytes: int) -> Capacities:
-    """The largest capacities of at most `kv_bytes` bytes that are as equal as the layers allow, int64 `[layers]`."""
-    slot_bytes = np.array([spec.slot_bytes() for spec in layers], dtype=np.int64)
+def uniform_within_bytes(
+    layers: Sequence[LayerSpec], context: int, kv_bytes: int, formats: LayerFormats | None = None
+) -> Capacities:
+    """The largest capacities of at most `kv_bytes` bytes that are as equal as the layers allow, int64 `[layers]`.
+
+    Args:
+        formats: that all layers store in; the model's dtype when None.
+    """
+    slot_bytes = slot_bytes_of(layers, 1, None, formats)
     caps = [spec.effective_capacity(context) for spec in layers]
     limits = make_limits(len(layers), context, 1, caps, 1)
     return capacities_within_bytes("uniform", np.zeros((len(layers), context + 1)), slot_bytes, kv_bytes, limits)
