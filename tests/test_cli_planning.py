@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from ready_models import model, remember_captures
-from served_formats import serve_formats
 from typer.testing import CliRunner
 
 import xkv_fx
@@ -82,19 +81,20 @@ def test_a_plan_that_is_not_better_is_warned_of_and_replaced_if_asked(
     options = ["--total-tokens", "20", "--multiple", "1", "--allocator", "pyramid", "--holdout", text, *MEASURE]
     result = RUN.invoke(cli.app, [str(part) for part in ("solve", calibrated, "--out", plan, *options)])
     assert result.exit_code == 0
-    assert "warning: the plan is not better than uniform" in result.stderr
+    assert "warning: the plan is not better than all layers in int" in result.stderr
     kept = xkv_fx.Budgets.load(plan)
     assert kept.provenance.allocator == "pyramid"
     assert kept.provenance.held_out is not None
 
     invoke("solve", calibrated, "--out", plan, *options, "--fall-back")
     fallen = xkv_fx.Budgets.load(plan)
-    assert fallen.capacities == (10, 10)
-    assert fallen.provenance.allocator == "uniform"
+    assert len(set(fallen.capacities)) == 1
+    assert fallen.formats is not None
+    assert len(set(fallen.formats)) == 1
+    assert f"all layers in {pair_name(fallen.formats[0])}, {fallen.capacities[0]} tokens each" in result.stderr
 
 
 def test_formats_on_the_command_line(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    serve_formats(monkeypatch)
     path, plan = tmp_path / "calibration.safetensors", tmp_path / "plan.json"
     options = ["--formats", "model, int8,int4", "--eviction", "append", "--grid", "0.2", "--grid", "0.6", *MEASURE]
     shown = json.loads(invoke("calibrate", "--out", path, "--prompts", text, *options, "--json"))

@@ -1,4 +1,4 @@
-"""Formats of slots in plans: one normal form, a file that keeps them, and no model yet that takes them."""
+"""Formats of slots in plans: one normal form, their bytes, and a file that keeps them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ready_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sealed_json import sealed
-from served_formats import serve_formats
 
 import xkv_fx
 from xkv_fx import Budgets, LayerSpec
@@ -120,8 +118,7 @@ def test_bytes_are_those_of_what_is_stored(name: Any) -> None:
         assert (CODE_BITS[name], group_of(dim)) == (coding.bits, coding.group)
 
 
-def test_slots_of_formats_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    serve_formats(monkeypatch)
+def test_slots_of_formats_are_counted() -> None:
     layer = LayerSpec(8, 2, 64, 128, 4, sliding_window=10)
     assert layer.slot_bytes(formats=("int8", "int4")) == 2 * (68 + 72)
     assert layer.slot_bytes(torch.float16, ("model", "int8")) == 2 * (64 * 2 + 136)
@@ -140,10 +137,7 @@ def test_slots_of_formats_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         (LayerSpec(8, 2, 16, 20, 4), ("int8", "int4"), "no group of 8 to 64 elements divides a head size of 20"),
     ],
 )
-def test_what_cannot_be_stored_is_refused(
-    layer: LayerSpec, pair: Any, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    serve_formats(monkeypatch)
+def test_what_cannot_be_stored_is_refused(layer: LayerSpec, pair: Any, message: str) -> None:
     bad = plan((None, pair))
     for ask in (bad.check_layers, bad.slots, bad.kv_bytes):
         with pytest.raises(BudgetError, match=message):
@@ -191,36 +185,15 @@ def test_a_file_whose_formats_are_all_the_models_is_the_plan_without(tmp_path: P
     assert Budgets.load(tmp_path / "plan.json") == Budgets((12, 16))
 
 
-# Models
+# Models and engines
 
 
-STORES = "keys of layer 0 as int8 and its values as int4, but this version stores .* the model's dtype only"
-
-
-def test_no_model_takes_them_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    ready_models.remember_captures(monkeypatch)
-    model = ready_models.model()
-    for ask in (
-        lambda: plan().check_layers((LAYER,) * 2),
-        lambda: plan().slots((LAYER,) * 2),
-        lambda: plan().kv_bytes((LAYER,) * 2),
-        lambda: plan().kv_bytes(model),
-        lambda: xkv_fx.transform(model, plan(), backend="eager"),
-        lambda: ready_models.transformed(Budgets((12, 16))).with_budgets(plan()),
-        lambda: xkv_fx.Cache(model, plan()),
-        lambda: xkv_fx.verify(model, plan(), [list(range(24))], continuation=4),
-    ):
-        with pytest.raises(BudgetError, match=STORES):
-            ask()
-    with pytest.raises(BudgetError, match="keys of layer 1 as model and its values as int8"):
-        plan((None, ("model", "int8"))).kv_bytes((LAYER,) * 2)
-
-
-def test_no_engine_has_them_yet(tmp_path: Path) -> None:
+def test_an_engine_stores_what_it_was_exported_with(tmp_path: Path) -> None:
+    """Its programs hold the formats, so that a plan of other ones in its manifest is no plan of it."""
     data = json.loads((FILES / NAME).read_text())
     data["budgets"] = {**data["budgets"], "version": 2, "formats": INT8}
     (tmp_path / NAME).write_text(json.dumps(sealed(json.loads(json.dumps(data)))))
-    with pytest.raises(FileFormatError, match=f"{NAME}: .*{STORES}"):
+    with pytest.raises(FileFormatError, match=f"{NAME}: the budgets do not match .* it takes k_0 uint8"):
         Manifest.load(tmp_path)
 
 

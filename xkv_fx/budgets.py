@@ -15,7 +15,7 @@ from xkv_fx.engine_settings import engine_settings
 from xkv_fx.errors import BudgetError, FileFormatError, ModelMismatchError
 from xkv_fx.fields import ANYTHING, DOCUMENT, LIST, Fields, check_fields
 from xkv_fx.files import check_format, is_finite, is_int, read_json, write_json
-from xkv_fx.formats import LayerFormats, check_served, checked_formats
+from xkv_fx.formats import LayerFormats, checked_formats
 from xkv_fx.layers import HasItemSize, Layers, layers_of
 from xkv_fx.policy import Policy
 
@@ -175,7 +175,6 @@ class Plan:
                 continue
             try:
                 spec.slot_bytes(formats=pair)
-                check_served(pair)
             except BudgetError as error:
                 stored = f"the plan stores keys of layer {layer} as {pair[0]} and its values as {pair[1]}"
                 raise BudgetError(f"{stored}, but {error}") from error

@@ -19,14 +19,11 @@ LayerFormats = tuple[SlotFormat, SlotFormat]
 
 _IN_MODEL: LayerFormats = ("model", "model")
 
-SERVED_FORMATS: tuple[str, ...] = ("model",)
-"""Those that models can be served with. A plan with another one fits no model."""
-
 CODE_BITS = {"int8": 8, "int4": 4}
 """Bits of an element, in formats of codes."""
 _LARGEST_GROUP = 64
 _GROUP_MULTIPLE = 8
-_SCALE_BYTES = 4  # of a group: its scale and its zero, in half precision
+SCALE_BYTES = 4  # of a group: its scale and its zero, in half precision
 
 
 def group_of(dim: int) -> int:
@@ -58,7 +55,7 @@ def vector_bytes(name: SlotFormat, dim: int, itemsize: int) -> int:
     if name == "model":
         return dim * itemsize
     groups = dim // group_of(dim)
-    return dim * CODE_BITS[name] // 8 + groups * _SCALE_BYTES
+    return dim * CODE_BITS[name] // 8 + groups * SCALE_BYTES
 
 
 def check_has_kernel(name: SlotFormat) -> None:
@@ -69,21 +66,6 @@ def check_has_kernel(name: SlotFormat) -> None:
     """
     if name != "model" and name not in CODE_BITS:
         raise BudgetError(f"there is no kernel for {name} yet; choose one of {', '.join(('model', *CODE_BITS))}")
-
-
-def is_served(pair: LayerFormats | None) -> bool:
-    """Whether models can be served with a layer of these formats."""
-    return pair is None or all(name in SERVED_FORMATS for name in pair)
-
-
-def check_served(pair: LayerFormats | None) -> None:
-    """Refuse a layer's formats that no model can be served with.
-
-    Raises:
-        BudgetError: they are such; the message does not name the layer.
-    """
-    if not is_served(pair):
-        raise BudgetError("this version stores keys and values in the model's dtype only; leave formats out")
 
 
 def pair_name(pair: LayerFormats | None) -> str:

@@ -114,6 +114,8 @@ class Manifest:
             "weights": [shapes[name] for name in package.weights],
             "inputs": [spec.to_dict() for spec in package.inputs],
         }
+        if self.budgets.formats is not None:
+            compiled_for["formats"] = self.budgets.formats
         return hashlib.sha256(json.dumps(compiled_for, sort_keys=True).encode()).hexdigest()
 
     def with_files(self, files: Mapping[str, FileRecord]) -> Manifest:

@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 from xkv_fx.errors import BudgetError
+from xkv_fx.formats import CODE_BITS, SCALE_BYTES, group_of
 
-_BITS = {"int8": 8, "int4": 4}
-_LARGEST_GROUP = 64
-_GROUP_MULTIPLE = 8
-_SCALE_BYTES = 4  # a scale and a zero in float16
 _LARGEST = torch.finfo(torch.float16).max
 
 
@@ -43,9 +40,9 @@ class Coding:
         Raises:
             BudgetError: a format that stores no codes, or a size that no group divides.
         """
-        if name not in _BITS:
-            raise BudgetError(f"the format {name!r} stores no codes; those that do are {', '.join(_BITS)}")
-        return cls.of_bits(_BITS[name], dim)
+        if name not in CODE_BITS:
+            raise BudgetError(f"the format {name!r} stores no codes; those that do are {', '.join(CODE_BITS)}")
+        return cls.of_bits(CODE_BITS[name], dim)
 
     @classmethod
     def of_bits(cls, bits: int, dim: int) -> Coding:
@@ -54,14 +51,7 @@ class Coding:
         Raises:
             BudgetError: as `of`.
         """
-        sizes = range(_LARGEST_GROUP, 0, -_GROUP_MULTIPLE)
-        group = next((size for size in sizes if dim % size == 0), None)
-        if group is None:
-            raise BudgetError(
-                f"no group of {_GROUP_MULTIPLE} to {_LARGEST_GROUP} elements divides a head size of {dim}; store it in "
-                "the model's dtype"
-            )
-        return cls(bits, dim, group)
+        return cls(bits, dim, group_of(dim))
 
     @property
     def groups(self) -> int:
@@ -76,7 +66,7 @@ class Coding:
     @property
     def nbytes(self) -> int:
         """Bytes of a vector, its scales and zeros included."""
-        return self.code_bytes + self.groups * _SCALE_BYTES
+        return self.code_bytes + self.groups * SCALE_BYTES
 
     def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Codes uint8 `[..., code_bytes]`, and scales with zeros float16 `[..., groups, 2]`, of vectors `[..., dim]`.

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from ready_models import captured, model, remember_captures
-from served_formats import serve_formats
 from tiny_models import random_ids
 
 import xkv_fx
@@ -89,12 +88,6 @@ def test_uniform_takes_no_more_bytes_whatever_the_layers_are() -> None:
 INT8, INT4 = ("int8", "int8"), ("int4", "int4")
 
 
-@pytest.fixture
-def _served(monkeypatch: pytest.MonkeyPatch) -> None:
-    serve_formats(monkeypatch)
-
-
-@pytest.mark.usefixtures("_served")
 def test_a_plan_beside_the_best_single_format_at_equal_bytes() -> None:
     budgets = Budgets((34, 20), APPEND, formats=(INT8, None))
     layers = captured("llama", 2, 1).layers
@@ -122,7 +115,6 @@ def test_a_plan_beside_the_best_single_format_at_equal_bytes() -> None:
     assert report.uniform_plan(budgets).formats is None
 
 
-@pytest.mark.usefixtures("_served")
 def test_a_single_format_keeps_equal_capacities_where_not_every_token_fits() -> None:
     layers = (LayerSpec(4, 2, 64, 64, 2), LayerSpec(4, 2, 64, 64, 2, sliding_window=8))
     plan = Budgets((40, 20), APPEND, Provenance(context=1000))
@@ -138,7 +130,6 @@ def test_a_single_format_keeps_equal_capacities_where_not_every_token_fits() -> 
     assert single_formats_like(Budgets((4, 4), APPEND), odd, 30) == {}
 
 
-@pytest.mark.usefixtures("_served")
 def test_a_single_format_is_exactly_as_good_as_itself() -> None:
     report = xkv_fx.verify(model(), Budgets((34, 34), APPEND, formats=(INT4, INT4)), PROMPTS, continuation=NEW)
     assert report.single is not None
@@ -146,15 +137,6 @@ def test_a_single_format_is_exactly_as_good_as_itself() -> None:
     assert (report.single.ratio == Estimate(1.0, 1.0, 1.0)) == same
     assert report.best in (None, "single format")
     assert report.better
-
-
-def test_before_formats_are_served_plans_are_compared_with_uniform_alone() -> None:
-    report = xkv_fx.verify(model(), SKEWED, PROMPTS[:2], continuation=NEW)
-    assert report.single is None
-    assert "single_format" not in report.to_dict()
-    assert report.rival == "uniform"
-    with pytest.raises(BudgetError, match="was not compared with a single format"):
-        report.single_format_plan(SKEWED)
 
 
 def test_the_best_of_three_is_better_than_both_by_their_intervals() -> None:
@@ -173,7 +155,6 @@ def test_the_best_of_three_is_better_than_both_by_their_intervals() -> None:
     assert best(1.0, 2.0, 1.1, noise=0.5) is None
 
 
-@pytest.mark.usefixtures("_served")
 def test_the_fewest_bytes_of_several_formats_that_hold_a_bound() -> None:
     options: dict[str, Any] = {"continuation": NEW, "multiple": 1, "resolution": 0.1}
     calibration = xkv_fx.calibrate(

@@ -12,7 +12,6 @@ import torch
 from fuzzing import examples
 from hypothesis import given
 from hypothesis import strategies as st
-from served_formats import serve_formats
 
 from xkv_fx import Budgets, Calibration, LayerSpec, Policy, solve
 from xkv_fx.errors import BudgetError
@@ -22,11 +21,6 @@ FULL = LayerSpec(query_heads=8, kv_heads=2, key_dim=16, value_dim=16, itemsize=2
 SLIDING = dataclasses.replace(FULL, sliding_window=40)
 WIDE = dataclasses.replace(FULL, key_dim=64, value_dim=128)
 INT8, INT4 = ("int8", "int8"), ("int4", "int4")
-
-
-@pytest.fixture(autouse=True)
-def _formats_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    serve_formats(monkeypatch)
 
 
 def made(

@@ -101,8 +101,13 @@ def trace_for_tensorrt(decode: GraphModule, plan: CachePlan) -> ExportedProgram:
     """Trace `tensorrt_form` of a decode graph, its weights the program's parameters, all shapes static.
 
     Raises:
-        BackendError: it cannot be traced.
+        BackendError: it cannot be traced, or the plan stores slots in fewer bits.
     """
+    if plan.formats is not None:
+        raise BackendError(
+            "the target 'tensorrt' stores keys and values in the model's dtype; export a plan without formats, or "
+            "choose the target 'aoti'"
+        )
     form = tensorrt_form(decode, plan)
     values = [node.meta["val"] for node in placeholders(form.graph).values()]
     examples = tuple(torch.zeros(value.shape, dtype=value.dtype, device=value.device) for value in values)

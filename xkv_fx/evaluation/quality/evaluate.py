@@ -191,7 +191,7 @@ class _Asked:
 
     def scorer_of(self, entry: Entry) -> Policy | None:
         """What prompts may be recorded by for this entry; None if it must read them itself."""
-        if entry.budgets is None:
+        if entry.budgets is None or entry.budgets.formats is not None:  # recorded are tokens in the model's dtype
             return None
         policy = entry.budgets.policy
         ranked = Policy(policy.scorer, policy.scorer_options)

@@ -76,6 +76,8 @@ class Parts:
         if entry.budgets is not None and entry.name != FULL:  # how much more room than needed that has is no matter
             appended = self.room if entry.budgets.policy.eviction == "append" else 0
             plan = [list(entry.budgets.capacities), entry.budgets.policy.to_dict(), appended]
+            if entry.budgets.formats is not None:
+                plan.append(entry.budgets.formats)
         described = json.dumps([VERSION, self.base, plan, task, form], sort_keys=True)
         digest = hashlib.sha256(described.encode())
         for instance in made:

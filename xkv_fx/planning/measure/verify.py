@@ -15,7 +15,7 @@ from torch import Tensor
 from xkv_fx.budgets import AnyPlan, Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, PromptError
-from xkv_fx.formats import LayerFormats, is_served, pair_name
+from xkv_fx.formats import LayerFormats, pair_name
 from xkv_fx.layers import LayerSpec
 from xkv_fx.planning.data.calibration_data import check_storable
 from xkv_fx.planning.measure.bootstrap import Estimate, ratio_of_means
@@ -312,7 +312,7 @@ def _can_store(layers: Sequence[LayerSpec], pair: LayerFormats) -> bool:
         check_storable((pair,), layers)
     except BudgetError:
         return False
-    return is_served(pair)
+    return True
 
 
 def _context_of(budgets: Plan, layers: Sequence[LayerSpec]) -> int:
