@@ -15,6 +15,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import xkv_fx
 from xkv_fx import Budgets, UnsupportedModelError
+from xkv_fx.evaluation.coverage import adapters
 
 PROMPT, NEW = 40, 20
 each_backend = pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=exhaustive)])
@@ -98,3 +99,25 @@ def test_adapters_that_add_tokens_are_refused() -> None:
     model = peft.get_peft_model(source(), peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
     with pytest.raises(UnsupportedModelError, match=r"'default'.*adds tokens of its own"):
         xkv_fx.transform(model, Budgets.full(2, 60), backend="eager")
+
+
+EVERY_DAY = ("LORA", "LORA, activated", "PREFIX_TUNING", "XLORA")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in EVERY_DAY else pytest.param(name, marks=exhaustive) for name in adapters.names()]
+)
+def test_every_adapter_is_right_or_refused(name: str) -> None:
+    verdict = adapters.judge(name)
+    assert verdict.outcome in ("right", "refused", "not built"), verdict
+    if name in EVERY_DAY:
+        assert verdict.outcome == ("right" if name == "LORA" else "refused"), verdict
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_peft_model_does_around_its_layers_is_seen(training: bool) -> None:
+    model = with_adapter().train(training)
+    model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", output.logits * 2))
+    with pytest.raises(UnsupportedModelError, match=r"PeftModelForCausalLM around LlamaForCausalLM.*acts outside"):
+        xkv_fx.transform(model, Budgets.full(2, 60), backend="eager")
+    assert model.training == training

@@ -35,10 +35,10 @@ def check_capture(
     Raises:
         UnsupportedModelError: they differ; the message does not name the model.
     """
-    limit = TOLERANCE.get(dtype, 1e-2)
+    limit = tolerance(dtype)
     with torch.no_grad():
         logits = prompt(ids, _positions(ids))
-    error = _difference(logits, expected, dtype)
+    error = difference(logits, expected, dtype)
     if not error <= limit:
         raise UnsupportedModelError(
             f"the captured graph differs from the model by {error:.2g} of its largest logit (limit {limit:.0e}); its "
@@ -62,7 +62,7 @@ def check_continues(
     """
     if ids.shape[1] < 3:
         return
-    limit = TOLERANCE.get(dtype, 1e-2)
+    limit = tolerance(dtype)
     error = _continuation_error(prompt, token, ids, whole, dtype)
     if not error <= limit:
         raise UnsupportedModelError(
@@ -92,10 +92,15 @@ def _continuation_error(
             for module, start, stop in pieces
         ]
     behind = pieces[0][2]
-    return _difference(torch.cat(logits[1:], 1), whole[:, behind:], dtype)
+    return difference(torch.cat(logits[1:], 1), whole[:, behind:], dtype)
 
 
-def _difference(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
+    """The `difference` that is allowed between a model that computes in `dtype` and its captured graph."""
+    return TOLERANCE.get(dtype, 1e-2)
+
+
+def difference(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
     """The largest difference relative to the largest logit. In half precision, where rounding alone is as large as the
     tolerance for a few tokens, the median over tokens, or a fifth of the largest if that is more: a defect changes most
     tokens."""

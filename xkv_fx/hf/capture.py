@@ -7,6 +7,7 @@ pass `MatchAttention` looks for it in the graph.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
 
 from xkv_fx.capture.captured import CapturedModel
-from xkv_fx.capture.check import check_capture
+from xkv_fx.capture.check import check_capture, difference, tolerance
 from xkv_fx.capture.export import OneGradMode, export_graph, refusing
 from xkv_fx.capture.facts import UNSHARDED
 from xkv_fx.capture.plain_module import PROBE_LENGTH
@@ -47,14 +48,27 @@ def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) 
     Raises:
         UnsupportedModelError: the model cannot be captured exactly; the message says what stands in the way.
     """
-    return capture_source(*read_model(model), rows, check, decode)
+    source, facts = read_model(model)
+    return capture_source(source, facts, rows, check, decode, given=model)
 
 
 def capture_source(
-    source: PreTrainedModel, facts: TransformersFacts, rows: int = 1, check: bool = True, decode: bool = True
+    source: PreTrainedModel,
+    facts: TransformersFacts,
+    rows: int = 1,
+    check: bool = True,
+    decode: bool = True,
+    given: nn.Module | None = None,
 ) -> CapturedModel:
-    """As `capture`, for a model that was read already."""
-    return _capture_twin(source, facts, _twin_of(source, facts), rows, check, decode)
+    """As `capture`, for a model that was read already.
+
+    Args:
+        given: what holds `source`, such as a peft model, whose logits are those to be right; `source` itself when None.
+    """
+    captured = _capture_twin(source, facts, _twin_of(source, facts), rows, check, decode)
+    if check and given is not None and given is not source:
+        _check_around(given, source, facts, captured)
+    return captured
 
 
 def layers_of_model(model: Any) -> tuple[LayerSpec, ...]:
@@ -197,10 +211,13 @@ def _check_layer_count(facts: TransformersFacts, attentions: int) -> None:
         )
 
 
-def _random_ids(model: PreTrainedModel, rows: int, length: int) -> Tensor:
+def _probe_tokens(model: PreTrainedModel, facts: TransformersFacts, rows: int) -> tuple[Tensor, Tensor]:
+    """Random tokens and their positions."""
+    length = min(PROBE_LENGTH, facts.max_positions or PROBE_LENGTH)
     generator = torch.Generator().manual_seed(0)
     vocabulary = cast(Tensor, model.get_input_embeddings().weight).shape[0]
-    return torch.randint(vocabulary, (rows, length), generator=generator).to(model.device)
+    ids = torch.randint(vocabulary, (rows, length), generator=generator).to(facts.device)
+    return ids, torch.arange(length, device=facts.device).expand(rows, -1).contiguous()
 
 
 def _reference(source: PreTrainedModel, facts: TransformersFacts) -> PreTrainedModel:
@@ -214,12 +231,29 @@ def _reference(source: PreTrainedModel, facts: TransformersFacts) -> PreTrainedM
     return shadow(source, facts, None, settled=False) if source.training or facts.rotary else source
 
 
+def _check_around(given: nn.Module, source: PreTrainedModel, facts: TransformersFacts, captured: CapturedModel) -> None:
+    """What is around a model does nothing to its tokens that the graph does not."""
+    reference = _reference(source, facts)
+    if reference is not source or given.training:
+        kept = {id(tensor): tensor for tensor in (*given.parameters(), *given.buffers())}
+        given = copy.deepcopy(given, {**kept, id(source): reference}).eval()
+    ids, positions = _probe_tokens(source, facts, captured.rows)
+    name = f"{type(given).__name__} around {facts.name}"
+    with refusing(name), torch.no_grad():
+        expected = logits_of(given, ids, positions, source)
+        error, limit = difference(captured.prompt(ids, positions), expected, facts.dtype), tolerance(facts.dtype)
+    if not error <= limit:
+        raise UnsupportedModelError(
+            f"{name} cannot be captured: its logits differ from those of the {facts.name} in it by {error:.2g} of the "
+            f"largest (limit {limit:.0e}), so that it acts outside of the model's layers"
+        )
+
+
 def _check(
     source: PreTrainedModel, facts: TransformersFacts, prompt: GraphModule, token: GraphModule | None, rows: int
 ) -> None:
     """Run the model and its graphs on the same random tokens."""
-    ids = _random_ids(source, rows, min(PROBE_LENGTH, facts.max_positions or PROBE_LENGTH))
-    positions = torch.arange(ids.shape[1], device=facts.device).expand(rows, -1).contiguous()
+    ids, positions = _probe_tokens(source, facts, rows)
     with torch.no_grad():
         expected = logits_of(_reference(source, facts), ids, positions)
     with refusing(facts.name):

@@ -108,6 +108,12 @@ def _adapted_model(model: nn.Module) -> nn.Module:
             f"the adapter {prompts[0]!r} of {type(model).__name__} adds tokens of its own to every prompt, outside the "
             "model's layers; only adapters inside the layers, such as LoRA, can be captured"
         )
+    invoked = [name for name, adapter in adapters.items() if getattr(adapter, "alora_invocation_tokens", None)]
+    if invoked:
+        raise UnsupportedModelError(
+            f"the adapter {invoked[0]!r} of {type(model).__name__} is an activated LoRA, which acts behind its "
+            "invocation tokens alone; which tokens those are is not known inside the layers, where it would be captured"
+        )
     inner: nn.Module = model.get_base_model()  # type: ignore[operator]
     return inner
 

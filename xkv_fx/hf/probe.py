@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
@@ -56,9 +56,16 @@ def probe(twin: PreTrainedModel, facts: TransformersFacts, length: int = 2) -> A
     return Attentions(len(windows), tuple(record.layers))
 
 
-def logits_of(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Logits without a cache. A model that takes no positions counts them itself."""
-    kinds = {name: parameter.kind for name, parameter in inspect.signature(model.forward).parameters.items()}
+def logits_of(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor, inside: PreTrainedModel | None = None
+) -> Tensor:
+    """Logits without a cache. A model that takes no positions counts them itself.
+
+    Args:
+        inside: the model that `model` hands its arguments on to; itself when None.
+    """
+    forward = (inside or model).forward
+    kinds = {name: parameter.kind for name, parameter in inspect.signature(forward).parameters.items()}
     takes_positions = "position_ids" in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values()
     options = {"position_ids": position_ids} if takes_positions else {}
     logits: Tensor = model(input_ids=input_ids, use_cache=False, return_dict=True, **options).logits
