@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from xkv_fx.capture.facts import ModelFacts, Shard
+from xkv_fx.capture.shared_weights import SharedWeights
 from xkv_fx.errors import PassError
 from xkv_fx.layers import LayerSpec
 from xkv_fx.policy import Policy
@@ -27,6 +28,7 @@ class CapturedModel:
         rows: batch rows that the graphs are captured for.
         vocabulary: size of the logits' last dimension, which the graph alone says.
         facts: what is known about the model.
+        weights: those that the graphs share with the model, as they were; None where calls bring their own.
     """
 
     prompt: GraphModule
@@ -35,6 +37,7 @@ class CapturedModel:
     rows: int
     vocabulary: int
     facts: ModelFacts
+    weights: SharedWeights | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -70,6 +73,11 @@ class CapturedModel:
         if self.shard.size > 1:
             check_independent_heads(policy.scorer, scorer)
         return scorer
+
+    def check_weights(self) -> None:
+        """Raise ModelMismatchError if the weights are no longer those that were captured."""
+        if self.weights is not None:
+            self.weights.check()
 
     def graph(self, kind: Literal["prompt", "token"]) -> GraphModule:
         """A copy of a graph for passes to change; its weights are the very same tensors."""

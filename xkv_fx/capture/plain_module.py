@@ -14,6 +14,7 @@ from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.capture.check import check_capture
 from xkv_fx.capture.export import export_graph, reason_of
 from xkv_fx.capture.facts import ModelFacts
+from xkv_fx.capture.shared_weights import SharedWeights
 from xkv_fx.errors import UnsupportedModelError, XkvError
 from xkv_fx.passes.analyses.find_attention import any_latent, attention_sites, cached_layers
 from xkv_fx.passes.prepare.absorb_latents import AbsorbLatents
@@ -77,7 +78,8 @@ def capture_module(
         has_latents=any_latent(layers),
     )
     vocabulary = int(cast(Any, output_node(prompt.graph).args[0]).meta["val"].shape[2])
-    return CapturedModel(prompt, token, layers, rows, vocabulary, facts)
+    weights = SharedWeights(name, dict(module.named_parameters()))
+    return CapturedModel(prompt, token, layers, rows, vocabulary, facts, weights)
 
 
 def _prompt_graph(twin: nn.Module, ids: Tensor, positions: Tensor, rows: int) -> tuple[GraphModule, int | None]:

@@ -22,6 +22,7 @@ from xkv_fx.capture.check import check_capture, difference, tolerance
 from xkv_fx.capture.export import OneGradMode, export_graph, refusing
 from xkv_fx.capture.facts import UNSHARDED
 from xkv_fx.capture.plain_module import PROBE_LENGTH
+from xkv_fx.capture.shared_weights import SharedWeights
 from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.hf.attention_entry import CAPTURED_NAME, NAME
 from xkv_fx.hf.inspect import TransformersFacts, read_model
@@ -170,7 +171,9 @@ def _capture_twin(
     if check:
         _check(source, facts, prompt, token, rows)
     vocabulary = int(logits.shape[2])
-    return CapturedModel(prompt, token, layers, rows, vocabulary, dataclasses.replace(facts, max_positions=longest))
+    weights = SharedWeights(facts.name, dict(source.named_parameters()))
+    facts = dataclasses.replace(facts, max_positions=longest)
+    return CapturedModel(prompt, token, layers, rows, vocabulary, facts, weights)
 
 
 def _rewrite(prompt: GraphModule, rows: int, longest: int | None, written: bool) -> bool:

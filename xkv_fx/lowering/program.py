@@ -141,12 +141,14 @@ class CompiledProgram:
         self._prompt("prefill", False)
 
     def prefill(self, all_logits: bool) -> Compiled:
+        self.graphs.captured.check_weights()
         return self._prompt("prefill", all_logits)
 
     def extend(self, all_logits: bool) -> Compiled:
+        self.graphs.captured.check_weights()
         return self._prompt("extend", all_logits)
 
-    def decode(self) -> Compiled:
+    def decode(self) -> Compiled:  # whose weights were checked when the prompt came
         return self.lowered.run
 
     def _lower_prompt(self, kind: GraphKind, all_logits: bool) -> Compiled:
