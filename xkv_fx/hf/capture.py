@@ -7,6 +7,7 @@ pass `MatchAttention` looks for it in the graph.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from typing import Any, cast
@@ -32,7 +33,7 @@ from xkv_fx.hf.tensor_parallel import use_shards
 from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.analyses.find_attention import attention_sites, cached_layers
 from xkv_fx.passes.prepare.absorb_latents import AbsorbLatents
-from xkv_fx.passes.prepare.find_positions import FindPositions
+from xkv_fx.passes.prepare.find_positions import FindPositions, position_limit
 from xkv_fx.passes.prepare.match_attention import MatchAttention
 from xkv_fx.passes.prepare.specialize import one_token_graph
 from xkv_fx.passes.tools.graph import output_node
@@ -145,8 +146,13 @@ def _capture_twin(
     positions = torch.arange(example, device=facts.device).expand(rows, -1).contiguous()
     entry = _Entry(twin.model)
     with refusing(facts.name):
-        prompt, longest = export_graph(entry, (ids, positions), facts.max_positions, alone=facts.shard == UNSHARDED)
-        rewritten = _rewrite(prompt, rows, longest, written=not twin.layers)
+        written = not twin.layers
+        prompt, longest, rewritten = _prompt_graph(entry, (ids, positions), facts, facts.max_positions, written)
+        if longest is not None and not facts.ends_early and _placed_by_slopes(prompt, rows):
+            with contextlib.suppress(UnsupportedModelError):  # a table of slopes has an end
+                unbounded = _prompt_graph(entry, (ids, positions), facts, None, written)
+                if unbounded[1] is None:
+                    prompt, longest, rewritten = unbounded
         token = None
         if decode:
             try:
@@ -174,6 +180,21 @@ def _capture_twin(
     weights = SharedWeights(facts.name, dict(source.named_parameters()))
     facts = dataclasses.replace(facts, max_positions=longest)
     return CapturedModel(prompt, token, layers, rows, vocabulary, facts, weights)
+
+
+def _prompt_graph(
+    entry: nn.Module, inputs: tuple[Tensor, Tensor], facts: TransformersFacts, longest: int | None, written: bool
+) -> tuple[GraphModule, int | None, bool]:
+    """The graph of a prompt, up to which length it is the model, and whether it is another one than export gives."""
+    prompt, longest = export_graph(entry, inputs, longest, alone=facts.shard == UNSHARDED)
+    return prompt, longest, _rewrite(prompt, inputs[0].shape[0], longest, written)
+
+
+def _placed_by_slopes(prompt: GraphModule, rows: int) -> bool:
+    """Whether distances alone say where tokens are (ALiBi), which have no end: what a configuration calls the model's
+    length is what it was trained on."""
+    slopes = all(site.form.slopes is not None for site in attention_sites(prompt))
+    return slopes and position_limit(prompt, rows) is None
 
 
 def _rewrite(prompt: GraphModule, rows: int, longest: int | None, written: bool) -> bool:
