@@ -31,7 +31,7 @@ def test_the_packages_imports_are_drawn(program: dict[str, Any], tmp_path: Path)
             [("xkv_fx.runtime.ops", "xkv_fx.api")],
             "xkv_fx.runtime.ops imports xkv_fx.api, which is not on a lower level",
         ),
-        ([("xkv_fx.layers", "xkv_fx.policy")], "xkv_fx.layers imports xkv_fx.policy, which is not on a lower level"),
+        ([("xkv_fx.policy", "xkv_fx.formats")], "xkv_fx.policy imports xkv_fx.formats, which is not on a lower level"),
         (
             [("xkv_fx.hf.cache", "xkv_fx.hf.rotary"), ("xkv_fx.hf.rotary", "xkv_fx.hf.cache")],
             "these import each other in a circle: xkv_fx.hf.cache, xkv_fx.hf.rotary",

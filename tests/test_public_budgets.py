@@ -52,7 +52,10 @@ def test_what_is_solved_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_public(report.uniform_plan(solved))
     calibration = xkv_fx.Calibration.load(FILES / "calibration.safetensors")
     assert is_public(xkv_fx.fit_quality(model, calibration, PROMPTS, kl=100.0, continuation=4, resolution=0.5))
-    assert xkv_fx.verify(model, Plan(solved.capacities, solved.policy), PROMPTS, continuation=4) == report
+    assert (
+        xkv_fx.verify(model, Plan(solved.capacities, solved.policy, solved.provenance), PROMPTS, continuation=4)
+        == report
+    )
 
 
 def test_what_models_and_engines_hold() -> None:

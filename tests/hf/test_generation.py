@@ -10,14 +10,21 @@ import pytest
 import torch
 from batches import padded
 from ready_models import FULL, full, model, transform_again, transformed
-from tiny_models import POSITIONS, VOCABULARY, llama, mistral, random_ids
+from tiny_models import POSITIONS, llama, mistral, random_ids
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import xkv_fx
 from xkv_fx import Budgets, Policy
-from xkv_fx.errors import BackendError, CapacityError, PromptError, SessionError, UnsupportedModelError
+from xkv_fx.errors import (
+    BackendError,
+    CapacityError,
+    ModelMismatchError,
+    PromptError,
+    SessionError,
+    UnsupportedModelError,
+)
 from xkv_fx.hf.cache import SessionCache
 from xkv_fx.hf.generation import BudgetedLM
 
@@ -663,14 +670,18 @@ def test_weights_are_shared() -> None:
     source = llama(2, tie_word_embeddings=True)
     llm = xkv_fx.transform(source, Budgets.full(2, FULL), backend="eager")
     ids = random_ids(1, 9)
-    before = llm.generate(ids, **GREEDY)
-    with torch.no_grad():
-        source.model.layers[1].mlp.down_proj.weight.mul_(-2.0)
-        source.model.embed_tokens.weight.copy_(source.lm_head.weight.roll(1, dims=0))
-    after = llm.generate(ids, **GREEDY)
-    assert torch.equal(after, source.generate(ids, **GREEDY))
-    assert not torch.equal(after, before)
-    assert after.max() < VOCABULARY
+    session = llm.new_session()
+    llm(ids, past_key_values=session)
+    logits = [session.fork().step(ids[:, :1], None)]
+    for factor in (2.0, 0.5):
+        with torch.no_grad():
+            source.lm_head.weight.mul_(factor)
+            source.model.layers[1].mlp.down_proj.weight.mul_(-factor)
+        logits.append(session.fork().step(ids[:, :1], None))
+    assert torch.equal(logits[2], logits[0])
+    assert not torch.allclose(logits[1], logits[0], atol=0.1)
+    with pytest.raises(ModelMismatchError, match="changed in place after the model was transformed"):
+        llm.generate(ids, **GREEDY)
 
 
 def test_what_is_set_for_generation_is_not_set_on_the_model() -> None:

@@ -159,18 +159,21 @@ def counters() -> dict[str, dict[str, int]]:
 
 
 def test_weights_are_not_copied() -> None:
+    """By steps after a prompt: before each prompt it is checked that nobody has changed the weights."""
     llm, ids = big("inductor"), random_ids(1, 9)
-    before = llm.generate(ids, **GREEDY)
+    session = llm.new_session()
+    llm(ids, past_key_values=session)
+    before = session.fork().step(ids[:, :1], None).clone()
     head = big_model().get_output_embeddings().weight
+    kept = head.detach().clone()
     with torch.no_grad():
         head.copy_(head.roll(1, dims=0))
         try:
-            after = llm.generate(ids, **GREEDY)
-            expected = big_model().generate(ids, **GREEDY)
+            after = session.step(ids[:, :1], None).clone()
         finally:
-            head.copy_(head.roll(-1, dims=0))
-    assert torch.equal(after, expected)
-    assert not torch.equal(after, before)
+            head.copy_(kept)
+    torch.testing.assert_close(after, before.roll(1, dims=-1))
+    assert not torch.allclose(after, before, atol=0.1)
 
 
 def test_the_lowering_is_described() -> None:

@@ -114,17 +114,24 @@ def test_every_scorer(scorer: str) -> None:
     assert_same(*sessions("llama", Policy(scorer=scorer), (PAIRS["int8"], None, PAIRS["int4"])))
 
 
-def test_compiled() -> None:
-    """A compiler rounds in other places, which moves a code by one step now and then, and what follows from it."""
-    ours, theirs = sessions("llama", Policy(), (PAIRS["int8/int4"], None, PAIRS["int4"]), "inductor")
+@pytest.mark.parametrize("pair", ["int8", "int4"])
+def test_compiled(pair: str) -> None:
+    """A compiler rounds in other places, which moves a code by one step now and then: much to a value of four bits."""
+    pairs = (PAIRS[pair], None, PAIRS[pair])
+    ours, theirs = sessions("llama", Policy(), pairs, "inductor")
     for got, expected in zip(conversation(ours), conversation(theirs), strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=5e-3 * float(expected.abs().max()))
+        scale = float(expected.abs().max())
+        assert float((got - expected).abs().mean()) < 5e-3 * scale
+        if pair == "int8":
+            torch.testing.assert_close(got, expected, rtol=0, atol=2e-2 * scale)
+    again = sessions("llama", Policy(), pairs)[0]
+    conversation(again)
     for layer, field in ((0, "k"), (0, "v"), (2, "k"), (2, "v")):
-        coded = ours.state.of(ours.program.plan.caches[layer])[field]
-        again = sessions("llama", Policy(), (PAIRS["int8/int4"], None, PAIRS["int4"]))[0]
-        conversation(again)
-        plain = again.state.of(again.program.plan.caches[layer])[field]
-        assert float((coded != plain).float().mean()) < 0.01
+        coded, plain = (each.state.of(each.program.plan.caches[layer])[field] for each in (ours, again))
+        if pair == "int8":
+            assert int((coded.int() - plain.int()).abs().max()) <= 1
+        assert float((coded != plain).float().mean()) < 0.05
+        assert torch.equal(ours.ordinals(layer), again.ordinals(layer))
 
 
 @pytest.mark.parametrize("pair", list(PAIRS))
