@@ -129,7 +129,7 @@ def test_compiled(pair: str) -> None:
     for layer, field in ((0, "k"), (0, "v"), (2, "k"), (2, "v")):
         coded, plain = (each.state.of(each.program.plan.caches[layer])[field] for each in (ours, again))
         if pair == "int8":
-            assert int((coded.int() - plain.int()).abs().max()) <= 1
+            assert int((coded.int() - plain.int()).abs().max()) <= 2
         assert float((coded != plain).float().mean()) < 0.05
         assert torch.equal(ours.ordinals(layer), again.ordinals(layer))
 
