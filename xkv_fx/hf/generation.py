@@ -11,12 +11,15 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from xkv_fx.budgets import Plan
-from xkv_fx.errors import PromptError, SessionError
+from xkv_fx.errors import BackendError, PromptError, SessionError
 from xkv_fx.hf.cache import SessionCache
 from xkv_fx.hf.cache_name import CACHE_NAME, CACHE_NAMES, CHUNKS_HOLD_NEW_TOKENS, TRANSFORMERS, cache_given
 from xkv_fx.lowering.budgeted import Budgeted
 from xkv_fx.lowering.program import CompiledProgram
 from xkv_fx.runtime.session import refuse_rows_of_padding
+
+_OF_GENERATE = ("tokenizer", "assistant_tokenizer", "assistant_model", "streamer", "synced_gpus")
+"""Arguments of `generate` that transformers hands on to the model, whose own take no notice of them."""
 
 
 class BudgetedLM(Budgeted, GenerationMixin):
@@ -125,6 +128,16 @@ class BudgetedLM(Budgeted, GenerationMixin):
             PromptError, CapacityError, SessionError: see `forward`; and for `inputs_embeds`, for `position_ids`, which
                 the session counts, and for a conversation that has nothing new to its session.
         """
+        if getattr(kwargs.get("generation_config"), "is_assistant", False):
+            raise SessionError(
+                "a transformed model cannot be the assistant_model of another: tokens that are turned down would have "
+                "to be taken back from its cache; give the model that it was made from"
+            )
+        if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None:
+            raise SessionError(
+                "assisted generation takes tokens back, which a budgeted cache cannot; leave assistant_model and "
+                "prompt_lookup_num_tokens out"
+            )
         if kwargs.get("position_ids") is not None:
             raise PromptError("leave position_ids out: the session counts the valid tokens of each row")
         if kwargs.get("inputs_embeds") is not None:
@@ -153,6 +166,7 @@ class BudgetedLM(Budgeted, GenerationMixin):
 
         `prompt_columns` is what `_prepare_cache_for_generation` put among the arguments.
         """
+        kwargs = {name: value for name, value in kwargs.items() if name not in _OF_GENERATE}
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:] if next_sequence_length > 0 else input_ids[:, :0]
         # Older versions of transformers do not say that a chunk is part of a prompt.
@@ -177,7 +191,7 @@ class BudgetedLM(Budgeted, GenerationMixin):
         if generation_config.cache_implementation is not None:
             raise SessionError(
                 f"cache_implementation={generation_config.cache_implementation!r} cannot be chosen: the cache of a "
-                "transformed model is its budgets'"
+                "transformed model is its budgets'; leave it out, or set it to None in the generation_config"
             )
         session = self._session(model_kwargs)
         mask, chunk = model_kwargs.get("attention_mask"), generation_config.prefill_chunk_size
@@ -190,6 +204,20 @@ class BudgetedLM(Budgeted, GenerationMixin):
         _refuse_conversations(held, columns, chunk)
         _refuse_rows_without_last_token(mask, held, chunk)
         model_kwargs[CACHE_NAME], model_kwargs["prompt_columns"] = session, columns
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """What `generate_batch` and transformers' other ways into continuous batching begin with.
+
+        Raises:
+            BackendError: always.
+        """
+        raise BackendError(
+            "transformers' continuous batching (generate_batch and the like) brings a paged cache of its own, for "
+            "which no budgets hold; use generate() with up to batch_size prompts at once, padded on the left"
+        )
+
+    generate_batch = init_continuous_batching
+    continuous_batching_context_manager = init_continuous_batching
 
     def is_remote_code(self) -> bool:
         """Part of what `GenerationMixin` asks of a model."""
@@ -208,9 +236,10 @@ class BudgetedLM(Budgeted, GenerationMixin):
 
 
 def _own_copy(config: GenerationConfig) -> GenerationConfig:
-    """What is set on it is not set on the model's; and some models (MPT) come with the cache switched off, which is no
-    wish of the caller's."""
+    """What is set on it is not set on the model's; and some models come with the cache switched off (MPT), or with a
+    kind of cache, which is no wish of the caller's."""
     config = copy.deepcopy(config)
+    config.cache_implementation = config.cache_config = None
     if config.use_cache is False:
         config.use_cache = True
     return config
