@@ -22,6 +22,7 @@ from xkv_fx.passes.prepare.find_positions import FindPositions, position_limit
 from xkv_fx.passes.prepare.match_attention import MatchAttention
 from xkv_fx.passes.prepare.specialize import one_token_graph
 from xkv_fx.passes.tools.graph import output_node
+from xkv_fx.runtime.autocast import refuse_autocast
 
 PROBE_LENGTH = 24
 
@@ -47,6 +48,7 @@ def capture_module(
     if not isinstance(module, nn.Module):
         raise UnsupportedModelError(f"expected a torch.nn.Module, got {name}")
     tokens = _tokens(example_inputs)
+    refuse_autocast(tokens.device)
     ids = tokens[torch.arange(rows * PROBE_LENGTH, device=tokens.device) % len(tokens)].view(rows, PROBE_LENGTH)
     positions = torch.arange(PROBE_LENGTH, device=ids.device).expand(rows, -1).contiguous()
     weights = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
@@ -78,8 +80,8 @@ def capture_module(
         has_latents=any_latent(layers),
     )
     vocabulary = int(cast(Any, output_node(prompt.graph).args[0]).meta["val"].shape[2])
-    weights = SharedWeights(name, dict(module.named_parameters()))
-    return CapturedModel(prompt, token, layers, rows, vocabulary, facts, weights)
+    shared = SharedWeights(name, dict(module.named_parameters()))
+    return CapturedModel(prompt, token, layers, rows, vocabulary, facts, shared)
 
 
 def _prompt_graph(twin: nn.Module, ids: Tensor, positions: Tensor, rows: int) -> tuple[GraphModule, int | None]:

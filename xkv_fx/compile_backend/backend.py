@@ -37,6 +37,7 @@ from xkv_fx.hf.cache_name import CACHE_NAME, CACHE_NAMES, TRANSFORMERS
 from xkv_fx.hf.inspect import check_model
 from xkv_fx.lowering.program import check_request
 from xkv_fx.public_budgets import Budgets
+from xkv_fx.runtime.autocast import refuse_autocast
 from xkv_fx.runtime.state import CachePlan
 
 
@@ -63,6 +64,8 @@ def xkv(
     """
     try:
         given = _Options.of(options, mode)
+        for device in {value.device for value in example_inputs if isinstance(value, Tensor)}:
+            refuse_autocast(device)
         leave_lengths_open(module, example_inputs)
         _check_caches(module)
         return _CompiledCall(DynamoGraph.of(module, example_inputs), given, model_of_call(), example_inputs).run
@@ -130,6 +133,7 @@ class _CompiledCall:
 
     def run(self, *inputs: Any) -> tuple[Tensor, ...]:
         """Feed the tokens of a call to its session."""
+        refuse_autocast(inputs[self.graph.ids].device)
         ids, positions = inputs[self.graph.ids], inputs[self.graph.positions].expand_as(inputs[self.graph.ids])
         valid = None if self.graph.mask is None else inputs[self.graph.mask][:, -ids.shape[1] :] != 0
         cache = self._cache(inputs, ids)

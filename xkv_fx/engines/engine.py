@@ -20,6 +20,7 @@ from xkv_fx.engines.targets import TARGETS
 from xkv_fx.errors import BackendError, EngineError, FileFormatError, PromptError
 from xkv_fx.files import check_safetensors_size
 from xkv_fx.lowering.describe import describe_layers
+from xkv_fx.runtime.autocast import refuse_autocast
 from xkv_fx.runtime.decode_steps import generate_tokens
 from xkv_fx.runtime.session import Session
 from xkv_fx.runtime.state import CachePlan, GraphKind
@@ -158,7 +159,8 @@ class _EngineProgram:
         return run
 
     def _check_tokens(self, ids: Tensor) -> None:
-        """Compiled code would read past the embedding."""
+        """Compiled code would read past the embedding, and takes no notice of autocast or a part of it."""
+        refuse_autocast(ids.device)
         low, high = (int(value) for value in ids.aminmax())
         if low < 0 or high >= self._manifest.known_tokens:
             wrong = low if low < 0 else high

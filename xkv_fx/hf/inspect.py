@@ -15,6 +15,7 @@ from xkv_fx.capture.facts import ModelFacts
 from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.hf.rotary import ChangingRotary, changing_rotary, fixed_up_to
 from xkv_fx.hf.tensor_parallel import shard_of
+from xkv_fx.runtime.autocast import refuse_autocast
 
 # What does not change which plan is right for a model.
 _VOLATILE = {
@@ -53,8 +54,10 @@ def read_model(model: Any) -> tuple[PreTrainedModel, TransformersFacts]:
 
     Raises:
         UnsupportedModelError: as `check_model`; or it is split among processes in a way that is not taken.
+        BackendError: autocast is on.
     """
     source, rotary = _checked(model)
+    refuse_autocast(source.device)
     config = source.config.get_text_config(decoder=True)
     longest, why = _reach(config, rotary)
     facts = TransformersFacts(

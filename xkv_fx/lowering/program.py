@@ -28,6 +28,7 @@ from xkv_fx.passes.pipeline import (
     run_pipeline,
     run_stepwise,
 )
+from xkv_fx.runtime.autocast import refuse_autocast
 from xkv_fx.runtime.scorers import Scorer, scorer_of
 from xkv_fx.runtime.slots import SlotPlan, slot_plans
 from xkv_fx.runtime.state import CachePlan, GraphKind
@@ -141,15 +142,20 @@ class CompiledProgram:
         self._prompt("prefill", False)
 
     def prefill(self, all_logits: bool) -> Compiled:
-        self.graphs.captured.check_weights()
+        self._check_prompt()
         return self._prompt("prefill", all_logits)
 
     def extend(self, all_logits: bool) -> Compiled:
-        self.graphs.captured.check_weights()
+        self._check_prompt()
         return self._prompt("extend", all_logits)
 
     def decode(self) -> Compiled:  # whose weights were checked when the prompt came
+        refuse_autocast(self.plan.device)
         return self.lowered.run
+
+    def _check_prompt(self) -> None:
+        refuse_autocast(self.plan.device)
+        self.graphs.captured.check_weights()
 
     def _lower_prompt(self, kind: GraphKind, all_logits: bool) -> Compiled:
         return run_eager(self.graphs.get(kind, all_logits).module)

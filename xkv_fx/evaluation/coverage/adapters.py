@@ -75,7 +75,8 @@ def base_model() -> LlamaForCausalLM:
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, pad_token_id=0, eos_token_id=None, initializer_range=0.2, use_cache=True,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
+    return model
 
 
 def adapted_model(name: str) -> nn.Module:
@@ -138,7 +139,8 @@ def _mixture_of_adapters() -> nn.Module:
         model = base_model()
         model.config.use_cache = False  # as it demands
         sizes: dict[str, Any] = {"hidden_size": 32, "adapters": adapters}
-        return peft.get_peft_model(model, peft.XLoraConfig(task_type="CAUSAL_LM", **sizes))
+        mixed: nn.Module = peft.get_peft_model(model, peft.XLoraConfig(task_type="CAUSAL_LM", **sizes))
+    return mixed
 
 
 def _prompt() -> Tensor:
