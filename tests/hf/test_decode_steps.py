@@ -98,9 +98,10 @@ def test_a_plain_module() -> None:
 def test_capacity_is_checked_as_by_a_step() -> None:
     llm = transformed().with_budgets(Budgets((10, 16), Policy(eviction="append")), max_new_tokens=3)
     session, first = fed(llm)
-    with pytest.raises(CapacityError, match="3 appended tokens"):
+    with pytest.raises(CapacityError, match=r"4 new tokens are asked for, and 3 can be .* 3 appended tokens"):
         llm.decode_steps(4, session, first)
-    assert session.tokens_seen.tolist() == [33, 33]
+    assert session.tokens_seen.tolist() == [30, 30], "nothing was fed"
+    assert llm.decode_steps(3, session, first).shape == (2, 3)
 
 
 @pytest.mark.parametrize("n", [0, -1, True, 1.5])

@@ -94,14 +94,14 @@ def test_a_damaged_session_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "session.safetensors"
     session.save(path)
     whole = path.read_bytes()
-    written_as = {version: {"xkv_fx": json.dumps({**_header(path), "version": version})} for version in (1, 3)}
+    written_as = {version: {"xkv_fx": json.dumps({**_header(path), "version": version})} for version in (1, 4)}
     for cut in (0, 7, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
         with pytest.raises(FileFormatError, match=r"session\.safetensors"):
             session.load(path)
     path.write_bytes(whole)
     tensors = load_file(path)
-    for version, what in ((1, "older than 2"), (3, "newer than 2")):
+    for version, what in ((1, "older than 2"), (4, "newer than 3")):
         save_file(tensors, path, written_as[version])
         with pytest.raises(FileFormatError, match=what):
             session.load(path)
@@ -110,6 +110,18 @@ def test_a_damaged_session_file_is_refused(tmp_path: Path) -> None:
     for name, value in (("seen", -1), ("positions_0", 10_000), ("k_1", float("nan"))):
         save_file({**tensors, name: torch.full_like(tensors[name], value)}, path, good)
         with pytest.raises(FileFormatError):
+            session.load(path)
+    ids = tensors["fed_ids"]
+    for wrong, message in (
+        (ids.long(), "not int32 of 1 rows and at most 40 columns, from -1 on"),
+        (torch.cat((ids, ids), 1), "at most 40 columns"),
+        (ids - 70, "from -1 on"),
+        (ids[:, 0], "at most 40 columns"),
+        (torch.where(torch.arange(40) < 3, -1, ids), "fed_ids contradicts the counters"),
+        (ids + 1, "does not match its checksum"),
+    ):
+        save_file({**tensors, "fed_ids": wrong}, path, good)
+        with pytest.raises(FileFormatError, match=message):
             session.load(path)
     assert session.get_seq_length() == 40
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache as TransformersCache
 
 from xkv_fx.budgets import Plan
 from xkv_fx.capture.facts import UNSHARDED, ModelFacts
@@ -120,10 +119,9 @@ class Cache(SessionCache):
         return tuple(self._planned.used)
 
     def fork(self) -> Cache:
-        """An independent cache with the same history."""
+        """An independent cache with the same history. `copy.copy` and `copy.deepcopy` make one too."""
         twin = Cache.__new__(Cache)
-        TransformersCache.__init__(twin, layers=[])
-        twin.session = self.session.fork()
+        twin._hold(self.session.fork())
         twin._planned, twin.model = self._planned, self.model
         twin._register()
         return twin

@@ -135,7 +135,7 @@ class Budgeted(nn.Module):
 
         Raises:
             PromptError: an argument out of its range, or as `Session.step`.
-            CapacityError: as `Session.step`; the tokens before are in the session then.
+            CapacityError: more tokens than there is room for; none has been fed then.
             SessionError: a session of another model, or none of ours.
         """
         inner = getattr(session, "session", session)
@@ -143,7 +143,7 @@ class Budgeted(nn.Module):
             raise SessionError(f"a {type(session).__name__} is no session; take one from llm.new_session()")
         inner.check_owner(self.program)
         choose = token_chooser(do_sample, temperature, top_k, generator)
-        return decode_steps(lambda token: session.step(token, None), ids, n, choose, end_tokens, pad_token)
+        return decode_steps(inner, ids, n, choose, end_tokens, pad_token)
 
     def describe(self) -> str:
         """Layers, capacities, policy, lowering and every choice that was made, as text."""

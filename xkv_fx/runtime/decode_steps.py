@@ -33,16 +33,18 @@ def generate_tokens(
     Raises:
         PromptError: `max_new_tokens` below 1, end tokens or a padding token that are none, a row of padding only, or as
             `Session.feed`.
-        CapacityError: as `Session.feed`.
+        CapacityError: as `Session.feed`, and at once if `max_new_tokens` are more than there is room for.
     """
     _check("max_new_tokens", max_new_tokens, end_tokens, pad_token)
     refuse_rows_of_padding(attention_mask)
-    logits = session.feed(ids, valid=None if attention_mask is None else attention_mask != 0)
+    valid = None if attention_mask is None else attention_mask != 0
+    session.check_room(max_new_tokens, ids, valid)
+    logits = session.feed(ids, valid=valid)
     return torch.cat((ids, _decode(logits, session.step, max_new_tokens, choose, end_tokens, pad_token)), 1)
 
 
 def decode_steps(
-    step: Callable[[Tensor], Tensor],
+    session: Session,
     ids: Tensor,
     n: int,
     choose: Choose,
@@ -52,7 +54,8 @@ def decode_steps(
     """Feed `ids`, choose a token for each row, feed that, and so on, `n` times.
 
     Args:
-        step: logits `[rows, 1, vocabulary]` of ids int64 `[rows, 1]`; see `Session.step`.
+        session: one that has been fed a prompt.
+        ids: int64 `[rows, 1]`.
         end_tokens: a row is over once it has one of these, and is filled up with `pad_token`; whether all rows are over
             is looked at after every step, which on a GPU waits for it.
 
@@ -60,10 +63,12 @@ def decode_steps(
         the tokens that were chosen, int64 `[rows, n]`, fewer columns if every row is over. The last has not been fed.
 
     Raises:
-        PromptError: `n` below 1, end tokens or a padding token that are none; and whatever `step` raises.
+        PromptError: `n` below 1, end tokens or a padding token that are none, or as `Session.step`.
+        CapacityError: as `Session.step`, but at once if there is no room for all `n`.
     """
     _check("n", n, end_tokens, pad_token)
-    return _decode(step(ids), step, n, choose, end_tokens, pad_token)
+    session.check_steps(n)
+    return _decode(session.step(ids), session.step, n, choose, end_tokens, pad_token)
 
 
 def _decode(

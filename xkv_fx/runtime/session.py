@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
-from xkv_fx.errors import PromptError, SessionError
-from xkv_fx.runtime.history import History
+from xkv_fx.errors import CapacityError, PromptError, SessionError
+from xkv_fx.runtime.history import History, Transcript
 from xkv_fx.runtime.state import CachePlan, State
 
 Graph = Callable[..., Tensor]
@@ -48,7 +47,8 @@ class Session:
     Attributes:
         program: the graphs.
         state: the tensors.
-        history: what the rows have been fed.
+        history: how much the rows have been fed.
+        transcript: what that was.
     """
 
     history: History
@@ -56,7 +56,9 @@ class Session:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.state: State = program.plan.allocate()
+        with torch.inference_mode(False):  # where what is allocated could not be changed outside of it
+            self.state: State = program.plan.allocate()
+        self.transcript = Transcript(program.plan.rows, program.plan.device)
         self._remember(History.empty(program.plan.rows))
 
     @property
@@ -98,6 +100,7 @@ class Session:
         graph = self.program.extend(all_logits) if any(self.seen) else self.program.prefill(all_logits)
         inputs = (tensor.contiguous() for tensor in (ids, position_ids, valid))
         logits = graph(*inputs, *self.state.tensors)
+        self.transcript.add(ids, valid)
         self._remember(after)
         return logits
 
@@ -118,12 +121,13 @@ class Session:
         if ids.shape[1] != 1:
             raise PromptError(f"decode takes one token a row, not {ids.shape[1]}; feed a prompt or a turn instead")
         if self._steps_left < 1:
-            self._refuse_step()
+            self._refuse_step(self.history)
         if position_ids is None:
             position_ids = self.counts["seen"][:, None].clone()
         # compiled code reads its inputs by the strides that it was compiled for
         logits = self.program.decode()(ids.contiguous(), position_ids.contiguous(), *self.state.tensors)
-        self.history = self.history.after_step()
+        self.transcript.add(ids)
+        self.history = self.history.after_steps()
         self._steps_left -= 1
         return logits
 
@@ -135,34 +139,118 @@ class Session:
         Raises:
             PromptError: a row that does not exist.
         """
-        chosen = range(self.program.plan.rows) if rows is None else rows
-        wrong = [row for row in chosen if not 0 <= row < self.program.plan.rows]
-        if wrong:
-            raise PromptError(f"there is no row {wrong[0]}; this session has {self.program.plan.rows} rows")
+        self._check_rows(() if rows is None else rows)
         self.state.reset(rows)
+        self.transcript.forget(rows)
         self._remember(self.history.without(rows))
 
     def fork(self) -> Session:
-        """An independent session with the same history, for several continuations of one prefix."""
-        twin = copy.copy(self)
-        twin.state = self.state.clone()
+        """An independent session with the same history, for several continuations of one prefix. `copy.copy` and
+        `copy.deepcopy` make one too."""
+        twin = type(self).__new__(type(self))
+        twin.program = self.program
+        with torch.inference_mode(False):
+            twin.state = self.state.clone()
+        twin.transcript = self.transcript.clone()
+        twin._remember(self.history)
         return twin
 
-    def reorder(self, rows: Tensor) -> None:
-        """Make row i a copy of row `rows[i]`, as beam search does."""
-        self.state.reorder(rows)
-        self._remember(self.history.reordered(rows.tolist()))
+    def __copy__(self) -> Session:
+        return self.fork()
 
-    def restore(self, state: State, fed: int) -> None:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        memo[id(self)] = twin = self.fork()
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_pickling()
+
+    def reorder(self, rows: Tensor) -> None:
+        """Make row i a copy of row `rows[i]`, as beam search does.
+
+        Raises:
+            PromptError: not one index a row, or a row that does not exist.
+        """
+        chosen = rows.tolist()
+        if rows.shape != (self.program.plan.rows,):
+            raise PromptError(
+                f"rows are chosen by {self.program.plan.rows} numbers, as many as this session has; got {chosen}"
+            )
+        self._check_rows(chosen)
+        self.state.reorder(rows)
+        self.transcript.reorder(rows)
+        self._remember(self.history.reordered(chosen))
+
+    def restore(self, state: State, fed: int, ids: Tensor | None = None) -> None:
         """Take over the content of another state of the same plan; the buffers stay.
 
         Args:
             fed: columns that had been fed, padding included.
+            ids: int32 `[rows, <= fed]`, the last of these columns, as `Transcript.ids`; None where they are not known.
         """
         for tensor, content in zip(self.state.tensors, state.tensors, strict=True):
             tensor.copy_(content)
         counts = state.of(self.program.plan.counters)
+        plan = self.program.plan
+        self.transcript = (
+            Transcript(plan.rows, plan.device, fed) if ids is None else Transcript.of(ids, fed - ids.shape[1])
+        )
         self._remember(History(tuple(counts["seen"].tolist()), tuple(counts["base"].tolist()), fed))
+
+    def check_history(self, ids: Tensor | None, valid: Tensor | None) -> None:
+        """Refuse a conversation that does not begin with what this session was fed.
+
+        Args:
+            ids: int64 `[rows, >= fed]`, the whole conversation; None where only its mask is known.
+            valid: bool `[rows, >= fed]`, False for padding; all are tokens when None.
+
+        Raises:
+            SessionError: it begins otherwise; the message names the first column that differs.
+        """
+        difference = self.transcript.difference(ids, valid)
+        if difference is not None:
+            raise SessionError(
+                f"this session holds another conversation: {difference}. Give the whole conversation each time, what "
+                "is new at its end, with the mask that it was fed with: rows that ended while others went on were fed "
+                "padding tokens, which count. For another conversation, take a new session"
+            )
+
+    def check_room(self, wanted: int, ids: Tensor, valid: Tensor | None = None) -> None:
+        """Refuse, before anything is fed, to generate `wanted` tokens behind more tokens, where `feed` would raise, or
+        one of the `wanted - 1` steps behind it; the last token is not fed.
+
+        Args:
+            ids, valid: as in `feed`.
+
+        Raises:
+            PromptError, CapacityError: the message says how many tokens can be generated.
+        """
+        self._check_ids(ids, None)
+        if valid is not None:
+            self._check_shape(valid, ids)
+        added = [ids.shape[1]] * ids.shape[0] if valid is None else valid.sum(1).tolist()
+        after = self.history.after_prompt(added, ids.shape[1])
+        self._check_room(max(after.seen))
+        self._check_steps(after, wanted - 1, wanted)
+
+    def check_steps(self, wanted: int) -> None:
+        """Refuse, before anything is fed, as many steps as `step` would not all take.
+
+        Raises:
+            PromptError, CapacityError: the message says how many it would take.
+        """
+        self._check_steps(self.history, wanted, wanted)
+
+    def _check_steps(self, history: History, steps: int, wanted: int) -> None:
+        left = self._count_steps_left(history)
+        if steps <= left:
+            return
+        try:
+            self._refuse_step(history.after_steps(left))
+        except (PromptError, CapacityError) as error:
+            raise type(error)(
+                f"{wanted} new tokens are asked for, and {wanted - steps + left} can be generated from here: {error}"
+            ) from error
 
     @property
     def counts(self) -> dict[str, Tensor]:
@@ -178,6 +266,11 @@ class Session:
         """Raise SessionError unless this session belongs to `program`."""
         if self.program is not program:
             raise SessionError("this session belongs to another transformed model; take one from llm.new_session()")
+
+    def _check_rows(self, rows: Sequence[int]) -> None:
+        wrong = [row for row in rows if not 0 <= row < self.program.plan.rows]
+        if wrong:
+            raise PromptError(f"there is no row {wrong[0]}; this session has {self.program.plan.rows} rows")
 
     def _check_ids(self, ids: Tensor, position_ids: Tensor | None) -> None:
         rows = self.program.plan.rows
@@ -198,16 +291,19 @@ class Session:
 
     def _check_valid(self, valid: Tensor, ids: Tensor) -> tuple[int, ...]:
         """Check a padding mask; returns the valid tokens that each row gains."""
-        if valid.shape != ids.shape or valid.dtype != torch.bool:
-            raise PromptError(
-                f"valid must be bool of the ids' shape {list(ids.shape)}; got {valid.dtype} of {list(valid.shape)}"
-            )
+        self._check_shape(valid, ids)
         starts = (valid[:, 1:] & ~valid[:, :-1]).sum(1) + valid[:, 0].long()
         if bool((starts > 1).any()):
             raise PromptError(
                 "the attention mask has holes: padding may stand before or after a row's tokens, not between them"
             )
         return tuple(valid.sum(1).tolist())
+
+    def _check_shape(self, valid: Tensor, ids: Tensor) -> None:
+        if valid.shape != ids.shape or valid.dtype != torch.bool:
+            raise PromptError(
+                f"valid must be bool of the ids' shape {list(ids.shape)}; got {valid.dtype} of {list(valid.shape)}"
+            )
 
     def _check_room(self, longest: int) -> None:
         """Check that a prefill may take the longest row to so many tokens."""
@@ -219,19 +315,20 @@ class Session:
 
     def _remember(self, history: History) -> None:
         self.history = history
-        self._steps_left = self._count_steps_left()
+        self._steps_left = self._count_steps_left(history)
 
-    def _count_steps_left(self) -> int:
+    def _count_steps_left(self, history: History) -> int:
         """How many tokens a row may decode before one of the limits that `_refuse_step` names is met."""
         limit = self.program.max_positions
-        rows = set(zip(self.history.seen, self.history.base, strict=True))
+        rows = set(zip(history.seen, history.base, strict=True))
         left = [state.steps_left(seen, base) for state in self.program.plan.states for seen, base in rows]
-        positions = _UNLIMITED if limit is None else limit - max(self.seen)
+        positions = _UNLIMITED if limit is None else limit - max(history.seen)
         return min((positions, *(steps for steps in left if steps is not None)))
 
-    def _refuse_step(self) -> None:
-        self._check_room(max(self.seen) + 1)
-        rows = set(zip(self.history.seen, self.history.base, strict=True))
+    def _refuse_step(self, history: History) -> None:
+        """Say why no further token can be decoded, where there are no steps left."""
+        self._check_room(max(history.seen) + 1)
+        rows = set(zip(history.seen, history.base, strict=True))
         for state in self.program.plan.states:
             if any(state.steps_left(seen, base) == 0 for seen, base in rows):
                 state.refuse_step()
@@ -242,3 +339,11 @@ def refuse_rows_of_padding(mask: Tensor | None) -> None:
     columns at all, is refused where it is fed."""
     if mask is not None and mask.shape[-1] > 0 and not bool((mask != 0).any(-1).all()):
         raise PromptError("a row of the prompt is nothing but padding; give every row at least one token")
+
+
+def refuse_pickling() -> NoReturn:
+    """Raise SessionError: a session shares its program, weights included, with all others."""
+    raise SessionError(
+        "a session cannot be pickled, since it shares graphs and weights with others; one of llm.new_session() can be "
+        "kept in a file by its save(path)"
+    )
