@@ -502,18 +502,32 @@ def test_full_budgets_refuse_more_tokens_and_the_session_stays_usable() -> None:
     llm = full()
     session = llm.new_session()
     start = llm.generate(random_ids(1, FULL - 5), past_key_values=session, max_new_tokens=2, do_sample=False)
-    with pytest.raises(CapacityError, match=f"{FULL + 1} tokens do not fit into the {FULL} slots"):
+    message = (
+        "20 new tokens are asked for, and 4 can be generated from here: "
+        f"{FULL + 1} tokens do not fit into the {FULL} slots"
+    )
+    with pytest.raises(CapacityError, match=message):
         llm.generate(start, past_key_values=session, **GREEDY)
+    assert session.tokens_seen.tolist() == [FULL - 4]
+    assert llm.generate(start, past_key_values=session, max_new_tokens=4).shape == (1, FULL + 1)
     assert session.tokens_seen.tolist() == [FULL]
     with pytest.raises(CapacityError, match=f"{FULL + 1} tokens do not fit into the {FULL} slots"):
         llm.generate(random_ids(1, FULL + 1), **GREEDY)
 
 
 def test_appending_beyond_the_room_is_refused() -> None:
-    ids = random_ids(1, 30)
+    """Before any token is streamed."""
+    ids, heard = random_ids(1, 30), Collected()
     assert append_llm().generate(ids, do_sample=False, max_new_tokens=ROOM + 1).shape == (1, 30 + ROOM + 1)
-    with pytest.raises(CapacityError, match=f"the room for {ROOM} appended tokens .* is used up"):
-        append_llm().generate(ids, do_sample=False, max_new_tokens=ROOM + 2)
+    for chunk in (None, 4):
+        options = {"do_sample": False, "max_new_tokens": ROOM + 2, "prefill_chunk_size": chunk}
+        message = (
+            f"{ROOM + 2} new tokens are asked for, and {ROOM + 1} can be generated from here: "
+            f"the room for {ROOM} appended tokens .* is used up"
+        )
+        with pytest.raises(CapacityError, match=message):
+            append_llm().generate(ids, streamer=heard, **options)
+    assert [len(part) for part in heard.parts] == [30, 30], "the prompts"
 
 
 def test_more_tokens_than_positions_are_refused() -> None:
@@ -521,9 +535,14 @@ def test_more_tokens_than_positions_are_refused() -> None:
     with pytest.raises(PromptError, match=f"{POSITIONS + 1} tokens are more than the model's {POSITIONS} positions"):
         llm.generate(random_ids(1, POSITIONS + 1), **GREEDY)
     session = llm.new_session()
-    with pytest.raises(PromptError, match=f"{POSITIONS + 1} tokens are more than the model's {POSITIONS} positions"):
+    message = (
+        "20 new tokens are asked for, and 6 can be generated from here: "
+        f"{POSITIONS + 1} tokens are more than the model's {POSITIONS} positions"
+    )
+    with pytest.raises(PromptError, match=message):
         llm.generate(random_ids(1, POSITIONS - 5), past_key_values=session, **GREEDY)
-    assert session.tokens_seen.tolist() == [POSITIONS]
+    assert session.tokens_seen.tolist() == [0]
+    assert llm.generate(random_ids(1, POSITIONS - 5), max_new_tokens=6).shape == (1, POSITIONS + 1)
 
 
 # Refusals

@@ -72,16 +72,17 @@ class BudgetedLM(Budgeted, GenerationMixin):
 
         Args:
             input_ids: int64 `[rows, S]`, the new tokens.
-            attention_mask: `[rows, >= S]`, 0 for padding; its last S columns belong to `input_ids`.
+            attention_mask: `[rows, S]`, or of all columns that the session was fed and these S, 0 for padding.
             position_ids: int64 `[rows, S]`; counted from the attention mask when None.
             past_key_values, cache: the session, under either of transformers' names, whichever version is installed; a
                 new one when None.
             logits_to_keep: 0 for the logits of every token, 1 for each row's last valid one.
-            decoding: take `input_ids` as one decoded token a row instead of a prompt or a turn.
+            decoding: take `input_ids` as one decoded token a row, none of them padding, instead of a prompt or a turn.
 
         Raises:
             PromptError, CapacityError: see `Session.feed`.
-            SessionError: a session of another model, another kind of cache, or two sessions under two names.
+            SessionError: a session of another model, another kind of cache, two sessions under two names, or a mask
+                over columns that the session was fed otherwise.
         """
         _refuse(kwargs, use_cache, self.config)
         session = self._session({"past_key_values": past_key_values, "cache": cache})
@@ -95,10 +96,12 @@ class BudgetedLM(Budgeted, GenerationMixin):
         if logits_to_keep not in (0, 1):
             raise PromptError(f"logits_to_keep must be 0 (all) or 1 (the last); got {logits_to_keep!r}")
         input_ids = input_ids.to(self.device)
+        valid = None if attention_mask is None else _valid(session, attention_mask.to(self.device) != 0, input_ids)
         if decoding:
+            if valid is not None and not bool(valid.all()):
+                raise PromptError("a row has padding for its next token; decode takes one token a row")
             logits = session.step(input_ids, position_ids)
         else:
-            valid = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].to(self.device) != 0
             logits = session.feed(input_ids, position_ids, valid, all_logits=logits_to_keep == 0)
         held: dict[str, Any] = {CACHE_NAME: session}
         return CausalLMOutputWithPast(logits=cast(Any, logits), **held)
@@ -125,8 +128,10 @@ class BudgetedLM(Budgeted, GenerationMixin):
         with `return_dict_in_generate=True`.
 
         Raises:
-            PromptError, CapacityError, SessionError: see `forward`; and for `inputs_embeds`, for `position_ids`, which
-                the session counts, and for a conversation that has nothing new to its session.
+            PromptError, CapacityError: see `forward`; and for `inputs_embeds`, for `position_ids`, which the session
+                counts, for a conversation that has nothing new to its session, and for more new tokens than there is
+                room for.
+            SessionError: see `forward`; and for a conversation that does not begin with what its session was fed.
         """
         if getattr(kwargs.get("generation_config"), "is_assistant", False):
             raise SessionError(
@@ -176,7 +181,7 @@ class BudgetedLM(Budgeted, GenerationMixin):
         return {
             **kwargs,
             "input_ids": input_ids,
-            "attention_mask": attention_mask,
+            "attention_mask": None if decoding else attention_mask,
             "position_ids": None,  # transformers counts from the last column, which may be padding
             "logits_to_keep": 1,
             "decoding": decoding,
@@ -204,6 +209,16 @@ class BudgetedLM(Budgeted, GenerationMixin):
         _refuse_conversations(held, columns, chunk)
         _refuse_rows_without_last_token(mask, held, chunk)
         model_kwargs[CACHE_NAME], model_kwargs["prompt_columns"] = session, columns
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """transformers' hook: feed a prompt or what is new of a conversation. By now everything is known that it can be
+        refused for, so that nothing is fed before."""
+        session, mask = model_kwargs[CACHE_NAME], model_kwargs.get("attention_mask")
+        valid = None if mask is None else mask != 0
+        _check_request(session, input_ids, valid, model_kwargs["prompt_columns"], generation_config.max_length)
+        return GenerationMixin._prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[arg-type]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """What `generate_batch` and transformers' other ways into continuous batching begin with.
@@ -243,6 +258,39 @@ def _own_copy(config: GenerationConfig) -> GenerationConfig:
     if config.use_cache is False:
         config.use_cache = True
     return config
+
+
+def _valid(session: SessionCache, mask: Tensor, ids: Tensor) -> Tensor:
+    """Which of the new tokens `ids` `[rows, S]` are none of padding, by a mask over them or over the conversation."""
+    fed, new, columns = session.fed, ids.shape[-1], mask.shape[-1]
+    if columns not in (new, fed + new):
+        raise PromptError(
+            f"the attention mask has {columns} columns; give it {new}, for the new tokens, or {fed + new}, for all"
+        )
+    if columns > new and mask.shape[0] == session.batch_size:
+        session.session.check_history(None, mask)
+    return mask[:, columns - new :]
+
+
+def _check_request(session: SessionCache, ids: Tensor, valid: Tensor | None, columns: int, longest: int) -> None:
+    """Refuse what does not go on from a session, or goes on too long.
+
+    Args:
+        ids: int64 `[rows, columns]`, the whole conversation, or what is new of it.
+        valid: bool `[rows, columns]`, False for padding; None without any.
+        columns: of the whole conversation.
+        longest: tokens that `ids` may grow to.
+    """
+    fed, given = session.fed, ids.shape[1]
+    if given not in (columns, columns - fed):
+        raise PromptError(
+            f"got {given} tokens a row and an attention mask of {columns} columns for a session that holds {fed}; give "
+            "the whole conversation, or what is new of it with a mask of the whole"
+        )
+    if ids.shape[0] == session.batch_size:  # another number of rows is refused where it is fed
+        session.session.check_history(ids if given == columns else None, valid)
+        new = ids[:, given - (columns - fed) :]
+        session.session.check_room(longest - given, new, None if valid is None else valid[:, fed:])
 
 
 def _refuse_conversations(held: int, columns: int, chunk: int | None) -> None:
