@@ -9,7 +9,9 @@ import torch
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.kernels.functions_cpu import FUNCTIONS
 
-OPERATORS = torch.ops.xkv.decode_attention_cpu.default, torch.ops.xkv.linear_cpu.default
+OPERATORS = [
+    getattr(torch.ops.xkv, name).default for name in ("decode_attention_cpu", "decode_coded_cpu", "linear_cpu")
+]
 
 
 def test_each_operator_is_found() -> None:

@@ -14,11 +14,13 @@ from xkv_fx.runtime import coded_ops, ops  # noqa: F401  (register the ops)
 
 DECODE = torch.ops.xkv.decode_attention.default
 DECODE_SCORED = torch.ops.xkv.decode_scored.default
-CODED = (torch.ops.xkv.decode_coded.default, torch.ops.xkv.decode_coded_scored.default)
+DECODE_CODED = torch.ops.xkv.decode_coded.default
+DECODE_CODED_SCORED = torch.ops.xkv.decode_coded_scored.default
 
 
 def _read(node: Node) -> Mapping[str, Any] | None:
-    return arguments(node) if node.target in (DECODE, DECODE_SCORED, *CODED) else None
+    targets = (DECODE, DECODE_SCORED, DECODE_CODED, DECODE_CODED_SCORED)
+    return arguments(node) if node.target in targets else None
 
 
 ATTENTION = Op("attention", _read, "{served} layers")

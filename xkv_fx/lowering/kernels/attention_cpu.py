@@ -1,4 +1,4 @@
-"""Decode attention on CPU by our C++ kernel."""
+"""Decode attention on CPU by our C++ kernels: one for slots in the model's dtype, one for slots of fewer bits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from xkv_fx.lowering.kernels.attention import ATTENTION, DECODE
+from xkv_fx.lowering.kernels import attention_coded_cpu
+from xkv_fx.lowering.kernels.attention import ATTENTION, DECODE, DECODE_CODED
 from xkv_fx.lowering.kernels.kernel import Call, Kernel
 from xkv_fx.passes.tools.graph import call_instead, emit
 from xkv_fx.runtime.kernels import decode_cpu
@@ -14,6 +15,8 @@ from xkv_fx.runtime.kernels.build_cpu import DTYPES, STEP
 
 
 def _accepts(call: Call) -> str | None:
+    if call.node.target is DECODE_CODED:
+        return attention_coded_cpu.obstacle(call.values)
     if call.node.target is not DECODE:
         return "eviction by score"
     given = call.values
@@ -31,6 +34,9 @@ def _accepts(call: Call) -> str | None:
 
 def _use(calls: Sequence[Call]) -> None:
     for call in calls:
+        if call.node.target is DECODE_CODED:
+            attention_coded_cpu.use(call)
+            continue
         values, given, graph = call.values, call.given, call.node.graph
         q, k_cache, v_cache = values["q"], values["k_cache"], values["v_cache"]
         decode_cpu.build(q.dtype, q.shape[1] // k_cache.shape[1], k_cache.shape[3], v_cache.shape[3])

@@ -11,12 +11,18 @@ from collections.abc import Sequence
 import torch
 
 from xkv_fx.errors import BackendError, first_line
+from xkv_fx.runtime.quantize import Coding
 
 DTYPES = {torch.float32: "DTYPE_FLOAT32", torch.bfloat16: "DTYPE_BFLOAT16", torch.float16: "DTYPE_FLOAT16"}
 STEP = 16
 """Dimensions that kernels sum over are multiples of this."""
 # The numbers of c10::ScalarType, which no release may change: tensors are saved by them.
 _SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
+
+_SHARED = {"decode_cpu.cpp": ("softmax.h",), "decode_coded_cpu.cpp": ("softmax.h",)}
+"""What sources need before them, besides `lanes.h`."""
+_WIDEST = 16
+"""Numbers of the longest vectors in `lanes.h`."""
 
 _building = threading.Lock()
 library = torch.library.Library("xkv", "FRAGMENT")
@@ -32,6 +38,7 @@ def build_kernel(
     key_dim: int = 0,
     value_dim: int = 0,
     int8: bool = False,
+    codings: Sequence[Coding | None] = (None, None),
 ) -> None:
     """Compile a kernel, or load it from the cache on disk, and hand it to the operators.
 
@@ -41,23 +48,38 @@ def build_kernel(
         dtype: one of `DTYPES`.
         group, key_dim, value_dim: shapes that it is compiled for, 0 for a kernel that takes any.
         int8: for weights in int8.
+        codings: of keys and of values; None for the dtype itself.
 
     Raises:
         BackendError: there is no C++ compiler, or it refuses the kernel.
     """
     shape = {"GROUP": group, "KEY_DIM": key_dim, "VALUE_DIM": value_dim, "INT8_WEIGHTS": int(int8), DTYPES[dtype]: 1}
+    shape |= _coded(codings) if any(codings) else {}
+    bits = [0 if coding is None else coding.bits for coding in codings]
     with _building:
         operators = _operators()
-        kernel = _compiled(("lanes.h", source), tuple(shape.items()))
+        kernel = _compiled(("lanes.h", *_SHARED.get(source, ()), source), tuple(shape.items()))
         made = ctypes.cast(getattr(kernel, function), ctypes.c_void_p)
-        operators.xkv_hand_in(_SCALAR_TYPES[dtype], group, key_dim, value_dim, int8, made)
+        operators.xkv_hand_in(_SCALAR_TYPES[dtype], group, key_dim, value_dim, int8, *bits, made)
+
+
+def _coded(codings: Sequence[Coding | None]) -> dict[str, int]:
+    """What is defined for slots of fewer bits. Vectors are as long as the machine has them where none is of two groups
+    of a coding, nor of both halves of a byte."""
+    defined = {"CODED": 1}
+    spans = []
+    for name, coding in zip(("KEY", "VALUE"), codings, strict=True):
+        bits, group = (0, 1) if coding is None else (coding.bits, coding.group)
+        defined |= {f"{name}_BITS": bits, f"{name}_SPAN": group}
+        spans += [] if coding is None else [coding.group, coding.dim // 2 if coding.bits == 4 else coding.dim]
+    return defined | {"WIDE_LANES": int(all(span % _WIDEST == 0 for span in spans))}
 
 
 @functools.cache
 def _operators() -> ctypes.CDLL:
     operators = _compiled(("ops_cpu.cpp",))
     ctypes.CDLL(operators._name, ctypes.RTLD_GLOBAL)  # compiled code finds its functions by their names
-    operators.xkv_hand_in.argtypes = [*[ctypes.c_int64] * 5, ctypes.c_void_p]
+    operators.xkv_hand_in.argtypes = [*[ctypes.c_int64] * 7, ctypes.c_void_p]
     operators.xkv_hand_in.restype = None
     return operators
 

@@ -5,43 +5,18 @@
 // loop merges the chunks. Arithmetic is float32 whatever the dtype of the cache. While the keys of a tile are worked on,
 // its values are asked for, and meanwhile the keys of the next: a core must do both at once to be as fast as the memory.
 //
-// Before this text stand lanes.h, and KEY_DIM, VALUE_DIM and GROUP (query heads for each KV head). Shapes are those of
+// Before this text stand lanes.h, softmax.h, and KEY_DIM, VALUE_DIM and GROUP (query heads for each KV head). Shapes are those of
 // the op; every tensor but the mask is contiguous.
 
 namespace {
 
-constexpr int64_t CHUNK = 256;  // slots of one task
-constexpr int64_t TILE = 64;    // slots between two updates of the running softmax
 constexpr int KEY_STEPS = KEY_DIM / STEP, VALUE_STEPS = VALUE_DIM / STEP;
 constexpr int AT_ONCE = GROUP <= 2 ? 4 : GROUP <= 6 ? 2 : 1;  // slots whose dot products share a pass over the query
 constexpr int CHAINS = GROUP <= 3 ? 2 : 1;                    // slots whose values are summed side by side
-constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 static_assert(KEY_DIM % STEP == 0 && VALUE_DIM % STEP == 0 && TILE % LANES == 0 && LANES % AT_ONCE == 0);
 
-inline float max_of(vec x) {
-  float most = x[0];
-  for (int i = 1; i < LANES; ++i) most = std::max(most, x[i]);
-  return most;
-}
-
-// exp for x <= 0, to about 1e-7 of its value: a power of two times a polynomial on [-ln 2 / 2, ln 2 / 2].
-inline vec exp_of(vec x) {
-  const vec bounded = x < -87.0f ? vec{} - 87.0f : x;
-  const vec_int n = __builtin_convertvector(bounded * 1.44269504088896341f - 0.5f, vec_int);
-  const vec rounded = __builtin_convertvector(n, vec);
-  const vec r = (bounded - rounded * 0.693359375f) + rounded * 2.12194440e-4f;
-  vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const vec_int bits = (n + 127) << 23;
-  return x < -87.0f ? vec{} : p * read<vec>(&bits);
-}
-
 struct Softmax {  // of one query head over a chunk of slots
-  float maximum, sum;
+  Running running;
   Pair values[VALUE_STEPS];
 };
 
@@ -75,49 +50,6 @@ void dot(const Queries& q, const scalar* k, const scalar* v, int64_t count, floa
       std::memcpy(&logits[g][s], &eight, sizeof eight);
     }
   }
-}
-
-// The mask of a tile; what is behind `count` is not shown.
-void show(const scalar* mask, int64_t count, float* shown) {
-  int64_t s = 0;
-  for (; s + LANES <= count; s += LANES) {
-    const vec several = widen_lanes(mask + s);
-    std::memcpy(shown + s, &several, sizeof several);
-  }
-  for (; s < count; ++s) shown[s] = widen(mask[s]);
-  for (; s < TILE; ++s) shown[s] = NOTHING;
-}
-
-// Turns logits into weights relative to the running maximum, and shrinks what was summed under an older maximum.
-// Entries from `count` on get weight 0.
-void softmax(float* logits, const float* shown, int64_t count, float softcap, Softmax& head) {
-  if (softcap > 0.0f)
-    for (int64_t s = 0; s < count; ++s) logits[s] = softcap * std::tanh(logits[s] / softcap);
-  for (int64_t s = count; s < TILE; ++s) logits[s] = 0.0f;
-  vec most = vec{} + head.maximum;
-  for (int64_t s = 0; s < TILE; s += LANES) {
-    const vec x = read<vec>(logits + s) + read<vec>(shown + s);
-    std::memcpy(logits + s, &x, sizeof x);
-    most = x > most ? x : most;
-  }
-  const float maximum = max_of(most);
-  if (maximum == NOTHING) return std::fill(logits, logits + TILE, 0.0f);
-  vec sum = {};
-  for (int64_t s = 0; s < TILE; s += LANES) {
-    const vec weight = exp_of(read<vec>(logits + s) - maximum);
-    std::memcpy(logits + s, &weight, sizeof weight);
-    sum += weight;
-  }
-  if (maximum != head.maximum) {
-    const float shrink = head.maximum == NOTHING ? 0.0f : exp_of(vec{} + (head.maximum - maximum))[0];
-    head.maximum = maximum;
-    head.sum *= shrink;
-    for (Pair& value : head.values) {
-      value.first *= shrink;
-      value.second *= shrink;
-    }
-  }
-  head.sum += sum_of(sum);
 }
 
 // Adds the weighted values of COUNT slots, each to sums of its own: one sum after the other would wait for the one before.
@@ -155,13 +87,20 @@ void add_values(const float (*weights)[TILE], const scalar* v, const scalar* nex
 
 void attend_chunk(const Queries& q, const scalar* k, const scalar* v, const scalar* mask, int64_t slots,
                   float softcap, Softmax* heads) {
-  for (int g = 0; g < GROUP; ++g) heads[g] = {NOTHING, 0.0f, {}};
+  for (int g = 0; g < GROUP; ++g) heads[g] = {{NOTHING, 0.0f}, {}};
   alignas(64) float weights[GROUP][TILE], shown[TILE];
   for (int64_t start = 0; start < slots; start += TILE) {
     const int64_t count = std::min(TILE, slots - start);
     dot(q, k + start * KEY_DIM, v + start * VALUE_DIM, count, weights);
     show(mask + start, count, shown);
-    for (int g = 0; g < GROUP; ++g) softmax(weights[g], shown, count, softcap, heads[g]);
+    for (int g = 0; g < GROUP; ++g) {
+      const float shrink = softmax(weights[g], shown, count, softcap, heads[g].running);
+      if (shrink == 1.0f) continue;
+      for (Pair& value : heads[g].values) {
+        value.first *= shrink;
+        value.second *= shrink;
+      }
+    }
     add_values(weights, v + start * VALUE_DIM, k + (start + count) * KEY_DIM, count, heads);
   }
 }
@@ -204,13 +143,13 @@ extern "C" int xkv_decode(const scalar* q, const scalar* k, const scalar* v, sca
       const Softmax* part = parts.at + query / GROUP * chunks * GROUP + query % GROUP;
       const float sink = sinks == nullptr ? NOTHING : sinks[query % (kv_heads * GROUP)];
       float maximum = sink;
-      for (int64_t c = 0; c < chunks; ++c) maximum = std::max(maximum, part[c * GROUP].maximum);
+      for (int64_t c = 0; c < chunks; ++c) maximum = std::max(maximum, part[c * GROUP].running.maximum);
       float sum = sink == NOTHING ? 0.0f : std::exp(sink - maximum);
       float values[VALUE_DIM] = {};
       for (int64_t c = 0; c < chunks; ++c) {
         const Softmax& of = part[c * GROUP];
-        const float weight = std::exp(of.maximum - maximum);
-        sum += of.sum * weight;
+        const float weight = std::exp(of.running.maximum - maximum);
+        sum += of.running.sum * weight;
         const float* summed = reinterpret_cast<const float*>(of.values);
         for (int d = 0; d < VALUE_DIM; ++d) values[d] += summed[d] * weight;
       }

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from xkv_fx.runtime.kernels import decode_cpu, linear_cpu  # noqa: F401  (define the operators)
+from xkv_fx.runtime.kernels import decode_coded_cpu, decode_cpu, linear_cpu  # noqa: F401  (define the operators)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,11 +35,13 @@ def _function(name: str, *arguments: str) -> str:
     return f"AOTITorchError aoti_torch_cpu_{name}({', '.join((*arguments, 'AtenTensorHandle* out'))})"
 
 
+_CODED = *["AtenTensorHandle"] * 9, "double", "int64_t", "int64_t"
 _TENSORS = "const AtenTensorHandle*", "int64_t"
 FUNCTIONS = {
     _Operator("decode_attention_cpu"): [
         _function("decode_attention_cpu", *["AtenTensorHandle"] * 7, "double", "double*", "AtenTensorHandle*")
     ],
+    _Operator("decode_coded_cpu"): [_function("decode_coded_cpu", *_CODED, "double*", *["AtenTensorHandle*"] * 2)],
     _Operator("linear_cpu"): [_function("linear_cpu", "AtenTensorHandle", *_TENSORS, *_TENSORS)],
 }
 """How each is declared, for Inductor's setting `aot_inductor.custom_ops_to_c_shims`; `ops_cpu.cpp` defines them."""

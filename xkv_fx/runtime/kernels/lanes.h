@@ -1,6 +1,7 @@
 // What the CPU kernels share: vectors of floats, and numbers of the cache's or the weights' dtype as such.
 //
-// Defined before this text: one of DTYPE_FLOAT32, DTYPE_BFLOAT16, DTYPE_FLOAT16, and INT8_WEIGHTS where weights are int8.
+// Defined before this text: one of DTYPE_FLOAT32, DTYPE_BFLOAT16, DTYPE_FLOAT16, INT8_WEIGHTS where weights are int8, and
+// WIDE_LANES for kernels that take vectors as long as the machine has them.
 // Arithmetic is float32 whatever the dtype.
 
 #include <algorithm>
@@ -8,13 +9,18 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#if INT8_WEIGHTS && defined(__AVX2__)
+#if (INT8_WEIGHTS || CODED) && defined(__AVX2__)
 #include <immintrin.h>  // compilers widen whole numbers one by one without it; it takes longer to read than all the rest
 #endif
 
 namespace {
 
+#if WIDE_LANES && defined(__AVX512F__)
+#define SIXTEEN_LANES 1
+constexpr int LANES = 16, STEP = 2 * LANES;
+#else
 constexpr int LANES = 8, STEP = 2 * LANES;
+#endif
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t vec_int __attribute__((vector_size(4 * LANES)));
 
@@ -109,7 +115,9 @@ inline vec load_second(const int8_t* from) { return load_first(from + LANES); }
 
 // Keeps compilers from loading `x` anew for each of its uses, where loads are what a loop is bound by.
 inline void in_register([[maybe_unused]] vec& x) {
-#if defined(__AVX__)
+#if SIXTEEN_LANES
+  asm("" : "+v"(x));
+#elif defined(__AVX__)
   asm("" : "+x"(x));
 #endif
 }
@@ -129,11 +137,41 @@ inline void add_step(const vec* x, const T* y, int64_t apart, vec (*sums)[ROWS])
   }
 }
 
-inline float sum_of(vec x) {
-  x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
-  x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
-  return x[0] + x[1];
+// The numbers that stand eight, four or two lanes further on, for sums and the like over all lanes.
+#if SIXTEEN_LANES
+inline vec eight_on(vec x) {
+  return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
 }
+inline vec four_on(vec x) {
+  return __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+}
+inline vec two_on(vec x) {
+  return __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+}
+
+// Neighbours added, of two vectors at once: within each quarter the sums of x, then those of y.
+inline vec halved(vec x, vec y) {
+  return __builtin_shufflevector(x, y, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+         __builtin_shufflevector(x, y, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+}
+
+// Neighbouring quarters added, of two vectors at once.
+inline vec quarters(vec x, vec y) {
+  return __builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         __builtin_shufflevector(x, y, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+
+// The sums of LANES vectors, one in each lane.
+inline vec sums_of(const vec* x) {
+  vec four[4];
+  for (int i = 0; i < 4; ++i)
+    four[i] = halved(halved(x[4 * i], x[4 * i + 1]), halved(x[4 * i + 2], x[4 * i + 3]));
+  return quarters(quarters(four[0], four[1]), quarters(four[2], four[3]));
+}
+#else
+inline vec eight_on(vec x) { return x; }
+inline vec four_on(vec x) { return __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3); }
+inline vec two_on(vec x) { return __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5); }
 
 // Neighbours added, of two vectors at once.
 inline vec halved(vec x, vec y) {
@@ -146,6 +184,23 @@ inline vec sums_of(const vec* x) {
   const vec low = halved(halved(x[0], x[1]), halved(x[2], x[3])), high = halved(halved(x[4], x[5]), halved(x[6], x[7]));
   return __builtin_shufflevector(low, high, 0, 1, 2, 3, 8, 9, 10, 11) +
          __builtin_shufflevector(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+#endif
+
+inline float sum_of(vec x) {
+  if constexpr (LANES == 16) x += eight_on(x);
+  x += four_on(x);
+  x += two_on(x);
+  return x[0] + x[1];
+}
+
+inline vec larger(vec x, vec y) { return x > y ? x : y; }
+
+inline float max_of(vec x) {
+  x = larger(x, eight_on(x));
+  x = larger(x, four_on(x));
+  x = larger(x, two_on(x));
+  return std::max(x[0], x[1]);
 }
 
 // Asks for `bytes` of memory ahead of their use; any address may be named.

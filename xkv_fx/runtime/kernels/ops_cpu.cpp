@@ -20,10 +20,14 @@ using torch::stable::Tensor;
 
 namespace {
 
-// dtype, query heads for each KV head, key and value dimensions, whether weights are int8
-using Shape = std::array<int64_t, 5>;
+// dtype, query heads for each KV head, key and value dimensions, whether weights are int8, bits of keys and of values (0:
+// those of the dtype)
+using Shape = std::array<int64_t, 7>;
 using Decode = int (*)(const void*, const void*, const void*, void*, void*, const int64_t*, const void*, const float*,
                        void*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float, int);
+using DecodeCoded = int (*)(const void*, const void*, const void*, void*, void*, void*, void*, const int64_t*, const void*,
+                            const float*, const float*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float,
+                            int);
 using Linear = void (*)(const void*, const void* const*, const void* const*, void*, const int64_t*, int64_t, int64_t,
                         int64_t, int);
 
@@ -87,9 +91,10 @@ class Made {
   AtenTensorHandle release() { return std::exchange(handle, nullptr); }
 };
 
-void* kernel(int32_t dtype, int64_t group, int64_t key_dim, int64_t value_dim, bool int8) {
+void* kernel(int32_t dtype, int64_t group, int64_t key_dim, int64_t value_dim, bool int8, int64_t key_bits = 0,
+             int64_t value_bits = 0) {
   const std::lock_guard<std::mutex> lock(guard);
-  const auto found = kernels.find({dtype, group, key_dim, value_dim, int8});
+  const auto found = kernels.find({dtype, group, key_dim, value_dim, int8, key_bits, value_bits});
   STD_TORCH_CHECK(found != kernels.end(), "no CPU kernel was built for this dtype and shape");
   return found->second;
 }
@@ -112,6 +117,32 @@ Made decode_attention(Lent q, Lent k, Lent v, Lent k_cache, Lent v_cache, Lent s
       extra.has_value() ? static_cast<const float*>(extra->seen.data()) : nullptr, out.data(), rows, kv_heads, slots,
       apart[0], mask.sizes()[1] == 1 ? 0 : apart[1], static_cast<float>(scale),
       static_cast<float>(softcap.value_or(0.0)), threads());
+  STD_TORCH_CHECK(wrong == 0, "a slot lies outside the ", slots, " slots of the cache");
+  return out;
+}
+
+Made decode_coded(Lent q, Lent k, Lent v, Lent k_cache, Lent k_scales, Lent v_cache, Lent v_scales, Lent slot, Lent mask,
+                  double scale, int64_t key_bits, int64_t value_bits, std::optional<double> softcap,
+                  std::optional<Lent> sinks, std::optional<Lent> key_mean) {
+  const int64_t *asked = q.sizes(), *kept = k_cache.sizes();
+  const int64_t rows = asked[0], heads = asked[1], kv_heads = kept[1], slots = kept[2], value_dim = v.sizes()[3];
+  const auto decode = reinterpret_cast<DecodeCoded>(
+      kernel(q.dtype(), heads / kv_heads, asked[3], value_dim, false, key_bits, value_bits));
+  for (const Lent& held : {k_cache, k_scales, v_cache, v_scales})
+    STD_TORCH_CHECK(held.is_contiguous(), "the caches must be contiguous");
+  const Dense queries(q), keys(k), values(v), into(slot), shown(mask, mask.strides()[3] == 1);
+  const std::optional<Dense> extra = sinks.has_value() ? std::optional<Dense>(*sinks) : std::nullopt;
+  const std::optional<Dense> mean = key_mean.has_value() ? std::optional<Dense>(*key_mean) : std::nullopt;
+  const auto floats = [](const std::optional<Dense>& x) {
+    return x.has_value() ? static_cast<const float*>(x->seen.data()) : nullptr;
+  };
+  const int64_t* apart = shown.seen.strides();
+  Made out(q.dtype(), std::array{rows, heads, asked[2], value_dim});
+  const int wrong = decode(queries.seen.data(), keys.seen.data(), values.seen.data(), k_cache.data(), k_scales.data(),
+                           v_cache.data(), v_scales.data(), static_cast<const int64_t*>(into.seen.data()),
+                           shown.seen.data(), floats(extra), floats(mean), out.data(), rows, kv_heads, slots, apart[0],
+                           mask.sizes()[1] == 1 ? 0 : apart[1], static_cast<float>(scale),
+                           static_cast<float>(softcap.value_or(0.0)), threads());
   STD_TORCH_CHECK(wrong == 0, "a slot lies outside the ", slots, " slots of the cache");
   return out;
 }
@@ -157,6 +188,19 @@ Tensor decode_attention_of_tensors(const Tensor& q, const Tensor& k, const Tenso
   return Tensor(decode_attention(q, k, v, k_cache, v_cache, slot, mask, scale, softcap, extra).release());
 }
 
+Tensor decode_coded_of_tensors(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                               const Tensor& k_scales, const Tensor& v_cache, const Tensor& v_scales,
+                               const Tensor& slot, const Tensor& mask, double scale, int64_t key_bits,
+                               int64_t value_bits, std::optional<double> softcap, const std::optional<Tensor>& sinks,
+                               const std::optional<Tensor>& key_mean) {
+  const auto lent = [](const std::optional<Tensor>& x) {
+    return x.has_value() ? std::optional<Lent>(*x) : std::nullopt;
+  };
+  return Tensor(decode_coded(q, k, v, k_cache, k_scales, v_cache, v_scales, slot, mask, scale, key_bits, value_bits,
+                             softcap, lent(sinks), lent(key_mean))
+                    .release());
+}
+
 Tensor linear_of_tensors(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
   return Tensor(linear(x, weights.data(), weights.size(), biases.data(), biases.size()).release());
 }
@@ -175,9 +219,9 @@ AOTITorchError hand_over(AtenTensorHandle* out, Compute compute) {
 }  // namespace
 
 extern "C" void xkv_hand_in(int64_t dtype, int64_t group, int64_t key_dim, int64_t value_dim, int64_t int8,
-                            void* made) {
+                            int64_t key_bits, int64_t value_bits, void* made) {
   const std::lock_guard<std::mutex> lock(guard);
-  kernels[{dtype, group, key_dim, value_dim, int8}] = made;
+  kernels[{dtype, group, key_dim, value_dim, int8, key_bits, value_bits}] = made;
 }
 
 extern "C" AOTITorchError aoti_torch_cpu_decode_attention_cpu(
@@ -191,6 +235,19 @@ extern "C" AOTITorchError aoti_torch_cpu_decode_attention_cpu(
   });
 }
 
+extern "C" AOTITorchError aoti_torch_cpu_decode_coded_cpu(
+    AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle k_cache, AtenTensorHandle k_scales,
+    AtenTensorHandle v_cache, AtenTensorHandle v_scales, AtenTensorHandle slot, AtenTensorHandle mask, double scale,
+    int64_t key_bits, int64_t value_bits, double* softcap, AtenTensorHandle* sinks, AtenTensorHandle* key_mean,
+    AtenTensorHandle* out) {
+  return hand_over(out, [&] {
+    return decode_coded(q, k, v, k_cache, k_scales, v_cache, v_scales, slot, mask, scale, key_bits, value_bits,
+                        softcap == nullptr ? std::nullopt : std::optional<double>(*softcap),
+                        sinks == nullptr ? std::nullopt : std::optional<Lent>(*sinks),
+                        key_mean == nullptr ? std::nullopt : std::optional<Lent>(*key_mean));
+  });
+}
+
 extern "C" AOTITorchError aoti_torch_cpu_linear_cpu(AtenTensorHandle x, const AtenTensorHandle* weights,
                                                     int64_t layers, const AtenTensorHandle* biases, int64_t biased,
                                                     AtenTensorHandle* out) {
@@ -201,5 +258,6 @@ extern "C" AOTITorchError aoti_torch_cpu_linear_cpu(AtenTensorHandle x, const At
 
 STABLE_TORCH_LIBRARY_IMPL(xkv, CPU, library) {
   library.impl("decode_attention_cpu", TORCH_BOX(&decode_attention_of_tensors));
+  library.impl("decode_coded_cpu", TORCH_BOX(&decode_coded_of_tensors));
   library.impl("linear_cpu", TORCH_BOX(&linear_of_tensors));
 }

@@ -1,0 +1,42 @@
+"""Decode attention over slots of fewer bits on CPU by our C++ kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from xkv_fx.lowering.kernels.kernel import Call
+from xkv_fx.passes.tools.graph import call_instead, emit
+from xkv_fx.runtime.kernels import decode_coded_cpu
+from xkv_fx.runtime.kernels.build_cpu import DTYPES, STEP
+
+
+def obstacle(given: Mapping[str, Any]) -> str | None:
+    """Why the kernel does not serve a call with these arguments; None where it does."""
+    q, k, v, mask = given["q"], given["k"], given["v"], given["mask"]
+    if q.dtype not in DTYPES:
+        return f"dtype {q.dtype}"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return "queries, keys and values of different dtypes"
+    if q.shape[3] % STEP or v.shape[3] % STEP:
+        return f"head sizes {q.shape[3]} and {v.shape[3]} are not multiples of {STEP}"
+    if mask.dtype != q.dtype or mask.shape[1] not in (1, k.shape[1]):
+        return "biased attention"
+    if not (given["key_bits"] or given["value_bits"]):
+        return "slots in the model's dtype by the op for fewer bits"
+    return None
+
+
+def use(call: Call) -> None:
+    """Build the kernel for the call's shapes and formats, and put it in the place of the call."""
+    values, given, graph = call.values, call.given, call.node.graph
+    q, k, v = values["q"], values["k"], values["v"]
+    group = q.shape[1] // k.shape[1]
+    decode_coded_cpu.build(q.dtype, group, q.shape[3], v.shape[3], values["key_bits"], values["value_bits"])
+    for name in ("sink_logits", "key_mean"):
+        if given[name] is not None:
+            with graph.inserting_before(call.node):
+                given[name] = emit(graph, torch.ops.aten.to.dtype, given[name], torch.float32)
+    call_instead(call.node, torch.ops.xkv.decode_coded_cpu.default, given)
