@@ -70,7 +70,17 @@ def given(**changed: Any) -> dict[str, Any]:
         ({"v": torch.empty(2, 3, 1, 72)}, "head sizes 64 and 72 are not multiples of 16"),
         ({"key_bits": 0, "value_bits": 0}, "slots in the model's dtype by the op for fewer bits"),
     ],
-    ids=str,
+    ids=[
+        "served",
+        "mask by KV head",
+        "keys in the model's dtype",
+        "bias by head",
+        "half bias",
+        "double",
+        "mixed",
+        "72",
+        "0 bits",
+    ],
 )
 def test_what_it_does_not_serve(changed: dict[str, Any], why: str | None) -> None:
     assert obstacle(given(**changed)) == why
