@@ -453,7 +453,8 @@ def test_kv_bytes_are_the_plans_and_the_tensors_and_stay(rows: int) -> None:
     before = held()
     assert planned == before[1] == llm.kv_bytes == session.kv_bytes == TIGHT.kv_bytes(llm, batch_size=rows)
     ids = llm.generate(random_ids(rows, 40), past_key_values=session, max_new_tokens=20, do_sample=False)
-    llm.generate(torch.cat((ids, random_ids(rows, 9)), 1), past_key_values=session, max_new_tokens=9)
+    ids = torch.cat((ids, random_ids(rows, 9)), 1)
+    llm.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=session, max_new_tokens=9)
     assert held() == before
     assert session.kv_bytes == planned
     everything = sum(tensor.untyped_storage().nbytes() for tensor in session.session.state.tensors)

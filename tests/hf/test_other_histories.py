@@ -95,7 +95,7 @@ def test_a_row_that_ended_and_is_masked_in_the_next_turn() -> None:
     refused(
         llm,
         session,
-        f"the attention mask says that column {filler} of row 0 is padding, and it was fed as the token 0.*rows that "
+        f"the attention mask says that column {filler} of row 0 is padding, and it was fed as the token 0.*Rows that "
         "ended while others went on",
         text,
         (text != 0).long(),

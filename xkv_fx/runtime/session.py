@@ -211,8 +211,9 @@ class Session:
         if difference is not None:
             raise SessionError(
                 f"this session holds another conversation: {difference}. Give the whole conversation each time, what "
-                "is new at its end, with the mask that it was fed with: rows that ended while others went on were fed "
-                "padding tokens, which count. For another conversation, take a new session"
+                "is new at its end, with the mask that it was fed with; without one, generate takes every padding id "
+                "for padding. Rows that ended while others went on were fed padding tokens, which count. For another "
+                "conversation, take a new session"
             )
 
     def check_room(self, wanted: int, ids: Tensor, valid: Tensor | None = None) -> None:
