@@ -390,7 +390,7 @@ def transform(
 
     Raises:
         BudgetError: the plan does not fit the model's layers, its scorer cannot be made or does not go with its
-            eviction, or a count is none.
+            eviction, or a count is not a whole number of at least 1.
         ModelMismatchError: the plan was made for another model.
         UnsupportedModelError: the model cannot be captured exactly.
         BackendError: an unknown backend, or one that lacks its compiler.

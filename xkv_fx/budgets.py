@@ -290,7 +290,7 @@ class Plan:
         """The plan that `to_dict` gave.
 
         Raises:
-            FileFormatError, BudgetError: it is none; the message names no file.
+            FileFormatError, BudgetError: `data` is not a plan; the message names no file.
         """
         check_format(data, FORMAT, FORMAT_VERSION)
         check_fields(data, _FIELDS_OF[data["version"]], "the plan", optional=_FIELDS, unknown="fields")

@@ -27,7 +27,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     No half-written file is ever taken for a whole one.
     """
     target = Path(path)
-    temporary = target.parent / f".{secrets.token_hex(8)}.part"  # unlike tempfile's, readable by whom the umask lets
+    temporary = target.parent / f".{secrets.token_hex(8)}.part"  # unlike tempfile's, readable as the umask says
     try:
         yield temporary
         os.replace(temporary, target)

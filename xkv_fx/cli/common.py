@@ -115,7 +115,7 @@ def numbers(text: str) -> tuple[float, ...]:
     """Numbers between commas.
 
     Raises:
-        BudgetError: something that is none.
+        BudgetError: something between commas is not a number.
     """
     try:
         found = tuple(float(part) for part in names(text))

@@ -54,7 +54,7 @@ class Cache(SessionCache):
         budgets: the plan.
 
     Raises:
-        BudgetError: the plan does not fit the model's layers, or a count is none.
+        BudgetError: the plan does not fit the model's layers, or a count is not a whole number of at least 1.
         FileFormatError, FileNotFoundError: see `Budgets.load`.
         ModelMismatchError: the plan was made for another model.
         UnsupportedModelError: the model has no KV cache that can be planned.

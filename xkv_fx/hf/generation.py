@@ -251,8 +251,8 @@ class BudgetedLM(Budgeted, GenerationMixin):
 
 
 def _own_copy(config: GenerationConfig) -> GenerationConfig:
-    """What is set on it is not set on the model's; and some models come with the cache switched off (MPT), or with a
-    kind of cache, which is no wish of the caller's."""
+    """A copy, so that what is set on it is not set on the model's. It drops what some models come with although no
+    caller asked for it: a cache that is switched off (MPT), or a kind of cache."""
     config = copy.deepcopy(config)
     config.cache_implementation = config.cache_config = None
     if config.use_cache is False:
@@ -261,7 +261,7 @@ def _own_copy(config: GenerationConfig) -> GenerationConfig:
 
 
 def _valid(session: SessionCache, mask: Tensor, ids: Tensor) -> Tensor:
-    """Which of the new tokens `ids` `[rows, S]` are none of padding, by a mask over them or over the conversation."""
+    """Which of the new tokens `ids` `[rows, S]` are not padding, by a mask over them or over the conversation."""
     fed, new, columns = session.fed, ids.shape[-1], mask.shape[-1]
     if columns not in (new, fed + new):
         raise PromptError(

@@ -31,7 +31,7 @@ def generate_tokens(
         int64 `[rows, S + new]`; new ends when every row is over, after `max_new_tokens` at most.
 
     Raises:
-        PromptError: `max_new_tokens` below 1, end tokens or a padding token that are none, a row of padding only, or as
+        PromptError: `max_new_tokens` below 1, invalid end or padding tokens, a row of padding only, or as
             `Session.feed`.
         CapacityError: as `Session.feed`, and at once if `max_new_tokens` are more than there is room for.
     """
@@ -63,7 +63,7 @@ def decode_steps(
         the tokens that were chosen, int64 `[rows, n]`, fewer columns if every row is over. The last has not been fed.
 
     Raises:
-        PromptError: `n` below 1, end tokens or a padding token that are none, or as `Session.step`.
+        PromptError: `n` below 1, invalid end or padding tokens, or as `Session.step`.
         CapacityError: as `Session.step`, but at once if there is no room for all `n`.
     """
     _check("n", n, end_tokens, pad_token)

@@ -49,7 +49,7 @@ def smallest_shares(
         a fraction, or None where even full capacities stray further (generated tokens then push out others).
 
     Raises:
-        BudgetError: no ways, a bound that is none, or as `xkv_fx.verify`.
+        BudgetError: no ways, an invalid bound, or as `xkv_fx.verify`.
     """
     if not ways or not (isinstance(kl, float | int) and kl > 0 and math.isfinite(kl)) or rounds < 1:
         raise BudgetError(f"give at least one way, one round and a kl above 0; got {len(ways)}, {rounds}, {kl!r}")

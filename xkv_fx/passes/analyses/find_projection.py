@@ -23,7 +23,7 @@ TOKENWISE = (
 
 
 def behind_tokenwise(node: Node, operators: Collection[Any] = TOKENWISE) -> Node:
-    """The first node on the way back that is none of `operators`, or one of them that is not made from exactly one
+    """The first node on the way back that does not call one of `operators`, or calls one on other than exactly one
     value of tokens."""
     while node.op == "call_function" and node.target in operators:
         of_tokens = [source for source in node.all_input_nodes if is_of_tokens(source)]

@@ -122,7 +122,7 @@ class FindPositions(GraphPass):
 
 
 def position_limit(module: GraphModule, rows: int) -> int | None:
-    """How many positions the tables of a graph have that are looked up by position alone; None if there are none."""
+    """How many positions a graph's tables have, of those looked up by position alone; None without such tables."""
     graph = module.graph
     ids, positions = list(placeholders(graph).values())[:2]
     tokens = ValueFlow(graph).dependents([ids])

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 
 def gain_curve(shares: NDArray[np.float64], kl: NDArray[np.float64], held: int) -> NDArray[np.float64]:
-    """What a layer gains by each capacity: `KL(0) - KL(c)` for c = 0 .. `held`, non-decreasing; concave between the
-    corners, and at those that are sharp not, where the solver goes by the least concave curve above.
+    """What a layer gains by each capacity: `KL(0) - KL(c)` for c = 0 .. `held`, non-decreasing. It is concave between
+    its corners, but not at a sharp corner; there the solver uses the least concave curve above it.
 
     The measured points, and 0 at full capacity, are replaced by their lower convex hull: a plan never ends between two
     capacities of which a third is the better value. Between corners of the hull KL is taken to fall linearly with the

@@ -133,7 +133,7 @@ class Verification:
         """The plan of a single format in the place of `budgets`, saying so, with this in its provenance.
 
         Raises:
-            BudgetError: there is none.
+            BudgetError: the plan was not compared with one.
         """
         if self.single is None:
             raise BudgetError("this plan was not compared with a single format, since the model can be stored in none")

@@ -148,7 +148,7 @@ def allocator(name: str | Allocator) -> _Checked:
     """The allocator registered as `name`, or a given one; what it returns is checked.
 
     Raises:
-        BudgetError: no such allocator, or an object that is none.
+        BudgetError: no such allocator, or an object that is not one.
     """
     if isinstance(name, _Checked):
         return name

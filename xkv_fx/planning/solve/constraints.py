@@ -50,7 +50,7 @@ def slot_bytes_of(
     """Bytes of one slot of each layer over all rows, `[layers]`.
 
     Raises:
-        BudgetError: a batch size or dtype that is none, or formats that a layer cannot be stored in.
+        BudgetError: an invalid batch size or dtype, or formats that a layer cannot be stored in.
     """
     if not is_int(batch_size) or batch_size < 1:
         raise BudgetError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")

@@ -27,7 +27,7 @@ _WIDEST = 16
 _building = threading.Lock()
 library = torch.library.Library("xkv", "FRAGMENT")
 TAGS = (torch.Tag.flexible_layout,)
-"""Operators take inputs as they lie. Without this Inductor makes a mask of its own for every layer that reads one."""
+"""Operators take inputs in any layout. Without this Inductor copies the mask for every layer that reads one."""
 
 
 def build_kernel(

@@ -1,4 +1,4 @@
-"""Linear layers of a decode step on CPU by a kernel of our own, `linear_cpu.cpp`, which reads the weights as they lie.
+"""Linear layers of a decode step on CPU by our own kernel, `linear_cpu.cpp`, without repacking the weights.
 
 In bfloat16 torch's own matrix product of a few rows takes several times as long as reading the weights.
 """
