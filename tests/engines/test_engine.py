@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -435,3 +436,21 @@ def test_a_scorer_that_loops_over_the_queries(family: str, tmp_path: Path) -> No
         ids = random_ids(1, length)
         expected = llm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
         assert torch.equal(engine.generate(ids, 8), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("pad_token_id", -1, "'pad_token' must be a whole number of at least 0"),
+        ("eos_token_id", [5, -2], "end_"),
+    ],
+)
+def test_what_load_would_refuse_is_refused_before_anything_is_compiled(
+    llm: Any, name: str, value: Any, said: str, tmp_path: Path
+) -> None:
+    made = copy.copy(llm)
+    made.generation_config = copy.deepcopy(llm.generation_config)
+    setattr(made.generation_config, name, value)
+    with pytest.raises(xkv_fx.EngineError, match=rf"{said}.*generation_config"):
+        xkv_fx.export(made, tmp_path / "engine", target="aoti")
+    assert not list(tmp_path.iterdir())

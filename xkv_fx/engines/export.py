@@ -81,6 +81,7 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
                 packages=packages,
                 files={},
             )
+            manifest.check_before_files()
             for kind, form in forms.items():
                 key = manifest.package_key(kind)
                 build = form.write(programs.pop(kind), part / packages[kind].file, key, plan)

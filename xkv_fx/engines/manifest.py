@@ -23,7 +23,7 @@ from xkv_fx.engines.records import (
     spec_of,
 )
 from xkv_fx.engines.targets import TARGETS
-from xkv_fx.errors import FileFormatError, XkvError
+from xkv_fx.errors import EngineError, FileFormatError, XkvError
 from xkv_fx.fields import DOCUMENT, LIST, OBJECT, TEXT, Field, check_fields, list_of, or_null, whole
 from xkv_fx.files import read_sealed_json, write_sealed_json
 from xkv_fx.layers import LayerSpec, layer_specs
@@ -122,11 +122,32 @@ class Manifest:
         """The same, naming these files."""
         return dataclasses.replace(self, files=files)
 
+    def check_before_files(self) -> None:
+        """Refuse, before anything is compiled, what `load` would refuse of this manifest, whose files are still to be.
+
+        Raises:
+            EngineError: a field that a manifest may not have, or one that contradicts another.
+        """
+        names = (WEIGHTS, *(package.file for package in self.packages.values()))
+        written = self.with_files(dict.fromkeys(names, FileRecord(0, "")))
+        document = {"format": FORMAT, "version": FORMAT_VERSION, **written._to_dict()}
+        try:
+            read = Manifest._from_dict(document, type(self.budgets))
+            read._check_names()
+            read._check_packages()
+        except XkvError as error:
+            raise EngineError(
+                f"an engine of this model could not be loaded: {error!s:.1000} (end_tokens and pad_token are those of "
+                "the generation_config)"
+            ) from error
+
     def save(self, folder: Path) -> None:
         """Write it into the folder, whole or not at all."""
+        write_sealed_json(folder / NAME, {"format": FORMAT, "version": FORMAT_VERSION, **self._to_dict()})
+
+    def _to_dict(self) -> dict[str, Any]:
         stored = _stored()
-        fields = {field.name: stored[field.name].write(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        write_sealed_json(folder / NAME, {"format": FORMAT, "version": FORMAT_VERSION, **fields})
+        return {field.name: stored[field.name].write(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @classmethod
     def load(cls, folder: Path, plan_type: type[Plan] = Plan) -> Manifest:
@@ -162,10 +183,15 @@ class Manifest:
             FileFormatError: they do not.
             BudgetError: the budgets do not fit the layers.
         """
-        if self.target not in TARGETS:
-            raise FileFormatError(f"its target {self.target!r} is unknown; known are {', '.join(TARGETS)}")
+        self._check_names()
         if (self.target == "tensorrt") != (self.tensorrt is not None):
             raise FileFormatError("'tensorrt' says what TensorRT built, and stands with that target alone")
+        self._check_packages()
+
+    def _check_names(self) -> None:
+        """That target, device and dtype are known, the columns make a range, and the files stand in the folder."""
+        if self.target not in TARGETS:
+            raise FileFormatError(f"its target {self.target!r} is unknown; known are {', '.join(TARGETS)}")
         if self.machine.device not in TARGETS[self.target].devices:
             devices = ", ".join(TARGETS[self.target].devices)
             raise FileFormatError(f"its device {self.machine.device!r} is unknown; known are {devices}")
@@ -178,6 +204,9 @@ class Manifest:
                 raise FileFormatError(f"'files' does not name {name}")
         for name in self.files:
             check_name(name)
+
+    def _check_packages(self) -> None:
+        """That weights, inputs and the plan agree."""
         known = {spec.name for spec in self.weights}
         if len(known) != len(self.weights):
             raise FileFormatError("a weight is named twice")
