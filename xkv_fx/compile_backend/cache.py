@@ -133,7 +133,9 @@ class Cache(SessionCache):
         if not torch.compiler.is_dynamo_compiling():
             raise SessionError(
                 "an xkv_fx.Cache works in a compiled model only: call model.set_attn_implementation('xkv') and "
-                "model.compile(backend='xkv', options={'budgets': budgets}) before"
+                "model.compile(backend='xkv', options={'budgets': budgets}) before. If that was done, Dynamo has given "
+                "up on models of this class, for which it compiled as many kinds of calls as it may, two for each "
+                "plan: raise torch._dynamo.config.recompile_limit, or call torch._dynamo.reset() to start anew"
             )
         return torch.ops.xkv.keys_of_session(key_states, self.handle), value_states
 

@@ -133,16 +133,16 @@ def _capture(source: DynamoGraph, plan: CachePlan, facts: ModelFacts) -> tuple[C
     all_logits = logits.meta["val"].shape[1] != 1
     if source.many and not all_logits:
         OpenLastLogits()(graph)
-    if source.many:
-        _check_continues(graph, plan)
     vocabulary = int(logits.meta["val"].shape[2])
+    if source.many:
+        _check_continues(graph, plan, vocabulary)
     token = None if source.many else graph
     return CapturedModel(graph, token, layers, plan.rows, vocabulary, facts), all_logits
 
 
-def _check_continues(graph: GraphModule, plan: CachePlan) -> None:
+def _check_continues(graph: GraphModule, plan: CachePlan, vocabulary: int) -> None:
     """Tokens meet in attention alone, so that the graph may go on from a cache."""
-    ids = torch.arange(plan.rows * LENGTH, device=plan.device).view(plan.rows, LENGTH)
+    ids = torch.arange(plan.rows * LENGTH, device=plan.device).view(plan.rows, LENGTH) % vocabulary
     positions = torch.arange(LENGTH, device=plan.device).expand(plan.rows, -1).contiguous()
     with torch.no_grad():
         check_continues(graph, None, ids, graph(ids, positions), plan.dtype)
