@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from xkv_fx import Budgets, Policy
 from xkv_fx.capture.captured import CapturedModel
+from xkv_fx.formats import LayerFormats
 from xkv_fx.hf.capture import capture
 from xkv_fx.hf.generation import BudgetedLM
 from xkv_fx.lowering.program import CompiledProgram, Graphs, compile_program
@@ -75,7 +76,7 @@ def transformed(budgets: Budgets, rows: int = 1, family: str = "llama", max_new_
 def transform_again(budgets: Budgets, rows: int = 1, family: str = "llama", max_new_tokens: int = 0) -> BudgetedLM:
     """As `transformed`, but with graphs of its own that nobody has used."""
     source = captured(family, 2, rows)
-    plan = cache_plan(source, budgets.capacities, budgets.policy, max_new_tokens)
+    plan = cache_plan(source, budgets.capacities, budgets.policy, max_new_tokens, budgets.formats)
     graphs = Graphs(source, plan, scorer_of(budgets.policy))
     return BudgetedLM(model(family).config, model(family).generation_config, budgets, CompiledProgram(graphs, "eager"))
 
@@ -89,8 +90,13 @@ def full(rows: int = 1, family: str = "llama") -> BudgetedLM:
 
 
 def cache_plan(
-    source: CapturedModel, capacities: tuple[int, ...], policy: Policy | None = None, max_new_tokens: int = 0
+    source: CapturedModel,
+    capacities: tuple[int, ...],
+    policy: Policy | None = None,
+    max_new_tokens: int = 0,
+    formats: tuple[LayerFormats | None, ...] | None = None,
 ) -> CachePlan:
     """The plan of a captured model's caches."""
-    slots = slot_plans(Budgets(capacities, policy or Policy()), source.layers, max_new_tokens)
-    return CachePlan(source.layers, slots, source.rows, torch.float32, torch.device("cpu"))
+    budgets = Budgets(capacities, policy or Policy(), formats=formats)
+    slots = slot_plans(budgets, source.layers, max_new_tokens)
+    return CachePlan(source.layers, slots, source.rows, torch.float32, torch.device("cpu"), formats)

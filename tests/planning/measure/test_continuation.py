@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from xkv_fx import Budgets, Policy
 from xkv_fx.errors import PromptError
-from xkv_fx.formats import LayerFormats
 from xkv_fx.passes.measure.cut_at_attention import CutModel
 from xkv_fx.planning.measure.continuation import FULL, FullRun, LayerPlans, cut_model, layer_plans, run_full
 from xkv_fx.runtime.scorers import SnapKV
@@ -38,9 +38,10 @@ def plan_of(family: str, capacities: tuple[int, ...], eviction: str) -> LayerPla
     return layer_plans(Budgets(capacities, Policy(eviction=eviction)), captured(family, 2, 1).layers, NEW)  # type: ignore[arg-type]
 
 
-def decoded(family: str, capacities: tuple[int, ...], eviction: str) -> Tensor:
+def decoded(family: str, capacities: tuple[int, ...], eviction: str, formats: Any = None) -> Tensor:
     """KL of each continuation token, from a session that decodes one after another, to transformers' own logits."""
-    llm = transformed(Budgets(capacities, Policy(eviction=eviction)), family=family, max_new_tokens=NEW)  # type: ignore[arg-type]
+    budgets = Budgets(capacities, Policy(eviction=eviction), formats=formats)  # type: ignore[arg-type]
+    llm = transformed(budgets, family=family, max_new_tokens=NEW)
     session = llm.new_session()
     llm(IDS[:, :-NEW], past_key_values=session, logits_to_keep=1)
     logits = [
@@ -60,6 +61,16 @@ def test_one_pass_is_decoding_one_by_one(family: str, eviction: str) -> None:
     kl = full(family).divergence([plan_of(family, capacities, eviction) for capacities in plans])
     for found, capacities in zip(kl, plans, strict=True):
         torch.testing.assert_close(found, decoded(family, capacities, eviction), atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "eviction"), [*(("llama", name) for name in EVICTIONS), ("gemma2", "scored"), ("gpt_oss", "append")]
+)
+def test_one_pass_stores_as_decoding_one_by_one_does(family: str, eviction: str) -> None:
+    formats = (("int8", "int4"), ("int4", "int8"))
+    budgets = Budgets((20, 9), Policy(eviction=eviction), formats=formats)  # type: ignore[arg-type]
+    (kl,) = full(family).divergence([layer_plans(budgets, captured(family, 2, 1).layers, NEW)])
+    torch.testing.assert_close(kl, decoded(family, (20, 9), eviction, formats), atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,17 +110,6 @@ def test_formats_are_what_slots_give_back(eviction: str) -> None:
     for found, plan in zip(full("llama").divergence(plans), plans, strict=True):
         log_q = continue_over_slots(model("llama"), IDS, NEW, plan).double().log_softmax(-1)
         torch.testing.assert_close(found, (reference.exp() * (reference - log_q)).sum(-1), atol=2e-6, rtol=1e-3)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
-def test_slots_evicted_by_score_store_alike(family: str) -> None:
-    """Where nothing is evicted yet, it does not matter what would be."""
-    pair: LayerFormats = ("int8", "int4")
-    (scored, _), (append, _) = (plan_of(family, (60, 60), eviction)[1] for eviction in ("scored", "append"))
-    kl = full(family).divergence([(FULL, (slots, pair)) for slots in (scored, append, None)])
-    assert kl.min(1).values.min() > 1e-9
-    torch.testing.assert_close(kl[0], kl[1], atol=1e-6, rtol=1e-3)
-    torch.testing.assert_close(kl[0], kl[2], atol=1e-6, rtol=1e-3)
 
 
 def test_what_cut_layers_hold_is_not_remembered() -> None:
