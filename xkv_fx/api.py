@@ -1,4 +1,4 @@
-"""The public calls. Each is a few lines over the rooms that do the work."""
+"""The public calls. Each is a few lines on top of the subpackages that do the work."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def profile(
         statistics: what else to measure: `"preference"` for the allocator `"entropy"` (CAKE, arXiv 2503.12491),
             `"similarity"` for `"squeeze"` (SqueezeAttention, arXiv 2404.04793).
         group: processes to share the prompts with, such as `torch.distributed.group.WORLD` under `torchrun` or
-            `accelerate launch`; this process measures all of them when None. Every process of the group makes the same
-            call and gets the same profile, bit for bit that of a process alone which computes in as many threads. An
+            `accelerate launch`; when None, this process measures them all. Every process of the group makes the same
+            call and gets the same profile, bit for bit the one that a single process with as many threads would get. An
             error in one is raised in all; `progress` is called in the first.
 
     Raises:
@@ -104,7 +104,7 @@ def calibrate(
 
     Only the continuation is run again, from the changed layer on, all capacities of a layer in one pass.
 
-    With `formats`, each capacity is measured in each of them, and so is evicting nothing. What survives the prompt is
+    With `formats`, each capacity is measured in each format, and so is a full cache. What survives the prompt is
     stored in the formats, and so is every token of the continuation before it is attended to; the prompt itself is
     attended to as it is. `solve` then chooses capacity and formats of each layer together.
 
@@ -119,7 +119,7 @@ def calibrate(
         tokenizer: needed for strings.
         progress: called as `progress(done, total)` after each prompt.
         resume: a folder for what was measured so far, one file a prompt. After an interruption the same call goes on
-            from there; results of other weights, policies, grids or prompts are not taken.
+            from there; results from other weights, policies, grids or prompts are not reused.
         group: processes to share the prompts with; see `profile`. With `resume` each writes the files of its prompts.
         formats: what slots may store, `"model"` (the model's dtype), `"int8"` and `"int4"`: each for keys and values
             alike, and int8 keys with int4 values where both are named. Or pairs of such names, of keys and of values.
@@ -168,17 +168,17 @@ def solve(
     """Solve how many KV slots each layer gets, under exactly one constraint.
 
     From a calibration of several formats, each layer's capacity and the formats of its keys and values are chosen
-    together, by measured KL a byte: the sum of KL is above the least possible by less than one step of one layer would
-    gain, which is the first that the bytes no longer pay for.
+    together, by measured KL per byte: the summed KL exceeds the least possible by less than the gain of one more step
+    in one layer, the first step that no longer fits into the bytes.
 
     Args:
         profile: measured retention curves, or a calibration's measured divergences.
         fraction: the share of `layers * context` tokens to keep, above 0 and at most 1; from a calibration of several
             formats, of the bytes that a full cache of `context` tokens takes in the model's dtype (sliding windows
             clamped).
-        total_tokens: the sum of the capacities, exact; not for a calibration of several formats, in which tokens have
-            no one size.
-        retention: the mean over layers of the share of attention mass to keep at least, with the fewest tokens; for a
+        total_tokens: the sum of the capacities, exact; not for a calibration of several formats, where tokens differ in
+            size.
+        retention: the least share of attention mass to keep, as a mean over layers, with the fewest tokens; for a
             profile only.
         kv_bytes: the most bytes that the K/V buffers of `batch_size` rows in `dtype` may take.
         context: tokens of prompt to plan for; the longest profiled prompt by default.
@@ -188,7 +188,7 @@ def solve(
         floor: the fewest slots of every layer; a layer whose sliding window is smaller gets that.
         batch_size: rows after expansion, batch x beams or return sequences; counts for `kv_bytes` only, since
             capacities are per row.
-        dtype: for `kv_bytes`, of what is stored in no format of its own; each layer's own by default.
+        dtype: for `kv_bytes`, the dtype of whatever has no format of its own; each layer's own by default.
 
     Returns:
         the plan; its provenance says how it was made, and which retention (of a profile) or KL (of a calibration) is
@@ -248,7 +248,7 @@ def verify(
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification | tuple[Verification, ...]:
     """Measure a plan on held-out prompts, against plans of equal bytes: a uniform one in the model's dtype, and the
-    best that stores all layers in one format, with every token where that fits and equal capacities where not.
+    best plan that stores all layers in one format, with every token where they all fit and equal capacities otherwise.
 
     As in `calibrate`, the last `continuation` tokens of each prompt are fed as decode would, under the plan's own
     policy: on top of the capacities under `eviction="append"`, in place of other tokens under `"ring"` and `"scored"`.
@@ -256,8 +256,8 @@ def verify(
     Args:
         model: a transformers causal language model; it is not changed.
         budgets: the plan; or several of one policy, which then share one prefill of each prompt.
-        prompts: strings, or token ids of shape `[S]` or `[1, S]`, which the plan was not made from; 32 or more, since
-            the mean is ruled by few of them.
+        prompts: strings, or token ids of shape `[S]` or `[1, S]`, which the plan was not made from; 32 or more, since a
+            few prompts dominate the mean.
         continuation: tokens fed after each prompt.
         tokenizer: needed for strings.
         progress: called as `progress(done, total)` after each prompt.
@@ -302,16 +302,16 @@ def fit_quality(
     tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Budgets:
-    """The fewest bytes whose held-out divergence from the full cache stays under a bound.
+    """Find the plan of the fewest bytes whose held-out divergence from the full cache stays under a bound.
 
     Plans of several totals are solved from the calibration and measured in one pass over the prompts; rounds of them
-    narrow the total down. That more tokens never raise the divergence is taken for granted between the plans tried.
+    narrow the total down. The search assumes that, between the plans tried, more tokens never raise the divergence.
 
     Args:
         model: a transformers causal language model; it is not changed.
         calib: what `calibrate` measured for this model.
         prompts: strings, or token ids of shape `[S]` or `[1, S]`, which the calibration was not made from.
-        kl: the most that the mean KL over prompts and their continuations may be, nats.
+        kl: upper bound on the mean KL over prompts and their continuations, in nats.
         context: tokens of prompt to plan for; the calibration's longest by default.
         multiple: round capacities to multiples of this.
         resolution: how exactly to find the total, as a share of layers x context; of the full cache's bytes where
@@ -386,7 +386,7 @@ def transform(
 
     Returns:
         `xkv_fx.hf.generation.BudgetedLM`, with transformers' own `generate`; for a plain module
-        `xkv_fx.lowering.plain.BudgetedModule`, with a plain greedy or sampling one.
+        `xkv_fx.lowering.plain.BudgetedModule`, with a plain greedy or sampling `generate`.
 
     Raises:
         BudgetError: the plan does not fit the model's layers, its scorer cannot be made or does not go with its
@@ -448,8 +448,7 @@ def load(folder: str | os.PathLike[str], trust: bool = False) -> Engine:
 
     Raises:
         FileFormatError: not an engine, damaged, incomplete, of a newer format, or one that contradicts itself.
-        EngineError: built for another torch, device, instruction set or TensorRT; or a target that `trust` is needed
-            for.
+        EngineError: built for another torch, device, instruction set or TensorRT; or a target that needs `trust`.
     """
     from xkv_fx.engines.engine import load_engine
 

@@ -1,6 +1,6 @@
 """The plan that every part shares: how many K/V slots each layer owns, and the policy that fills them.
 
-This module sits below every room of the package. A plan needs neither torch nor transformers to be read, written or
+This module sits below every subpackage. A plan needs neither torch nor transformers to be read, written or
 checked. Users hold an `xkv_fx.Budgets`, which is a `Plan` that can also read a transformers model.
 """
 
@@ -20,8 +20,8 @@ from xkv_fx.layers import HasItemSize, Layers, layers_of
 from xkv_fx.policy import Policy
 
 FORMAT = "xkv_fx.budgets"
-FORMAT_VERSION = 2  # 1 has no formats
-# What the parts hold, they check themselves.
+FORMAT_VERSION = 2  # version 1 has no formats
+# Each part checks its own fields.
 _FIELDS: Fields = {**DOCUMENT, **dict.fromkeys(("capacities", "policy", "provenance"), ANYTHING)}
 _FIELDS_OF: Mapping[int, Fields] = {1: _FIELDS, 2: {**_FIELDS, "formats": LIST}}
 
@@ -89,7 +89,7 @@ class Provenance:
 class Plan:
     """Per-layer KV cache capacities and the policy that they are valid for.
 
-    Plans of equal content are equal, of whichever subclass they are.
+    Plans with equal content are equal, whatever their subclass.
 
     Attributes:
         capacities: K/V slots of each layer that owns a cache, in execution order, *per KV head and row*; recent
@@ -97,7 +97,7 @@ class Plan:
         policy: how those slots are filled.
         provenance: how the plan was made.
         formats: how each layer stores its slots: a pair of names of `xkv_fx.formats`, of its keys and of its values,
-            or None for the model's dtype; None as a whole where every layer stores in that.
+            or None for the model's dtype; None as a whole if all layers do.
 
     Raises:
         BudgetError: no layers, a capacity that is not a whole number of at least 1, or formats that are unknown or not
@@ -185,10 +185,10 @@ class Plan:
             )
 
     def slots(self, layers: Layers, max_new_tokens: int = 0) -> tuple[int, ...]:
-        """Slots that are really allocated for each layer.
+        """Slots that are actually allocated for each layer.
 
         Under `eviction="append"` each layer gets room for `max_new_tokens` besides its capacity. Capacity and room
-        together are clamped to the layer's sliding window: in that many slots nothing that it reaches is ever lost.
+        together are clamped to the layer's sliding window: with that many slots, no token in the window is lost.
 
         Raises:
             BudgetError: as `check_layers`, or `max_new_tokens` is not a whole number of at least 0.
@@ -208,9 +208,9 @@ class Plan:
         """Bytes that the K/V buffers of `batch_size` rows take.
 
         Args:
-            model: its `LayerSpec`s, or what carries them as `layers`, such as a transformed model.
+            model: the model's `LayerSpec`s, or an object that has them as `layers`, such as a transformed model.
             batch_size: rows after expansion: batch x beams or return sequences.
-            dtype: of what is stored in no format of its own; the model's by default.
+            dtype: the dtype of whatever has no format of its own; the model's by default.
             max_new_tokens: room set aside for generated tokens; counts under `eviction="append"` only.
 
         Raises:
@@ -229,9 +229,9 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON's types.
 
-        A plan without formats says nothing that version 1 did not, and stays of that version: whatever reads those
-        files goes on reading it. One with formats is of version 2, which an older reader refuses instead of storing its
-        slots otherwise.
+        A plan without formats says nothing that version 1 could not say, and is written as version 1, so that older
+        readers can still read it. A plan with formats is written as version 2, which an older reader refuses instead of
+        storing its slots in the wrong format.
         """
         data = {
             "format": FORMAT,
@@ -306,4 +306,4 @@ class Plan:
 
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
-"""Of what returns a plan of the class that it is given."""
+"""The plan class of calls that return a plan of the class that they are given."""

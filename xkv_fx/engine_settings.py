@@ -39,7 +39,7 @@ def _for_executorch(capacities: Sequence[int], sinks: int) -> tuple[dict[str, An
 
 
 def _for_openvino(capacities: Sequence[int], sinks: int) -> tuple[dict[str, Any], str]:
-    """Its sizes are whole blocks, and besides the first and the newest tokens it wants one block at least to evict."""
+    """Sizes are whole blocks, and besides the first and newest tokens OpenVINO needs at least one block to evict."""
     block, mean = _OPENVINO_BLOCK, sum(capacities) / len(capacities)
     start = max(1, -(-sinks // block)) * block
     most = sum(capacities) // len(capacities) // block * block

@@ -48,5 +48,5 @@ class EngineError(XkvError):
 
 
 def first_line(error: Exception) -> str:
-    """What an error that is not ours says, in one line, for a message that is."""
+    """The message of an error that is not ours, on one line, to be put into a message of ours."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,7 +1,7 @@
 """Checking the fields of what a file holds: their names, types and ranges. Everything read here is untrusted.
 
-Each format says by a `Field` what each of its fields may hold. Annotations are not asked: they are for readers and type
-checkers, and a value may be stored in another form than it has in memory.
+Each format says by a `Field` what each of its fields may hold. Type annotations are not used for this: they are for
+readers and type checkers, and a value may be stored in a different form from the one that it has in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Field:
 
     Attributes:
         words: what it must be, for messages.
-        right_type: whether a value of JSON is of its type.
+        right_type: whether a JSON value has the right type.
         in_range: whether a value of that type is in its range.
     """
 
@@ -36,7 +36,7 @@ class Field:
 Fields = Mapping[str, Field]
 
 ANYTHING = Field("anything", lambda value: True)
-"""For a field that is checked by what is made of it."""
+"""For a field that is checked by the object built from it."""
 TEXT = Field("a string", lambda value: isinstance(value, str))
 NUMBER = Field(
     "a finite number",
@@ -48,7 +48,7 @@ OBJECT = Field("a JSON object", lambda value: isinstance(value, dict))
 
 
 def whole(least: int | None = None) -> Field:
-    """A whole number, of at least so much."""
+    """A whole number, of at least `least` if that is given."""
     if least is None:
         return Field("a whole number", is_int)
     return Field(f"a whole number of at least {least}", is_int, lambda value: bool(value >= least))
@@ -141,7 +141,7 @@ def read_header(
         since: what else files hold from a version on.
 
     Raises:
-        FileFormatError: it is not as said; the message does not name the file.
+        FileFormatError: the metadata is not what was expected; the message does not name the file.
     """
     try:
         header = parse_json((metadata or {}).get(HEADER, ""))

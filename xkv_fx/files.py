@@ -22,7 +22,7 @@ SEAL = "sha256"
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a path to write to; what is there at the end takes the place of `path`, or nothing does.
+    """Give a path to write to; at the end, what is there replaces `path`, or `path` stays as it was.
 
     No half-written file is ever taken for a whole one.
     """
@@ -38,7 +38,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def folder_written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """As `written_whole` for a new folder; one that is there already, and holds anything, stays and is an error.
+    """As `written_whole`, for a new folder. A folder that exists and is not empty is left alone, and is an error.
 
     Raises:
         FileExistsError: `path` exists and is not an empty folder.
@@ -109,7 +109,7 @@ def read_json(path: str | os.PathLike[str], kind: str, newest: int, oldest: int 
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a text of JSON says, without what JSON lacks: numbers that are not finite, and fields that are given twice.
+    """Parse JSON text, refusing what JSON does not allow: numbers that are not finite, and fields given twice.
 
     Raises:
         ValueError: it is not JSON, or nested too deeply.
@@ -131,7 +131,7 @@ def read_sealed_json(path: str | os.PathLike[str], kind: str, newest: int, oldes
     """Read what `write_sealed_json` wrote, as `read_json` does.
 
     Raises:
-        FileFormatError: as `read_json`; or its content is not what its checksum was made of.
+        FileFormatError: as `read_json`; or the content does not match its checksum.
     """
     data = read_json(path, kind, newest, oldest)
     if data.pop(SEAL, None) != checksum(data):
@@ -142,12 +142,12 @@ def read_sealed_json(path: str | os.PathLike[str], kind: str, newest: int, oldes
 
 
 def checksum(data: Mapping[str, Any]) -> str:
-    """SHA-256 over an object of JSON, however it is written down."""
+    """SHA-256 of a JSON object, however it is formatted."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def check_safetensors_size(path: str | os.PathLike[str], largest: int) -> None:
-    """Refuse, before anything is read, a safetensors file or a header in it that is too large.
+    """Refuse, before anything is read, a safetensors file that is too large, or whose header is.
 
     Raises:
         FileFormatError: it is; the message does not name the file.

@@ -15,12 +15,12 @@ SlotFormat = Literal["model", "fp8", "int8", "int4"]
 SLOT_FORMATS: tuple[str, ...] = get_args(SlotFormat)
 
 LayerFormats = tuple[SlotFormat, SlotFormat]
-"""Of a layer's keys, and of its values."""
+"""The format of a layer's keys, and the format of its values."""
 
 _IN_MODEL: LayerFormats = ("model", "model")
 
 CODE_BITS = {"int8": 8, "int4": 4}
-"""Bits of an element, in formats of codes."""
+"""Bits per element, for formats that store codes."""
 _LARGEST_GROUP = 64
 _GROUP_MULTIPLE = 8
 SCALE_BYTES = 4  # of a group: its scale and its zero, in half precision
@@ -75,7 +75,7 @@ def pair_name(pair: LayerFormats | None) -> str:
 
 
 def checked_formats(formats: Any, layers: int) -> tuple[LayerFormats | None, ...] | None:
-    """The formats of a plan in their one normal form, so that plans which store alike are equal.
+    """The formats of a plan in one normal form, so that plans that store the same way are equal.
 
     Args:
         formats: None, or for each layer None or a pair of names, of its keys and of its values.

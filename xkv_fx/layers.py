@@ -45,7 +45,7 @@ class LayerSpec:
         """Bytes that one slot takes over all KV heads, keys and values together, for one row.
 
         Args:
-            dtype: of what is stored in `"model"`; the model's own by default.
+            dtype: the dtype that the format `"model"` stands for; the model's own by default.
             formats: of keys and values, None for that dtype. Codes, scales and zeros are counted.
 
         Raises:
@@ -67,7 +67,7 @@ class LayerSpec:
 
 
 class HasLayers(Protocol):
-    """What carries its layers, such as a transformed model."""
+    """An object that has its layers, such as a transformed model."""
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]: ...
@@ -87,7 +87,7 @@ _FIELDS: Fields = {
 
 
 def layer_specs(layers: list[Any]) -> tuple[LayerSpec, ...]:
-    """LayerSpecs from JSON objects, every number a whole one of at least 1, `value_dim` of at least 0.
+    """LayerSpecs from JSON objects, every number whole and at least 1, `value_dim` at least 0.
 
     Raises:
         FileFormatError: they are not; the message does not name the file.
@@ -96,7 +96,7 @@ def layer_specs(layers: list[Any]) -> tuple[LayerSpec, ...]:
 
 
 def layers_of(model: Layers) -> tuple[LayerSpec, ...]:
-    """The layers that own a KV cache, in execution order, given as such or by what carries them.
+    """The layers that own a KV cache, in execution order, from a sequence of them or an object that has `layers`.
 
     Raises:
         BudgetError: neither.

@@ -77,13 +77,13 @@ class Policy:
 
     @classmethod
     def from_dict(cls, data: Any) -> Policy:
-        """The policy that a file holds, every field of it: one that is left out would quietly be today's default.
+        """The policy in a file, which must give every field: a missing one would silently become today's default.
 
         Raises:
             FileFormatError, BudgetError: it holds none; the message does not name the file.
         """
         expected = {field.name: ANYTHING for field in dataclasses.fields(cls)}  # the class checks their values
         fields = check_fields(data, expected, "the policy", optional=expected, unknown="policy fields")
-        policy = cls(**fields)  # says what is wrong with a value, before it is said what is missing
+        policy = cls(**fields)  # reports a bad value before a missing field
         refuse_missing(fields, expected, "the policy")
         return policy

@@ -1,7 +1,7 @@
 """The plan as users hold it: it counts the bytes of a transformers model, too.
 
-`Plan` stands on the ground, which knows no library of models. This class stands above the room that reads them, so that
-nothing needs to reach up.
+`Plan` is at the bottom of the package and knows no model library. This class sits above the part that reads models, so
+that nothing has to import upwards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Budgets(Plan):
         policy: how those slots are filled.
         provenance: how the plan was made.
         formats: how each layer stores its slots: a pair of names (`"model"`, `"fp8"`, `"int8"`, `"int4"`), of its keys
-            and of its values, or None for the model's dtype; None as a whole where every layer stores in that. `"fp8"`
+            and of its values, or None for the model's dtype; None as a whole if all layers do. `"fp8"`
             is refused for now, and so is every other format for latents.
 
     Raises:
@@ -39,7 +39,7 @@ class Budgets(Plan):
         Args:
             model: a transformers causal language model, a transformed one, or its `LayerSpec`s.
             batch_size: rows after expansion: batch x beams or return sequences.
-            dtype: of what is stored in no format of its own; the model's by default.
+            dtype: the dtype of whatever has no format of its own; the model's by default.
             max_new_tokens: room set aside for generated tokens; counts under `eviction="append"` only.
 
         Raises:
@@ -56,7 +56,7 @@ class Budgets(Plan):
 
 
 def budgets_of(plan: Plan) -> Budgets:
-    """The same plan in the class of users; one that is in it already, itself."""
+    """The same plan as the class that users hold; a plan that already is one is returned as it is."""
     if isinstance(plan, Budgets):
         return plan
     return Budgets(**{field.name: getattr(plan, field.name) for field in dataclasses.fields(Plan)})

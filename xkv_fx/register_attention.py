@@ -1,7 +1,7 @@
-"""Making the name "xkv" known to transformers as soon as there is a transformers to know it, in either order of import.
+"""Making the name "xkv" known to transformers, whichever of the two packages is imported first.
 
 `model.set_attn_implementation("xkv")` looks the name up in a table of transformers, which has no entry points for
-plugins, and `import xkv_fx` must not load transformers. So the import system is asked to run one import of ours behind
+plugins, and `import xkv_fx` must not load transformers. So the import system is asked to run one import of ours after
 transformers' own `modeling_utils`, where that table is made. Nothing of transformers is changed: one name is added to
 two of its tables through their public `register`.
 """
@@ -20,7 +20,7 @@ ENTRY = "xkv_fx.hf.attention_entry"
 
 
 def register_attention() -> None:
-    """Import our entry now if transformers' models are loaded, otherwise right after they will have been."""
+    """Import our entry now if transformers' models are loaded, otherwise as soon as they have been."""
     if AWAITED in sys.modules:
         importlib.import_module(ENTRY)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -28,7 +28,7 @@ def register_attention() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the awaited module as everybody else does, and lets `_Loader` load it; until then it may be asked again."""
+    """Finds the awaited module in the usual way, and lets `_Loader` load it; until then it may be asked again."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

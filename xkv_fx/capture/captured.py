@@ -24,11 +24,11 @@ class CapturedModel:
     Attributes:
         prompt: graph of `(input_ids, position_ids)` `[rows, S]` -> logits `[rows, S, vocabulary]`, S dynamic.
         token: the same for S = 1, all shapes static; None if it was not asked for.
-        layers: what each attention caches, in execution order; of the part of the model that this process has.
+        layers: what each attention caches, in execution order, for the part of the model that this process has.
         rows: batch rows that the graphs are captured for.
-        vocabulary: size of the logits' last dimension, which the graph alone says.
+        vocabulary: size of the logits' last dimension, which can only be read off the graph.
         facts: what is known about the model.
-        weights: those that the graphs share with the model, as they were; None where calls bring their own.
+        weights: a record of the weights shared with the model, as captured; None where each call passes its own.
     """
 
     prompt: GraphModule

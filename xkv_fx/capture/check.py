@@ -1,8 +1,8 @@
-"""Whether a captured graph is its model, and may go on from a cache.
+"""Checks that a captured graph computes what its model does, and that it can go on from a cache.
 
-It must know nothing of earlier tokens but through its attention. Convolutions and recurrences over tokens, positions
-counted from the length, and attention to later tokens all show when the tokens of a prompt are fed in pieces, each
-attention being given the keys and values of the earlier ones.
+The graph may learn about earlier tokens only through its attention. Convolutions and recurrences over tokens, positions
+counted from the length, and attention to later tokens all show up when a prompt is fed in pieces and each attention
+is given the keys and values of the earlier tokens.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def check_continues(
 def _continuation_error(
     prompt: GraphModule, token: GraphModule | None, ids: Tensor, whole: Tensor, dtype: torch.dtype
 ) -> float:
-    """How far the logits of a prompt of at least 3 tokens, fed in pieces, are from those of the whole, behind the first
-    piece."""
+    """How far the logits of a prompt fed in pieces are from those of the prompt fed whole, after the first piece.
+    The prompt has at least 3 tokens."""
     length = ids.shape[1]
     positions = _positions(ids)
     bounds = [0, *(bound for bound in PIECES if 2 <= bound <= length - 2 and length - bound >= 2)]
@@ -116,7 +116,7 @@ def _positions(ids: Tensor) -> Tensor:
 
 
 class _Continuing(Interpreter):
-    """Runs a graph with each attention over all that it has been given so far."""
+    """Runs a graph, with each attention reaching all keys and values that it has been given so far."""
 
     def __init__(self, module: GraphModule, history: dict[int, tuple[Tensor, Tensor]]) -> None:
         super().__init__(module)

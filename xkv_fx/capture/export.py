@@ -32,11 +32,11 @@ def export_graph(
 
     Args:
         inputs: int64 `[rows, S]` each. With S = 1 all sizes are static, otherwise S is left open.
-        longest: the largest S; none when None.
-        alone: refuse a module that talks to other processes: it is not known what they have of the model.
+        longest: the largest S; None for no limit.
+        alone: refuse a module that talks to other processes, since nobody knows which parts of the model they hold.
 
     Returns:
-        the graph, clean, and the largest S for which it is the module; None when there is none.
+        the cleaned graph, and the largest S for which it matches the module; None if there is no limit.
 
     Raises:
         UnsupportedModelError: the module branches on S, is random, or talks to other processes.
@@ -61,7 +61,7 @@ def uncleaned_graph(
     graph = exported.graph
     graph.set_codegen(CodeGen())
     for node, name in zip(placeholders(graph).values(), ("input_ids", "position_ids"), strict=True):
-        node.target = name  # whatever the module calls them, so that inputs which passes add are called otherwise
+        node.target = name  # fixed names, whatever the module calls them, so that inputs added by passes cannot clash
         node._rename(name)
     output = output_node(graph)
     output.args = (cast(Any, output.args[0])[0],)
@@ -71,7 +71,7 @@ def uncleaned_graph(
 
 @contextmanager
 def _as_ops_without_traces() -> Iterator[None]:
-    """Every op on its own, without the stack that called it: nobody reads those, and they take a tenth of the time."""
+    """Trace every op on its own and record no call stacks: nobody reads them, and they take a tenth of the time."""
     fast_path, traces = torch.backends.mha.get_fastpath_enabled(), getattr(fx_config, NO_TRACES, False)
     torch.backends.mha.set_fastpath_enabled(False)  # it would hide attention in one op that cannot be looked into
     setattr(fx_config, NO_TRACES, True)
@@ -83,7 +83,7 @@ def _as_ops_without_traces() -> Iterator[None]:
 
 
 class OneGradMode(TorchFunctionMode):
-    """A model that switches gradients off or on leaves the mode as it is, which is off while graphs are made.
+    """Ignore a model's attempts to switch gradients on or off; they stay off while graphs are made.
 
     To be entered in a forward that is being exported: `torch.export` would note each switch as a node, cut the graph at
     these nodes and join it again, which took a tenth of the time.
@@ -166,9 +166,9 @@ def _guards(error: Exception) -> str:
 
 
 def _held_up_to(module: GraphModule, longest: int, example: int) -> int:
-    """The largest length such that the assertions of a graph hold for it and all shorter ones.
+    """The largest length for which a graph's assertions hold, and hold for all shorter lengths too.
 
-    Each compares formulas of the length with numbers, so that its truth changes near these numbers.
+    Each assertion compares formulas of the length with numbers, so it can start or stop holding only near these.
     """
     for node in module.graph.nodes:
         if node.target is not aten._assert_scalar.default or not isinstance(node.args[0], torch.fx.Node):

@@ -20,7 +20,7 @@ class Shard:
     size: int = 1
 
     def all_heads(self, states: Tensor) -> Tensor:
-        """`[rows, heads, ...]` of all parts' heads, in their order, from those of this part."""
+        """Gather the heads of all parts, in order, into `[rows, heads, ...]`, given the heads of this part."""
         return states
 
 
@@ -32,11 +32,11 @@ class ModelFacts:
     """Facts about one model, whoever it is captured for.
 
     Attributes:
-        name: of its class, for errors.
+        name: the name of its class, for errors.
         fingerprint: identifies the model in plans and profiles.
         dtype, device: of keys and values.
         max_positions: the longest sequence that the model is taken for; None if unbounded.
-        ends_early: what is different behind `max_positions`, where that is less than the model has positions for.
+        ends_early: what changes beyond `max_positions`, where the model has positions for more than that.
         has_latents: whether keys and values are made from latents, which may be cached in their place.
         shard: which part of the model this process has.
     """

@@ -41,7 +41,7 @@ def capture_module(
         decode: make the graph of one token too.
 
     Raises:
-        UnsupportedModelError: the module or its inputs are not of that kind, or it cannot be captured exactly; the
+        UnsupportedModelError: the module or its inputs are not as described, or it cannot be captured exactly; the
             message names the module or the node.
     """
     name = type(module).__name__

@@ -23,7 +23,7 @@ class SharedWeights:
 
     Args:
         model: the model's name, for errors.
-        weights: by name; tensors of subclasses are left out, since they hold what they are made of elsewhere.
+        weights: by name; tensor subclasses are left out, since they keep their data in other tensors.
     """
 
     def __init__(self, model: str, weights: Mapping[str, Tensor]) -> None:
@@ -46,7 +46,7 @@ class SharedWeights:
         """
         if sum(weight._version for weight in self._watched) != sum(self._versions):
             raise self._error(self._versions, [weight._version for weight in self._watched], "changed in place")
-        if self._places_now() != self._places:  # others stand in them now, perhaps of the same numbers
+        if self._places_now() != self._places:  # other tensors have taken their places, perhaps with the same numbers
             kinds = [(weight.dtype, weight.device) for weight in self._watched]
             if tuple(kinds) != self._kinds:
                 raise self._error(self._kinds, kinds, "moved or cast")
@@ -83,7 +83,7 @@ def _samples(weights: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:
 
 
 def _values(samples: Mapping[torch.dtype, list[Tensor]]) -> dict[torch.dtype, Tensor]:
-    """The numbers as bytes, which compare equal where they are not numbers at all."""
+    """The numbers as bytes, so that NaNs compare equal too."""
     with torch.no_grad():
         return {dtype: torch.cat(parts).view(torch.uint8) for dtype, parts in samples.items()}
 

@@ -39,7 +39,7 @@ def _writable(path: Path | None) -> Path | None:
 
 
 def out_file(help: str) -> Any:
-    """An option for a file that is written at the end: what cannot be one is refused before anything is measured."""
+    """An option for a file that is written at the end: other paths are refused before anything is measured."""
     return typer.Option(help=help, callback=_writable)
 
 
@@ -90,7 +90,7 @@ def is_first(group: ProcessGroup | None) -> bool:
 
 @contextmanager
 def interruptible(parts: Path | None) -> Iterator[None]:
-    """Let Ctrl-C end the program in one line that says where what was measured is kept."""
+    """Let Ctrl-C end the program with one line that says where the measurements so far are kept."""
     try:
         yield
     except KeyboardInterrupt:
@@ -112,7 +112,7 @@ def read(path: Path | None) -> str:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """Numbers between commas.
+    """Numbers separated by commas.
 
     Raises:
         BudgetError: something between commas is not a number.
@@ -127,7 +127,7 @@ def numbers(text: str) -> tuple[float, ...]:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Names between commas."""
+    """Names separated by commas."""
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 

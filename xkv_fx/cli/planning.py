@@ -171,8 +171,8 @@ def solve(
 
     From a calibration of several formats, each layer's formats are chosen with them.
 
-    With --holdout the plan is measured on those texts; what was found is stored in it, and a plan that is not better
-    than uniform, or than one format for all layers, is warned of.
+    With --holdout the plan is measured on those texts; the result is stored in the plan, with a warning if the plan is
+    not better than uniform, or than one format for all layers.
     """
     if fall_back and not holdout:
         raise BudgetError("--fall-back needs --holdout: without held-out texts nobody knows whether the plan is better")

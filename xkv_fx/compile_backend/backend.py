@@ -74,7 +74,7 @@ def xkv(
 
 
 def _check_caches(module: GraphModule) -> None:
-    """A call has one cache, of ours, and uses it."""
+    """Check that a call has exactly one cache, that it is ours, and that the call uses it."""
     arguments = arguments_of_call()
     caches = {name: arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None}
     for name, cache in caches.items():
@@ -191,7 +191,7 @@ _own: weakref.WeakKeyDictionary[nn.Module, dict[Any, Cache]] = weakref.WeakKeyDi
 def compiled_session(model: nn.Module) -> Cache:
     """The session that calls of a compiled model without a cache run on; the latest one if there are several.
 
-    Several tokens start it anew by themselves, as a prompt; `reset()` does so for a prompt of one token. `describe()`
+    Several tokens restart this session, as a prompt; for a prompt of one token call `reset()` first. `describe()`
     says what was compiled.
 
     Args:

@@ -3,7 +3,7 @@
 While Dynamo traces the model, `update` hands new keys and values through and marks them with one small tensor of the
 session, which thereby becomes an input of the graph. When the graph runs, the backend finds the cache by that tensor,
 so that caches share compiled code. Nothing that forward reads of a cache changes from call to call, so that Dynamo has
-nothing to compile again for.
+no reason to compile again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Cache(SessionCache):
     """K/V buffers of exactly the planned size, for `model.generate(..., past_key_values=xkv_fx.Cache(model, budgets))`
     of a model compiled with `model.compile(backend="xkv", options={"budgets": budgets})`.
 
-    As transformers' own caches, it is given the whole conversation each time: a prompt on an empty cache is prefilled,
+    Like transformers' own caches, it gets the whole conversation each time: a prompt on an empty cache is prefilled,
     several new tokens on a filled one extend it, one new token is decoded.
 
     Args:
@@ -140,12 +140,12 @@ class Cache(SessionCache):
         return torch.ops.xkv.keys_of_session(key_states, self.handle), value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:  # type: ignore[override]
-        """Tokens a row fed so far, evicted ones and padding included. Dynamo gets a tensor, since it would compile a
+        """Tokens fed so far per row, including evicted ones and padding. Dynamo gets a tensor, since it would compile a
         number into the graph; the backend then asks for `position_ids`."""
         return self.handle[0] if torch.compiler.is_dynamo_compiling() else self.fed
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """For masks, of which ours needs no offset: the count of tokens would be compiled into the graph."""
+        """For masks. Ours needs no offset, and a count of tokens would be compiled into the graph."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:

@@ -130,7 +130,7 @@ def _has_effects(node: Node) -> bool:
 
 
 def leave_lengths_open(module: GraphModule, example_inputs: Sequence[Any]) -> None:
-    """Have Dynamo trace a graph again whose lengths it took for constants, with these lengths open.
+    """Have Dynamo retrace a graph in which it took lengths for constants, with these lengths left open.
 
     It leaves a size open only once it has seen it change, at the price of one more compilation of everything.
     """

@@ -1,7 +1,7 @@
-"""Whose call it is that a graph of Dynamo's runs for.
+"""Which model a graph of Dynamo's is running for.
 
-To Dynamo weights are inputs, so that one graph serves all models of a class that are compiled with equal options. Which
-of them a call is of, its weights say.
+To Dynamo weights are inputs, so that one graph serves all models of a class that are compiled with equal options. The
+weights of a call tell which model it belongs to.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ModelsOfCalls:
 
     def __init__(self, model: nn.Module, weights: Iterable[int], inputs: Sequence[Any]) -> None:
         own = _tensors_of(model)
-        self._weights = [index for index in weights if id(inputs[index]) in own]  # others are of what is around it
+        self._weights = [index for index in weights if id(inputs[index]) in own]  # the others belong to code around it
         self._seen: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Tensor]]] = weakref.WeakKeyDictionary()
         self._seen[model] = self._references(inputs)
 

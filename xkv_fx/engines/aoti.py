@@ -28,7 +28,7 @@ _CODE = "data/aotinductor/model/"
 
 
 def _trace(graphs: Graphs, kind: GraphKind, longest: int) -> tuple[ExportedProgram, dict[str, Tensor]]:
-    from xkv_fx.engines import by_sums  # which those who load an engine do without
+    from xkv_fx.engines import by_sums  # not needed to load an engine
     from xkv_fx.engines.trace import trace_program
 
     instead = by_sums.BY_SUMS if kind == "decode" else {}
@@ -41,7 +41,7 @@ def _compile(program: ExportedProgram, path: Path, key: str, plan: CachePlan) ->
         "aot_inductor.metadata": {_METADATA_KEY: key},
         "aot_inductor.enable_line_tables": False,
         "cpp.dynamic_threads": True,  # as many as the process has that runs it; else partial sums are laid out for ours
-        "cpp.march": "",  # nothing that the instruction set named in the manifest does not have
+        "cpp.march": "",  # only instructions of the set named in the manifest
     }
     known = torch._inductor.config.get_config_copy()
     try:

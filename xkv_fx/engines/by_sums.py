@@ -1,8 +1,8 @@
 """Linear layers of a few rows, and decode attention, as sums for Inductor's own loops.
 
-An engine has no kernel of ours, and torch's do not read the weights of one row, or a half-precision cache, as fast as
-memory gives them, nor share such work well among threads. Each row, and each query of a group, is a sum of its own:
-Inductor makes one loop of those of a layer, which reads each weight, key and value once.
+An engine has no kernels of ours. Torch's kernels do not read the weights for one row, or a half-precision cache, at the
+full speed of memory, nor do they share such work well among threads. So each row, and each query of a group, becomes a
+sum of its own: Inductor turns the sums of a layer into one loop, which reads each weight, key and value once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xkv_fx.runtime.attention import apply_sink_logits, soft_cap, values_of, wid
 from xkv_fx.runtime.ops import attend_slots, write_token
 
 MOST = 8
-"""Rows, or queries of a group. For more of them torch's kernels are as quick, and compiling a sum for each is slow."""
+"""The most rows, or queries of a group. Beyond it torch's kernels are as fast, and compiling a sum for each is slow."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,8 +68,8 @@ def decode_attention(
 
 
 def _once(values: Tensor) -> Tensor:
-    """The same values, which Inductor computes once: it does not look through an `as_strided`, and else would compute
-    each anew wherever a sum uses it, once for each weight or slot."""
+    """The same values, which Inductor computes once: it does not look through an `as_strided`. Without one it would
+    compute each value again wherever a sum uses it, once for each weight or slot."""
     values = values.contiguous()
     return values.as_strided(values.shape, values.stride())
 

@@ -63,9 +63,9 @@ class Engine:
         attention_mask: Tensor | None = None,
         session: Session | None = None,
     ) -> Tensor:
-        """Feed a prompt or a turn, and decode greedily behind it.
+        """Feed a prompt or a turn, and decode greedily after it.
 
-        Of the model's generation config, the end and padding tokens count; its logits processors do not.
+        Of the model's generation config, the end and padding tokens are used; its logits processors are not.
 
         Args:
             ids: int64 `[batch, prompt]`, the new tokens.

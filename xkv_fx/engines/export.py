@@ -88,7 +88,7 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
                 if build is not None:
                     manifest = dataclasses.replace(manifest, tensorrt=build)
             save_file(weights.separate(), part / WEIGHTS)
-            shutil.copymode(part / packages["decode"].file, part / WEIGHTS)  # safetensors lets nobody else read it
+            shutil.copymode(part / packages["decode"].file, part / WEIGHTS)  # safetensors lets only the owner read it
             if tokenizer is not None:
                 tokenizer.save_pretrained(part / TOKENIZER)
             manifest.with_files(_files_in(part)).save(part)
@@ -108,7 +108,7 @@ class _Weights:
         return tuple(self._name(name, tensor) for name, tensor in taken.items())
 
     def separate(self) -> dict[str, Tensor]:
-        """The tensors, copied where they are parts of one, which the file could not hold."""
+        """The tensors; those that are parts of a larger one are copied, since the file cannot hold them."""
         storages: set[int] = set()
         result = {}
         for name, tensor in self.tensors.items():

@@ -66,10 +66,10 @@ def _outcome(check: Callable[[], object]) -> str:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Size and SHA-256 of every file that the manifest names.
+    """Check size and SHA-256 of every file that the manifest names.
 
     Raises:
-        FileFormatError: one is missing, changed, or no file within the folder.
+        FileFormatError: one is missing, changed, or not a file within the folder.
     """
     root = folder.resolve()
     for name, record in manifest.files.items():
@@ -86,7 +86,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def check_packages(folder: Path, manifest: Manifest) -> None:
-    """That each package holds what its target says and nothing else that torch would read, and was made for this plan.
+    """Check that each package holds what its target says, nothing else that torch would read, and is for this plan.
 
     Raises:
         FileFormatError: it does not.

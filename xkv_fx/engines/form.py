@@ -41,10 +41,10 @@ class PackageForm:
 
     Attributes:
         suffix: of the file.
-        trace: `(graphs, kind, longest)`, the most columns of a prompt, to a program, and the weights that it takes
-            before its inputs, by name. Raises BackendError or UnsupportedModelError.
+        trace: from `(graphs, kind, longest)`, where `longest` is the most columns of a prompt, to a program and, by
+            name, the weights that it takes before its inputs. Raises BackendError or UnsupportedModelError.
         write: `(program, path, key, plan)` compiles the program and writes the package, which holds the key; returns
-            what TensorRT made of it, if that did. Raises BackendError or EngineError.
+            what TensorRT made of it, if TensorRT was used. Raises BackendError or EngineError.
         load: `(path, manifest)` to what runs the package. Raises EngineError.
         belongs: whether a member may be in a package.
         holds_key: whether a member holds the key.

@@ -45,18 +45,18 @@ class Manifest:
         machine: what it was built for.
         xkv_fx: version of this package that wrote it.
         model: the model's fingerprint.
-        program: identifies model, plan and batch size; as that of the transformed model, so that sessions fit.
+        program: identifies model, plan and batch size; the same as the transformed model's, so that sessions fit.
         budgets: the plan.
         layers: what each layer caches.
         room: slots set aside for generated tokens under `eviction="append"`.
         batch_size: rows.
         dtype: of K/V.
         vocabulary: size of the logits' last dimension.
-        known_tokens: ids from 0 to before this one may be fed.
+        known_tokens: token ids from 0 up to, but not including, this number may be fed.
         max_positions: longest sequence of a row; None if unbounded.
         shortest, longest: columns that the graphs of prompts take.
         end_tokens: generation of a row ends with one of these.
-        pad_token: what fills rows that are over.
+        pad_token: what fills up rows that have ended.
         weights: all weights, as in the file.
         packages: the graphs, by their kind.
         files: size and hash of every file of the folder but the manifest.
@@ -119,11 +119,11 @@ class Manifest:
         return hashlib.sha256(json.dumps(compiled_for, sort_keys=True).encode()).hexdigest()
 
     def with_files(self, files: Mapping[str, FileRecord]) -> Manifest:
-        """The same, naming these files."""
+        """The same manifest, with these files."""
         return dataclasses.replace(self, files=files)
 
     def check_before_files(self) -> None:
-        """Refuse, before anything is compiled, what `load` would refuse of this manifest, whose files are still to be.
+        """Refuse what `load` would refuse in this manifest, before anything is compiled and any file is written.
 
         Raises:
             EngineError: a field that a manifest may not have, or one that contradicts another.
@@ -177,7 +177,7 @@ class Manifest:
         return cls(**{name: each.read(fields[name]) for name, each in stored.items()})
 
     def _check(self) -> None:
-        """That names, files, shapes and the plan agree.
+        """Check that names, files, shapes and the plan agree.
 
         Raises:
             FileFormatError: they do not.
@@ -185,11 +185,11 @@ class Manifest:
         """
         self._check_names()
         if (self.target == "tensorrt") != (self.tensorrt is not None):
-            raise FileFormatError("'tensorrt' says what TensorRT built, and stands with that target alone")
+            raise FileFormatError("'tensorrt' says what TensorRT built, and belongs to that target only")
         self._check_packages()
 
     def _check_names(self) -> None:
-        """That target, device and dtype are known, the columns make a range, and the files stand in the folder."""
+        """Check that target, device and dtype are known, the columns make a range, and the files lie in the folder."""
         if self.target not in TARGETS:
             raise FileFormatError(f"its target {self.target!r} is unknown; known are {', '.join(TARGETS)}")
         if self.machine.device not in TARGETS[self.target].devices:
@@ -206,7 +206,7 @@ class Manifest:
             check_name(name)
 
     def _check_packages(self) -> None:
-        """That weights, inputs and the plan agree."""
+        """Check that weights, inputs and the plan agree."""
         known = {spec.name for spec in self.weights}
         if len(known) != len(self.weights):
             raise FileFormatError("a weight is named twice")
@@ -231,12 +231,12 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """How a field of the manifest stands in the file.
+    """How a field of the manifest is stored in the file.
 
     Attributes:
         field: what may stand there.
-        write: makes that of the value.
-        read: makes the value of that.
+        write: turns the value into what stands there.
+        read: turns what stands there back into the value.
     """
 
     field: Field
@@ -315,7 +315,7 @@ def inputs_of(kind: GraphKind, plan: CachePlan) -> tuple[TensorSpec, ...]:
 
 
 def check_name(name: str) -> None:
-    """Refuse a file name of a manifest that does not lie below the folder, in the one way of writing it.
+    """Refuse a file name in a manifest unless it lies below the folder and is written in the one normal form.
 
     Raises:
         FileFormatError: it does not.

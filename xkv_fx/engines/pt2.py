@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def _trace(graphs: Graphs, kind: GraphKind, longest: int) -> tuple[ExportedProgram, dict[str, Tensor]]:
-    from xkv_fx.engines.trace import trace_program  # which those who load an engine do without
+    from xkv_fx.engines.trace import trace_program  # not needed to load an engine
 
     return trace_program(graphs.get(kind).module, graphs.scorer, longest)
 

@@ -74,12 +74,12 @@ class TensorRTBuild:
     """What TensorRT made of the decode graph, counted in the network that it was built from.
 
     Attributes:
-        library, version: `"tensorrt"` or `"tensorrt_rtx"`, which alone can load the engine, and in this version.
+        library, version: `"tensorrt"` or `"tensorrt_rtx"`, the only library and version that can load the engine.
         torch_tensorrt: version of what converted the graph.
         layers: of the network.
         caches_in_place: tensors of K/V that it updates in place, all of them.
         native_attentions: attentions that are TensorRT's own layer; others are written out.
-        left_to_torch: ops that are no part of the engine, none.
+        left_to_torch: ops that are not part of the engine; there are none.
     """
 
     library: str

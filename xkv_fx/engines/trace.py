@@ -35,15 +35,15 @@ def trace_program(
 
     Args:
         module: of a pipeline; each of our ops in it is traced through.
-        scorer: the one in it, for messages.
+        scorer: the scorer in the module, for messages.
         longest: most columns of a prompt.
-        forms: functions to trace through in the place of further ops, by op.
+        forms: functions to trace through instead of further ops, by op.
 
     Returns:
         the program, and the weights by their names in `module`, in the program's order: contiguous, otherwise shared.
 
     Raises:
-        UnsupportedModelError: a weight that is no plain tensor.
+        UnsupportedModelError: a weight that is not a plain tensor.
         BackendError: what the graph does cannot be traced for every length, or only with an op that is not aten's.
     """
     lifted, weights = lift_weights(module)

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 BYTES_READ = 256 * 1024 * 1024
-"""More than the caches of a processor hold."""
+"""More than a processor's caches can hold."""
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 class MemoryReader:
-    """Reads one buffer from end to end; what a decode step's floor is counted by."""
+    """Reads one buffer from end to end; the lower bound of a decode step is computed from how long that takes."""
 
     def __init__(self, device: torch.device) -> None:
         self._buffer: Tensor = torch.ones(BYTES_READ // 8, dtype=torch.int64, device=device)
@@ -44,7 +44,7 @@ class MemoryReader:
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """How long something took, all that it started on the device included."""
+    """How long something took, including all that it started on the device."""
     synchronize(device)
     started = time.perf_counter()
     run()
@@ -59,7 +59,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had, None where nobody says."""
+    """Memory that is still available; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

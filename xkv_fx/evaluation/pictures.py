@@ -18,7 +18,7 @@ from xkv_fx.public_budgets import Budgets
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches.
+    """An empty figure of a given size in inches.
 
     Raises:
         XkvError: matplotlib is missing.
@@ -52,7 +52,7 @@ def draw_kept(session: Any, path: str | os.PathLike[str], row: int = 0) -> None:
 
     Args:
         session: from `llm.new_session()`, with tokens in it.
-        path: where to; the ending decides the format (.png, .svg, .pdf).
+        path: where to write; the extension decides the format (.png, .svg, .pdf).
 
     Raises:
         XkvError: matplotlib is missing, or the session is empty.

@@ -22,8 +22,8 @@ from xkv_fx.runtime.tracing_marks import FOREIGN_CACHE
 
 NAME = "xkv"
 CAPTURED_NAME = "xkv_captured"
-"""The same attention while a model is exported, whose masks were looked at before: under a name that has no function of
-masks, transformers makes none, which under `NAME` would be traced and then thrown away."""
+"""The name of the same attention while a model is exported, after its masks were checked. It has no registered mask
+function, so transformers makes no masks; under `NAME` they would be traced and then thrown away."""
 # Arguments that say nothing about the mathematics of attention once the mask is causal.
 _HARMLESS = {
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal",
@@ -101,7 +101,7 @@ def captured_attention(
 
 
 def refusal(reason: int, where: str, arguments: str = "arguments of its own") -> XkvError:
-    """The error of a reason, which a graph may hold as the argument of `xkv::refused`."""
+    """The error for a given reason; a graph may hold that reason as the argument of `xkv::refused`."""
     if reason == _MASK:
         return UnsupportedModelError(f"{where} adds a mask of its own to attention; it cannot be captured exactly")
     if reason == _NOT_CAUSAL:
@@ -123,8 +123,8 @@ def refusal(reason: int, where: str, arguments: str = "arguments of its own") ->
 
 
 def _check_starts(query: Tensor, position_ids: Tensor | None, where: str) -> None:
-    """Tokens that come after others need a cache; without one, attention would quietly leave those out. That is where a
-    call ends up when Dynamo no longer compiles it."""
+    """Refuse tokens that come after others when there is no cache: attention would silently ignore the earlier ones. A
+    call ends up here when Dynamo no longer compiles it."""
     alone = query.shape[2] == 1 if position_ids is None else bool((position_ids.amin(-1) > 0).any())
     if alone:
         raise SessionError(
@@ -150,7 +150,7 @@ def _reason(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, unkno
 def _attention_with_padding(
     query: Tensor, key: Tensor, value: Tensor, valid: Tensor, options: tuple[Any, ...]
 ) -> Tensor:
-    """Causal attention among the valid tokens of each row; what padding gets means nothing."""
+    """Causal attention among the valid tokens of each row; the outputs at padding are meaningless."""
     _, place = places(valid)
     origin = place.argsort(1)
 

@@ -20,8 +20,8 @@ class SessionCache(Cache):
     """One conversation, or one batch of them, with K/V buffers of exactly the planned size.
 
     Take one from `llm.new_session()` and pass it as `past_key_values`, with the whole conversation each time, as
-    transformers' own caches are used. What is common to these and makes no sense here raises SessionError: nothing of
-    what `Cache` has does nothing.
+    transformers' own caches are used. Whatever those offer that makes no sense here raises SessionError: no method of
+    `Cache` silently does nothing.
     """
 
     is_compileable = False
@@ -46,7 +46,7 @@ class SessionCache(Cache):
 
     @property
     def fed(self) -> int:
-        """Tokens a row fed so far, padding included: what transformers slices the conversation by."""
+        """Tokens fed so far per row, padding included; transformers slices the conversation by this number."""
         return self.session.history.fed
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -81,7 +81,7 @@ class SessionCache(Cache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        """Of each layer, whether it has a sliding window."""
+        """For each layer, whether it has a sliding window."""
         return list(self._windows)
 
     @property
@@ -96,7 +96,7 @@ class SessionCache(Cache):
         return [False] * len(self._windows)
 
     def is_recording_past(self, layer_idx: int) -> bool:
-        """Whether what is evicted could be had back."""
+        """Whether evicted tokens could be brought back."""
         return False
 
     @property

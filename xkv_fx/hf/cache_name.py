@@ -22,7 +22,7 @@ CACHE_NAME = next(field.name for field in dataclasses.fields(CausalLMOutputWithP
 """What the installed version calls it."""
 TRANSFORMERS = Version(transformers.__version__)
 CHUNKS_HOLD_NEW_TOKENS = TRANSFORMERS.release >= (5, 21)
-"""With `prefill_chunk_size`, older versions feed a whole conversation again that a cache holds a part of."""
+"""With `prefill_chunk_size`, older versions feed the whole conversation again even if the cache holds part of it."""
 
 
 def cache_given(arguments: Mapping[str, Any]) -> Any:

@@ -1,8 +1,8 @@
 """Capture: a transformers model becomes a graph with one `xkv::attention` node for each layer.
 
 The way in is transformers' own attention interface: an entry named `xkv` whose mask is None, so that no mask arithmetic
-enters the graph, and whose attention is our op. A model that does not go through it writes its attention out; there the
-pass `MatchAttention` looks for it in the graph.
+enters the graph, and whose attention is our op. A model that does not use it writes its attention out; there
+the pass `MatchAttention` looks for it in the graph.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def capture_source(
     """As `capture`, for a model that was read already.
 
     Args:
-        given: what holds `source`, such as a peft model, whose logits are those to be right; `source` itself when None.
+        given: what holds `source`, such as a peft model; its logits are the reference. `source` itself when None.
     """
     captured = _capture_twin(source, facts, _twin_of(source, facts), rows, check, decode)
     if check and given is not None and given is not source:
@@ -185,14 +185,14 @@ def _capture_twin(
 def _prompt_graph(
     entry: nn.Module, inputs: tuple[Tensor, Tensor], facts: TransformersFacts, longest: int | None, written: bool
 ) -> tuple[GraphModule, int | None, bool]:
-    """The graph of a prompt, up to which length it is the model, and whether it is another one than export gives."""
+    """The prompt graph, the length up to which it matches the model, and whether it differs from what export gives."""
     prompt, longest = export_graph(entry, inputs, longest, alone=facts.shard == UNSHARDED)
     return prompt, longest, _rewrite(prompt, inputs[0].shape[0], longest, written)
 
 
 def _placed_by_slopes(prompt: GraphModule, rows: int) -> bool:
-    """Whether distances alone say where tokens are (ALiBi), which have no end: what a configuration calls the model's
-    length is what it was trained on."""
+    """Whether positions enter only as distances (ALiBi), which have no upper limit: the model length in such a
+    configuration is only what the model was trained on."""
     slopes = all(site.form.slopes is not None for site in attention_sites(prompt))
     return slopes and position_limit(prompt, rows) is None
 
@@ -201,7 +201,7 @@ def _rewrite(prompt: GraphModule, rows: int, longest: int | None, written: bool)
     """Find what capture did not: attention that is written out, and positions counted from the length.
 
     Returns:
-        whether the graph is another one than export gives.
+        whether the graph differs from what export gives.
     """
     if written:
         MatchAttention(rows, longest).rewrite(prompt)
@@ -211,7 +211,7 @@ def _rewrite(prompt: GraphModule, rows: int, longest: int | None, written: bool)
 
 
 def _absorb_latents(prompt: GraphModule, token: GraphModule | None) -> tuple[LayerSpec, ...]:
-    """What is cached once latents are, where they can be."""
+    """Absorb latents where possible; returns what is cached then."""
     cached = []
     for module in (prompt,) if token is None else (prompt, token):
         AbsorbLatents()(module)
@@ -247,8 +247,8 @@ def _probe_tokens(model: PreTrainedModel, facts: TransformersFacts, rows: int) -
 def _reference(source: PreTrainedModel, facts: TransformersFacts) -> PreTrainedModel:
     """What the graphs are compared with: the model as it is evaluated, under an attention that is not ours.
 
-    Mostly that is the model itself. Otherwise it is a copy besides the captured one, in which attention and angles are
-    others.
+    Mostly that is the model itself. Otherwise it is a second copy beside the captured one, with other attention and
+    other angles.
     """
     if source.config.get_text_config(decoder=True)._attn_implementation == NAME:
         return shadow(source, facts, "eager", settled=False)
@@ -256,7 +256,7 @@ def _reference(source: PreTrainedModel, facts: TransformersFacts) -> PreTrainedM
 
 
 def _check_around(given: nn.Module, source: PreTrainedModel, facts: TransformersFacts, captured: CapturedModel) -> None:
-    """What is around a model does nothing to its tokens that the graph does not."""
+    """Check that whatever wraps a model does nothing to its tokens that the graph does not do too."""
     reference = _reference(source, facts)
     if reference is not source or given.training:
         kept = {id(tensor): tensor for tensor in (*given.parameters(), *given.buffers())}

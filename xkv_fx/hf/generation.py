@@ -19,7 +19,7 @@ from xkv_fx.lowering.program import CompiledProgram
 from xkv_fx.runtime.session import refuse_rows_of_padding
 
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer", "assistant_model", "streamer", "synced_gpus")
-"""Arguments of `generate` that transformers hands on to the model, whose own take no notice of them."""
+"""Arguments of `generate` that transformers hands on to the model, and that its own models ignore."""
 
 
 class BudgetedLM(Budgeted, GenerationMixin):
@@ -213,8 +213,8 @@ class BudgetedLM(Budgeted, GenerationMixin):
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """transformers' hook: feed a prompt or what is new of a conversation. By now everything is known that it can be
-        refused for, so that nothing is fed before."""
+        """transformers' hook: feed a prompt, or the new part of a conversation. All that it could be refused for is
+        known by now, so nothing is fed before a refusal."""
         session, mask = model_kwargs[CACHE_NAME], model_kwargs.get("attention_mask")
         valid = None if mask is None else mask != 0
         _check_request(session, input_ids, valid, model_kwargs["prompt_columns"], generation_config.max_length)
@@ -251,8 +251,8 @@ class BudgetedLM(Budgeted, GenerationMixin):
 
 
 def _own_copy(config: GenerationConfig) -> GenerationConfig:
-    """A copy, so that what is set on it is not set on the model's. It drops what some models come with although no
-    caller asked for it: a cache that is switched off (MPT), or a kind of cache."""
+    """A copy, so that setting something on it leaves the model's own unchanged. It drops settings that some models come
+    with and no caller asked for: a cache that is switched off (MPT), or a kind of cache."""
     config = copy.deepcopy(config)
     config.cache_implementation = config.cache_config = None
     if config.use_cache is False:
@@ -273,7 +273,7 @@ def _valid(session: SessionCache, mask: Tensor, ids: Tensor) -> Tensor:
 
 
 def _check_request(session: SessionCache, ids: Tensor, valid: Tensor | None, columns: int, longest: int) -> None:
-    """Refuse what does not go on from a session, or goes on too long.
+    """Refuse a conversation that does not continue its session, or that would grow too long.
 
     Args:
         ids: int64 `[rows, columns]`, the whole conversation, or what is new of it.
@@ -294,7 +294,7 @@ def _check_request(session: SessionCache, ids: Tensor, valid: Tensor | None, col
 
 
 def _refuse_conversations(held: int, columns: int, chunk: int | None) -> None:
-    """A conversation whose new tokens transformers would not find."""
+    """Refuse a conversation whose new tokens transformers would not find."""
     if held and columns <= held:
         raise PromptError(
             f"the session holds {held} tokens a row, and the conversation given has {columns}: nothing in it is new. "
@@ -316,7 +316,7 @@ def _refuse_tokens_fed_before(held: int, new: int, columns: int) -> None:
 
 
 def _refuse_rows_without_last_token(mask: Tensor | None, fed: int, chunk: int | None) -> None:
-    """What a row generates follows its last token, whose logits are those of the last graph that runs."""
+    """Refuse a prompt with a row that has no token in the part fed last, whose logits generation starts from."""
     new = 0 if mask is None else mask.shape[1] - fed
     last = new if not chunk else (new - 1) % chunk + 1
     if mask is not None and new > 0 and not bool((mask[:, -last:] != 0).any(-1).all()):

@@ -17,7 +17,7 @@ from xkv_fx.hf.rotary import ChangingRotary, changing_rotary, fixed_up_to
 from xkv_fx.hf.tensor_parallel import shard_of
 from xkv_fx.runtime.autocast import refuse_autocast
 
-# What does not change which plan is right for a model.
+# Settings that have no effect on which plan suits a model.
 _VOLATILE = {
     "_name_or_path",
     "_attn_implementation",
@@ -42,7 +42,7 @@ class TransformersFacts(ModelFacts):
 
     Attributes:
         hidden_layers: how many layers its configuration says that it has; None if it does not say so.
-        rotary: what angles change with the length.
+        rotary: the rotary angles that change with the length.
     """
 
     hidden_layers: int | None
@@ -169,8 +169,8 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def _reach(config: PreTrainedConfig, rotary: Sequence[ChangingRotary]) -> tuple[int | None, str]:
-    """The longest sequence that a model is taken for, None if unbounded; and where that is less than it has positions
-    for, what is different behind."""
+    """The longest sequence that a model is accepted for, None if unbounded; and, where the model has positions for
+    more than that, what changes beyond it."""
     has = _positions(config)
     ends = []
     chunk = getattr(config, "attention_chunk_size", None)

@@ -1,8 +1,8 @@
-"""Masks in transformers' attention interface: ours say what is padding and no more; what others would have been is read
-off their functions.
+"""Masks in transformers' attention interface: ours mark padding and nothing else; what the model's own
+masks would have been is read off its mask functions.
 
 A model says what a query sees twice: by the mask that it has made, and by the `sliding_window` that it gives attention.
-The graphs go by the second. Here both are compared, so that no mask is dropped which a short prompt does not show.
+The graphs go by the second. Here the two are compared, so that no mask is dropped whose effect a short prompt hides.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def recording_masks() -> Iterator[list[MaskFunction]]:
 
 
 class OutOfSightError(Exception):
-    """A mask looks tokens up, and the tokens that it was made for are too few to show what it does."""
+    """Raised when a mask looks tokens up, and was made for too few tokens to show what it does."""
 
 
 def check_masks(
@@ -84,7 +84,7 @@ def check_masks(
         last: the last query to look at.
 
     Raises:
-        UnsupportedModelError: a mask is neither causal nor a sliding window, or attention is not told of one.
+        UnsupportedModelError: a mask is neither causal nor a sliding window, or attention is not told its window.
         OutOfSightError: see there.
     """
     if not masks:

@@ -19,7 +19,7 @@ from xkv_fx.layers import LayerSpec
 
 @dataclasses.dataclass(frozen=True)
 class Attentions:
-    """Those that went through the attention "xkv".
+    """The attentions of a model that went through the implementation "xkv".
 
     Attributes:
         count: how many there were.

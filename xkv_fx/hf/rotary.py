@@ -1,7 +1,7 @@
 """Rotary embeddings whose angles change with the length: "dynamic" and "longrope".
 
-Keys are kept as they were rotated, and a kept one cannot be rotated again. Up to the length that such an embedding was
-made for its angles are fixed, and so far these models are taken.
+Keys are kept as they were rotated, and a kept one cannot be rotated again. The angles of such an embedding are fixed up
+to the length that it was made for, so these models are accepted up to that length.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def changing_rotary(model: nn.Module) -> tuple[ChangingRotary, ...]:
     """Every kind of angles in a model that changes with the length.
 
     Raises:
-        UnsupportedModelError: nothing says up to which length they do not.
+        UnsupportedModelError: nothing says up to which length the angles stay fixed.
     """
     found = []
     for path, module in model.named_modules():

@@ -112,14 +112,14 @@ def use_shards(twin: PreTrainedModel, shards: Shard) -> PreTrainedModel:
 
 
 def _style(path: str, sharded: set[str], plan: dict[str, str]) -> str:
-    """The style that a module's output is made by; that of its parameters where only these have one."""
+    """The parallel style of a module's output, or that of its parameters where only they have one."""
     rule = re.sub(r"\.\d+(?=\.|$)", ".*", path)
     styles = [plan[rule]] if rule in plan else [plan.get(f"{rule}.{name}", "none") for name in sorted(sharded)]
     return styles[0] if styles else "none"
 
 
 def _local(module: nn.Module, shards: Shards) -> None:
-    """What comes out is this process's part of the features, or what every process has."""
+    """The output is this process's part of the features, or the same on every process."""
 
 
 def _gathering(module: nn.Module, shards: Shards) -> None:

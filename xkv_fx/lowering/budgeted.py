@@ -52,7 +52,7 @@ class Budgeted(nn.Module):
         return self.program.graphs.decode
 
     def passes(self, kind: GraphKind = "decode") -> tuple[PassStep, ...]:
-        """The passes that made a graph, run again one by one: what each did, how long it took, and the graph behind it.
+        """The passes that made a graph, run again one by one: what each did, how long it took, and the graph after it.
 
         Args:
             kind: `"prefill"`, `"extend"` or `"decode"`.

@@ -1,8 +1,8 @@
 """A decode step as a CUDA graph, recorded once a session: one launch in place of hundreds.
 
 What is recorded reads and writes a session's buffers where they lie, and a session never moves them. Its first step
-runs as it is, which loads kernels and allocates workspaces, as no recording may; its second is recorded, which runs
-nothing and changes nothing, and then replayed; so is every later one.
+runs as it is, which loads kernels and allocates workspaces; a recording may do neither. The second is recorded, which
+runs and changes nothing, and then replayed. Every later step is replayed too.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Graphs:
 
 
 def check_request(budgets: Plan, backend: str) -> Scorer:
-    """What can be said before a model is looked at; returns the scorer that the plan names.
+    """The checks that need no model; returns the scorer that the plan names.
 
     Raises:
         BudgetError: not a plan, or its scorer cannot be made or does not go with its eviction.
@@ -111,7 +111,7 @@ def compile_program(captured: CapturedModel, budgets: Plan, backend: str, max_ne
 
 
 def _check_reach(captured: CapturedModel, budgets: Plan, slots: Sequence[SlotPlan]) -> None:
-    """Refuse a plan that says that it is for more tokens than a model is taken for which has positions for them."""
+    """Refuse a plan for more tokens than the model is accepted for, though the model has positions for them."""
     full = (plan.slots for plan in slots if plan.eviction == "none")
     tokens, longest = max((budgets.provenance.context or 0, *full)), captured.max_positions
     if captured.ends_early and longest is not None and tokens > longest:

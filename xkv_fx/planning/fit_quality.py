@@ -20,7 +20,7 @@ from xkv_fx.planning.measure.verify import VERIFY_CONTINUATION, divergence_of_pl
 from xkv_fx.planning.solve.plan import solve_plan
 from xkv_fx.planning.solve.plan_formats import bytes_of_fraction
 
-# Plans that are tried in one round, in one pass over the prompts; each round leaves one gap between two of them.
+# How many plans are tried in one round, in one pass over the prompts; each round leaves one gap between two of them.
 _TRIED = 7
 
 
@@ -91,10 +91,10 @@ def smallest_plan(
 
 @dataclasses.dataclass(frozen=True)
 class _Totals:
-    """What plans are narrowed down by.
+    """The kind of total that the search narrows down.
 
     Attributes:
-        constraint: the argument of `solve` that it is.
+        constraint: the argument of `solve` that sets this total.
         least: one slot a layer.
         most: all that the layers can hold.
         full: what `resolution` is a share of.
@@ -107,7 +107,7 @@ class _Totals:
 
     @classmethod
     def of(cls, calibration: Calibration, context: int) -> _Totals:
-        """Tokens; bytes where formats were measured, in which tokens have no one size."""
+        """Tokens; bytes where formats were measured, since tokens then differ in size."""
         layers = calibration.layers
         held = [spec.effective_capacity(context) for spec in layers]
         if calibration.formats is None:

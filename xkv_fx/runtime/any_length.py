@@ -1,6 +1,6 @@
 """The prompt's attention in forms that neither branch nor loop in Python on the number of tokens, so that a graph that
-is traced once is right for every length. Arguments, shapes and dtypes are those of `ops` and `attention`, whose forms
-are for lengths that are known."""
+is traced once is right for every length. Arguments, shapes and dtypes are those of `ops` and `attention`, whose
+forms are for known lengths."""
 
 from __future__ import annotations
 

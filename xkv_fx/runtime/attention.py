@@ -4,7 +4,7 @@ Shapes: queries `[rows, query_heads, S, key_dim]`, keys `[rows, kv_heads, N, key
 `[rows, kv_heads, N, value_dim]`; query head h reads KV head `h // (query_heads // kv_heads)`. K/V are never repeated.
 Logits, softmax and log-sum-exp are float32, or float64 where the inputs are.
 
-Where a kernel of torch's serves that returns the log-sum-exp, it is used: flash attention on CPU, and what
+Where one of torch's kernels fits and returns the log-sum-exp, it is used: flash attention on CPU, and what
 `attention_cuda` says on CUDA. All else is done in blocks of queries by matrix products.
 """
 
@@ -131,12 +131,12 @@ def group_logits(q: Tensor, k: Tensor, scale: float, softcap: float | None = Non
 
 
 def wide_dtype(values: Tensor) -> torch.dtype:
-    """What logits of `values` are computed in."""
+    """The dtype that logits of `values` are computed in."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32  # promote_types cannot be traced in a loop
 
 
 def values_of(k_cache: Tensor, v_cache: Tensor) -> Tensor:
-    """The values that slots hold; the keys themselves where both are one and stored once, the `v_cache` being empty."""
+    """The values in the slots. Where values are the keys and stored once, `v_cache` is empty and these are the keys."""
     return v_cache if v_cache.shape[-1] else k_cache
 
 

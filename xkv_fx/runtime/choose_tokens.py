@@ -29,7 +29,7 @@ def token_chooser(
 
     Args:
         temperature, top_k: of that distribution.
-        generator: of the random numbers.
+        generator: source of the random numbers.
 
     Raises:
         PromptError: an argument out of its range.

@@ -81,7 +81,7 @@ class Stored:
         self.scales.index_put_(at, scales)
 
     def vectors(self) -> Tensor:
-        """All of them at once, rotated back, float32: for those who must look at whole keys or values."""
+        """All vectors at once, rotated back, float32: for callers that need whole keys or values."""
         whole = torch.cat([tile for _, tile in self.tiles()], 2)
         return whole if self.coding is None else rotate_back(whole)
 

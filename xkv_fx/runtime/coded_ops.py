@@ -1,6 +1,6 @@
 """The budgeted ops over slots of fewer bits, under the `torch.library` namespace `xkv`; importing this registers them.
 
-They are those of `ops`, with two buffers in the place of each of keys or values: codes uint8
+They are the ops of `ops`, with two buffers for keys and two for values, in place of one each: codes uint8
 `[rows, kv_heads, slots, code_bytes]` and scales float16 `[rows, kv_heads, slots, groups, 2]`. `key_bits` and
 `value_bits` are 8 or 4; with 0 that part is stored in the model's dtype, and its scales have no groups. `key_mean`,
 float32 `[kv_heads, key_dim]`, is subtracted from keys before they are stored.

@@ -57,7 +57,7 @@ def decode_steps(
         session: one that has been fed a prompt.
         ids: int64 `[rows, 1]`.
         end_tokens: a row is over once it has one of these, and is filled up with `pad_token`; whether all rows are over
-            is looked at after every step, which on a GPU waits for it.
+            is checked after every step, and on a GPU each check waits for the step.
 
     Returns:
         the tokens that were chosen, int64 `[rows, n]`, fewer columns if every row is over. The last has not been fed.

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionForm:
-    """How one attention makes its weights of the products of queries and keys.
+    """How one attention turns the products of queries and keys into its weights.
 
     It travels whole from capture to the kernels and is flattened only where an op is called. While a graph is built,
     `sink_logits` and `slopes` are nodes of it; when it runs, they are tensors.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 PADDING = -1
-"""In a transcript: a column that is no token of its row, for it was padding, or the row has forgotten it."""
+"""In a transcript: a column that holds no token of its row, because it was padding or the row has forgotten it."""
 _FIRST_ROOM = 64
 
 
@@ -59,7 +59,7 @@ class History:
 
 
 class Transcript:
-    """The ids that each row was fed, by which a conversation that is handed over again is told from another one.
+    """The ids that each row was fed; they show whether a conversation that is passed in again is still the same one.
 
     They lie on the session's device, so that no step waits for it, and take 4 bytes a column and row.
 
@@ -111,7 +111,7 @@ class Transcript:
         return Transcript.of(self.ids, self.start)
 
     def difference(self, ids: Tensor | None, valid: Tensor | None) -> str | None:
-        """How a conversation that is said to go on from these columns is another one; None if it is not.
+        """How a conversation that should go on from these columns differs from them; None if it does not.
 
         Args:
             ids: int64 `[rows, >= columns]`, the whole conversation; None where only its mask is known.
@@ -135,7 +135,7 @@ class Transcript:
         return f"{where} was fed as the token {token}, and is {other} in the conversation given"
 
     def _make_room(self, columns: int) -> None:
-        """For so many columns, and as many more, so that a session of n steps is copied log(n) times."""
+        """Room for so many columns and as many again, so that a session of n steps is copied only log(n) times."""
         with torch.inference_mode(False):  # where what is allocated could not be changed outside of it
             ids = self._ids.new_empty((self._ids.shape[0], max(_FIRST_ROOM, 2 * columns)))
         ids[:, : self._columns] = self.ids

@@ -19,8 +19,8 @@ def select_survivors(
 ) -> tuple[Tensor, Tensor]:
     """Pick `plan.capacity` of the candidates, which are the slots of the cache followed by the S new tokens.
 
-    Always kept are the newest `plan.recent` tokens and the first `plan.sinks`; the rest go by score, of equal ones the
-    first candidates. When all tokens fit, all are kept.
+    Always kept are the newest `plan.recent` tokens and the first `plan.sinks`; the rest are chosen by score,
+    and among equal scores the first candidates win. When all tokens fit, all are kept.
 
     Args:
         scores: float32 `[rows, kv_heads, slots + S]`; one that is not a number ranks last.
@@ -43,7 +43,7 @@ def select_survivors(
     always = (candidates >= total - plan.recent) | (candidates < plan.sinks)
     priority = priority.masked_fill(always, float("inf")).masked_fill(candidates == EMPTY, float("-inf"))
 
-    # Not `topk`, which takes any of equals: what a row keeps would depend on the lengths of those beside it.
+    # Not `topk`, which breaks ties arbitrarily: what a row keeps would depend on the lengths of the rows beside it.
     source = torch.sort(priority, dim=2, descending=True, stable=True).indices[:, :, : plan.capacity]
     kept = candidates.gather(2, source)
     order = torch.argsort(torch.where(kept == EMPTY, _LAST, kept), dim=2)
@@ -110,7 +110,7 @@ def choosing_call(plan: SlotPlan, fresh: bool) -> Callable[..., tuple[Tensor, Te
         return choose_survivors(scores, positions, length, seen, base, plan, fresh)
 
     def fake(scores: Tensor, positions: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Shapes alone: none of them depends on how many tokens there are."""
+        """Says shapes alone; none of these depends on how many tokens there are."""
         source = positions.new_empty((*positions.shape[:2], plan.capacity), dtype=torch.int64)
         return source, torch.empty_like(positions), torch.empty_like(positions, dtype=torch.float32)
 

@@ -217,8 +217,8 @@ class Session:
             )
 
     def check_room(self, wanted: int, ids: Tensor, valid: Tensor | None = None) -> None:
-        """Refuse, before anything is fed, to generate `wanted` tokens behind more tokens, where `feed` would raise, or
-        one of the `wanted - 1` steps behind it; the last token is not fed.
+        """Before anything is fed, refuse to feed tokens and generate `wanted` more if `feed` would raise, or one of the
+        `wanted - 1` steps after it; the last token is not fed.
 
         Args:
             ids, valid: as in `feed`.
@@ -235,7 +235,7 @@ class Session:
         self._check_steps(after, wanted - 1, wanted)
 
     def check_steps(self, wanted: int) -> None:
-        """Refuse, before anything is fed, as many steps as `step` would not all take.
+        """Before anything is fed, refuse more steps than `step` would take.
 
         Raises:
             PromptError, CapacityError: the message says how many it would take.

@@ -20,7 +20,7 @@ from xkv_fx.runtime.session import Session
 from xkv_fx.runtime.state import CachePlan, State
 
 FORMAT = "xkv_fx.session"
-FORMAT_VERSION = 3  # 1 had no checksum; 2 not the ids that were fed, so that a conversation cannot be compared
+FORMAT_VERSION = 3  # 1 had no checksum; 2 lacked the ids that were fed, so a conversation could not be compared
 _IDS = "fed_ids"
 _FIELDS: Fields = {"program": TEXT, "fed": whole(0), "sha256": TEXT}
 _HEADER_ROOM = 1 << 20
@@ -98,7 +98,7 @@ def _check_state(plan: CachePlan, state: State) -> None:
 
 
 def _check_ids(plan: CachePlan, state: State, fed: int, ids: Tensor | None) -> None:
-    """At most as many columns as were fed; if all of these, then as many tokens in them as each row has seen."""
+    """At most as many columns as were fed; if all of them, then each row has as many tokens in them as it has seen."""
     if ids is None:
         return
     right_shape = ids.dim() == 2 and ids.shape[0] == plan.rows and ids.shape[1] <= fed

@@ -118,7 +118,7 @@ class SlotPlan:
             live = torch.where(wrapped[:, None], newest[:, None], positions.long())
         elif self.eviction == "append":
             last = self._written(seen, base) - 1
-            write = last - torch.remainder(last - slot, self.slots)  # which of all writes the slot's latest one was
+            write = last - torch.remainder(last - slot, self.slots)  # the number of the slot's latest write
             appended = write - torch.clamp(base, max=self.capacity)
             live = torch.where((appended >= 0)[:, None], (base + appended)[:, None], positions.long())
         else:
@@ -140,8 +140,8 @@ class SlotPlan:
         return ((ordinals != EMPTY) & inside)[:, :, None]
 
     def decode_ages(self, positions: Tensor, seen: Tensor, base: Tensor) -> Tensor:
-        """How far the next token is from each slot's, itself 0: int64 `[rows, kv_heads, slots]`, for valid slots; the
-        arguments are those of `decode_mask`."""
+        """How far the next token is from the token in each slot, 0 for itself: int64 `[rows, kv_heads, slots]`, for
+        valid slots; the arguments are those of `decode_mask`."""
         return seen[:, None, None] - self.ordinals(positions, seen + 1, base)
 
     def extend_ages(self, positions: Tensor, seen: Tensor, base: Tensor) -> Tensor:

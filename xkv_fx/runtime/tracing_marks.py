@@ -1,6 +1,6 @@
 """Marks that a model leaves in the graph while `torch.compile` traces it; the backend reads and removes them.
 
-None of them ever runs: a graph that still holds one has not been through the backend, and is refused when it does.
+None of them ever runs: a graph that still holds one has not been through the backend, and is refused when it runs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 from xkv_fx.errors import BackendError
 
 FOREIGN_CACHE = 0
-"""The reason that a cache gives which is not one of the backend's."""
+"""The reason given by a cache that is not one of the backend's."""
 
 
 @torch.library.custom_op("xkv::keys_of_session", mutates_args=())

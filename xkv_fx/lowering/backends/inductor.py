@@ -17,7 +17,7 @@ from xkv_fx.lowering.lift_weights import lift_weights
 from xkv_fx.passes.tools.graph import output_node
 from xkv_fx.runtime.kernels.functions_cpu import FUNCTIONS
 
-# On CPU, C++ makes the calls of a step: a layer takes some ten short ones, felt with one row if Python makes them. That
+# On CPU, C++ makes the calls of a step: a layer has about ten short ones, too slow for one row from Python. That
 # code is built apart from the kernels, since in one file with them it takes several times as long. Sessions check what
 # users give; to check the shapes of all weights and caches again takes 0.3 ms a step.
 CALLS_FROM_CPP = {
@@ -30,7 +30,7 @@ CALLS_FROM_CPP = {
 
 def _lower(module: GraphModule) -> Lowered:
     """Compile `module` with its weights as inputs. On a GPU its steps are recorded as CUDA graphs too, if it holds its
-    weights: of those that it is given nobody knows whether they stay where they are.
+    weights: weights passed in with a call may have moved by the next one.
 
     Raises:
         BackendError: the compiler is missing or fails, or torch lies in a folder that it cannot be given.

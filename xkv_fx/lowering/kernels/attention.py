@@ -24,5 +24,5 @@ def _read(node: Node) -> Mapping[str, Any] | None:
 
 
 ATTENTION = Op("attention", _read, "{served} layers")
-"""Calls of `xkv::decode_attention`, `xkv::decode_scored` and their forms for slots of fewer bits, whose arguments they
-have."""
+"""Calls of `xkv::decode_attention`, `xkv::decode_scored` and their forms for slots of fewer bits, with
+their arguments."""

@@ -20,7 +20,7 @@ from xkv_fx.passes.tools.graph import call_instead
 from xkv_fx.passes.tools.inline import inline
 
 _log = logging.getLogger(__name__)
-_PROCESSORS = 108  # of a GPU that is not there to be asked, as when its fake tensors stand for it
+_PROCESSORS = 108  # assumed for a GPU that is not there to be asked, as when only fake tensors stand for it
 
 
 def _accepts(call: Call) -> str | None:
@@ -76,8 +76,8 @@ def _obstacle(kernel: ModuleType, given: dict[str, Any]) -> str | None:
 
 
 def _count(node: Node, mask: Node) -> Node:
-    """One more than the last valid slot of each row. Layers that share a mask share its count, and one that has the
-    beginning of a longer mask the count of that: slots behind its own last are not there to be read."""
+    """One more than the last valid slot of each row. Layers that share a mask share its count. A layer that uses the
+    beginning of a longer mask shares that mask's count: it has no slots beyond its own last one to read."""
     source = mask
     while source.target is torch.ops.aten.slice.Tensor and source.args[1:3] == (3, 0):
         source = source.args[0]  # type: ignore[assignment]

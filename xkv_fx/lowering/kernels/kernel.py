@@ -112,8 +112,8 @@ class Choice:
     refusals: tuple[Refusal, ...]
 
     def __str__(self) -> str:
-        """The kernel, and why none before it serves. That others are for another device is worth a word only where
-        there is none for this one."""
+        """The kernel, and why none before it serves. Kernels for other devices are mentioned only where there is none
+        for this one."""
         asked = [refusal for refusal in self.refusals if not refusal.elsewhere]
         if not asked and self.device is None:
             asked = list(self.refusals)

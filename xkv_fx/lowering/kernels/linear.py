@@ -34,7 +34,7 @@ def _read_int8(node: Node) -> Mapping[str, Any] | None:
         return None
     source = x.args[0] if x.target is aten.reshape.default else x
     if isinstance(source, Node) and source.meta["val"].shape[-1:] == x.meta["val"].shape[-1:]:
-        x = source  # of which queries, keys and values each have a reshaped one
+        x = source  # queries, keys and values each reshape it for themselves
     return {"x": x, "weight": weight, "bias": None}
 
 

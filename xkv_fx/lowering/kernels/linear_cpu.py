@@ -1,6 +1,6 @@
 """Linear layers on CPU by our C++ kernel, one call for those of the same input, such as queries, keys and values.
 
-Weights are inputs of the graph; those of int8 may be tensors that an input stands for, as with torchao.
+Weights are inputs of the graph; int8 weights may be tensors inside an input, as with torchao.
 """
 
 from __future__ import annotations

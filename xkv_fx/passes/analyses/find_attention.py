@@ -72,7 +72,7 @@ def any_latent(layers: Sequence[LayerSpec]) -> bool:
 
 
 def check_borrowed(site: AttentionSite, eviction: str) -> None:
-    """Raise BudgetError where an attention borrows K/V whose cache evicts by score: every reader would have its own."""
+    """Raise BudgetError where an attention borrows K/V whose cache evicts by score: each reader would need its own."""
     if site.borrows and eviction == "scored":
         raise BudgetError(
             f"layer {site.layer} attends to the keys and values of an earlier layer, which eviction='scored' does not "

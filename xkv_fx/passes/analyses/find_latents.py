@@ -1,7 +1,7 @@
 """How the keys and values of an attention are made from one latent of each token, if they are.
 
-Nothing but movement of elements may lie between linear maps of the latent and the keys and values. Numbers are moved
-instead of the elements, which shows where each element comes from.
+Nothing but movement of elements may lie between linear maps of the latent and the keys and values. To see where each
+element comes from, the analysis moves numbered elements through that part of the graph.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _by_head(states: Tensor, weights: Tensor) -> Tensor:
 
 def find_latent(module: GraphModule, written: set[Node], keys: Node, values: Node) -> Latent | None:
     """How keys `[rows, heads, S, key_dim]` and values `[rows, heads, S, value_dim]` are made; None where it is not
-    proved that it is from a latent.
+    proved that they come from a latent.
 
     Args:
         written: what is changed in place, as `written_in_place` says.
@@ -188,7 +188,7 @@ class _Movement:
         return numbers
 
     def _beside(self) -> list[Node]:
-        """What keys are moved from that is not made from the latent, the smallest first."""
+        """The nodes that keys are moved from and that are not made from the latent, the smallest first."""
         nodes = [node for found in _moved_from(self.keys) for node in found if node is not self.of_keys]
         nodes = [node for node in nodes if self.of_keys not in _moved_from(node)[1]]
         tensors = [node for node in nodes if isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dim() == 4]
@@ -196,8 +196,8 @@ class _Movement:
 
 
 def _row_of_stride(taken: Tensor, numbers: Tensor) -> int | None:
-    """Which row of each head's stride in its weight makes the first of the elements `[rows, heads, S, n]`, the next
-    ones being made by the next ones; None where they are not made so.
+    """Which row of each head's stride in the weight makes the first of the elements `[rows, heads, S, n]`; the rows
+    after it make the elements after it. None where that is not so.
 
     Args:
         numbers: of all outputs of the linear map, whose last dimension is heads times stride.

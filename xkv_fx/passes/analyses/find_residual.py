@@ -15,7 +15,7 @@ from xkv_fx.passes.tools.dependence import ValueFlow
 def residual_of(module: GraphModule, flow: ValueFlow, site: AttentionSite) -> tuple[Node, Node]:
     """The hidden state `[rows, S, hidden]` before an attention, and after its output was added to it.
 
-    That is the first sum of something that depends on the attention and something that its queries depend on.
+    The latter is the first sum of a value that depends on the attention and one that its queries depend on.
 
     Raises:
         UnsupportedModelError: there is no such sum; the model has no residual connection around its attention.

@@ -5,8 +5,8 @@ matrix that depends on the token's position alone:
 
     queries -> ... (sums, parts, products with what is made from position_ids) ... -> q of xkv::attention
 
-Found is where that part of the graph begins. From a copy of it, which is run on the unit vectors, the mean of these
-matrices over coming positions is made.
+This module finds where that part of the graph begins. The mean of these matrices over coming positions is then computed
+by running a copy of that part on the unit vectors.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ class _Finder:
         return self._numbers.setdefault(kind, len(self._numbers))
 
     def _factors_of(self, node: Node) -> int:
-        """How many factors that are made from positions a linear map behind a node's value has at most; 0 where its
-        last part that is no linear map has no such factor behind it."""
+        """The most factors made from positions that any linear map leading up to a node's value has; 0 where no such
+        factor comes after its last step that is not linear."""
         if node not in self.tokens or node not in self.placed:
             return 0
         if node not in self._factors:

@@ -92,7 +92,7 @@ class Rotation:
         return GraphModule(self.graph.module, piece)
 
     def _copy(self, piece: Graph, node: Node, known: dict[Node, Any], tokens: int) -> Any:
-        """A copy in `piece` of a node and of what it is made from, for so many tokens; `known` are copies there are."""
+        """Copy a node and what it is made from into `piece`, for so many tokens; `known` holds copies made before."""
         needed, stack = {node} - known.keys(), [node]
         while stack:
             each = stack.pop()

@@ -135,7 +135,7 @@ class Prover:
         return Reach(scale, window, slopes.float() if bool((slopes.abs() > 1e-6).any()) else None)
 
     def _scale(self, written: WrittenAttention, unscored: Tensor, seen: Tensor) -> float:
-        """The number that scores are multiplied by, given the logits without any."""
+        """The number that scores are multiplied by, given the logits for scores of 0."""
         if not written.chain:
             return written.scale
         where, length = written.output.name, unscored.shape[-1]

@@ -72,7 +72,7 @@ class CheckCache(GraphPass):
 
 
 def _owners(attentions: list[Node], cached: tuple[str, ...]) -> list[Node]:
-    """Attentions without those that borrow: other queries over what an earlier one caches, named by its arguments."""
+    """The attentions that own a cache; the others run other queries over the same cache as an earlier one."""
     queries: dict[tuple[object, ...], set[object]] = {}
     owners = []
     for node in attentions:

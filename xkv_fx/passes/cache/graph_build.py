@@ -1,4 +1,4 @@
-"""What states add their parts of a graph with."""
+"""The tool with which states add their parts to a graph."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class GraphBuild:
 
     @property
     def borrowed(self) -> str:
-        """How many attentions read another one's cache, for records; nothing if none does."""
+        """A note for records of how many attentions read another one's cache; empty if none does."""
         count = sum(site.borrows for site in self.sites)
         return f"; {count} attentions read an earlier one's cache" if count else ""
 

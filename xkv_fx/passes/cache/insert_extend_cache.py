@@ -34,7 +34,7 @@ class InsertExtendCache(GraphPass):
         for site in build.sites:
             with graph.inserting_before(site.node):
                 attended = build.state_of(site).extend(build, site)
-                if site is last[site.index]:  # all that read the cache have done so
+                if site is last[site.index]:  # by now every attention that reads this cache has run
                     build.state_of(owner[site.index]).keep(build, owner[site.index])
             site.node.replace_all_uses_with(attended)
         for site in build.sites:

@@ -1,4 +1,4 @@
-"""What other papers' allocators rank layers by, beside the scores that a profile is made of."""
+"""The statistics by which other papers' allocators rank layers, added beside the scores that a profile is made of."""
 
 from __future__ import annotations
 

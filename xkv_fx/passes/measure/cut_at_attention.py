@@ -63,7 +63,7 @@ class CutModel:
         segments: one more than sites; `segments[i]` makes the inputs of attention i, the last one the logits.
         inputs: names of token ids and position ids.
         logits: name of the logits.
-        sink_logits: those of each attention that has some, by its place among them.
+        sink_logits: the sink logits of each attention that has some, by the attention's place among `sites`.
         future_positions: how many positions the means of `rotations` are taken over; None where nobody asked for them.
         rotations: how the queries of each attention are rotated. What they are before is among the segments' outputs.
     """

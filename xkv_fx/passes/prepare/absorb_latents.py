@@ -30,7 +30,7 @@ from xkv_fx.passes.tools.inline import inline
 class AbsorbLatents(GraphPass):
     """Before: `CleanGraph` has run, and every attention is a node. After: each that is proved to be of that kind, where
     this saves bytes, has one KV head, and one node for keys and values alike, the latent and the rotary key side by
-    side; what attention makes of the latter is cut off. Every other is as it was. Weights are shared, not copied.
+    side; the output's part from the rotary key is cut off. Others stay as they were. Weights are shared, not copied.
 
         attention(q, k, v)  ->  attention([q_nope W_k, q_rope], [c, r], [c, r])[..., :rank] W_v'
     """

@@ -49,7 +49,7 @@ class CleanGraph(GraphPass):
 
 
 def remove_dead_code(graph: Graph) -> None:
-    """As `Graph.eliminate_dead_code`, and ops that change, in place, a tensor that nothing else reads."""
+    """As `Graph.eliminate_dead_code`, but also removes ops that change in place a tensor that nothing else reads."""
     graph.eliminate_dead_code()
     for node in reversed(graph.nodes):
         if node.op == "call_function" and not node.users and _changes_only_its_own(node):

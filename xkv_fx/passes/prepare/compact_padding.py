@@ -59,7 +59,7 @@ def places(valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_the_front(valid: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """What `places` says, and the inputs so arranged."""
+    """What `places` returns, and the inputs arranged accordingly."""
     length, place = places(valid)
     return length, place, *(torch.zeros_like(values).scatter(1, place, values) for values in inputs)
 

@@ -20,8 +20,8 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True)
 class ExpandLatents(GraphPass):
-    """Before: what is kept of a prompt, or scored, is taken from the inputs of its attentions. After: attentions over
-    latents among themselves are those of the model again, which cost less for many queries: heads are smaller than
+    """Before: what is kept of a prompt, or scored, is taken from the inputs of its attentions. After: attentions of
+    latents over one another are the model's own again, which cost less for many queries: heads are smaller than
     latents. What else reads the latents, and attention over slots, stays.
 
         attention([q_nope W_k, q_rope], [c, r], [c, r])[..., :rank] W_v'  ->  attention(q, [c W_k', r], c W_v')

@@ -21,7 +21,7 @@ from xkv_fx.passes.tools.graph import constant, emit, placeholders, propagate
 from xkv_fx.passes.tools.inline import inline
 
 aten = torch.ops.aten
-# What puts a value of each token together with others of the same token; an index, say, counts something else.
+# Ops that combine a token's value with other values of the same token; an index, say, counts something else.
 COMBINED_BY = (
     aten.add.Tensor,
     aten.add_.Tensor,

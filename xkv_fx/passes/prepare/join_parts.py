@@ -67,6 +67,6 @@ def _fill(made: Node, parts: Sequence[tuple[int, int]]) -> bool:
 
 
 def _joined(*given: Tensor) -> Tensor:
-    """Of places and what is copied there, in turns."""
+    """Join the parts; `given` alternates between a place and what is copied there."""
     pairs = zip(given[::2], given[1::2], strict=True)
     return torch.cat([source.expand(place.shape) for place, source in pairs], -1)

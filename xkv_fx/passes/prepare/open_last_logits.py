@@ -22,7 +22,7 @@ class OpenLastLogits(GraphPass):
     projection has chosen (`logits_to_keep=1`). After: logits of every column, `[rows, S, vocabulary]`.
 
     Raises:
-        UnsupportedModelError: they came about otherwise.
+        UnsupportedModelError: the logits were not chosen by such a slice.
     """
 
     name: ClassVar[str] = "open_last_logits"

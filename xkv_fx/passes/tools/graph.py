@@ -149,7 +149,7 @@ def run_fake(graph: Graph, target: Any, args: Any, kwargs: Any) -> Any:
     """What a call returns on the fake values of its arguments."""
     values = map_arg(args, fake_value), map_arg(kwargs, fake_value)
     mode = fake_mode(graph)
-    # Numbers read off tensors become new symbols; a later trace would take those for its own and miss them.
+    # Numbers read off tensors become new symbols; a later trace would take these symbols for its own and miss them.
     fresh = nullcontext() if mode.shape_env is None else mode.shape_env.ignore_fresh_unbacked_symbols()
     with mode, torch.no_grad(), enable_python_dispatcher(), fresh:
         return getattr(target, "fake", target)(*values[0], **values[1])

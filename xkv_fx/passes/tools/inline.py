@@ -26,8 +26,8 @@ def inline(graph: Graph, function: Callable[..., Any], *args: Node, name: str | 
         the nodes that stand for what `function` returns, in the same structure.
 
     Raises:
-        PassError: it needs a tensor that is none of its arguments, or a size that neither is one of theirs nor is made
-            of those by sums and products.
+        PassError: it needs a tensor that is not among its arguments, or a size that is neither one of their sizes nor a
+            sum or product of these.
     """
     adding = _Adding(graph, args, function)
     with fake_mode(graph), torch.no_grad(), enable_python_dispatcher(), adding:

@@ -13,7 +13,7 @@ _ROLE = "xkv_role"
 LENGTH = "length"
 """int64 `[rows]`, the valid tokens of each row in a graph of prompts."""
 VALID = "valid"
-"""The input that says which tokens are no padding, bool `[rows, S]`."""
+"""The input that says which tokens are not padding, bool `[rows, S]`."""
 
 
 def give_role(node: Node, role: str) -> None:
@@ -45,5 +45,5 @@ def with_role(graph: Graph, role: str) -> Node:
 
 
 def nodes_by_role(graph: Graph) -> dict[str, Node]:
-    """Every node that has a role, by that."""
+    """Every node that has a role, keyed by the role."""
     return {role: node for node in graph.nodes if (role := role_of(node)) is not None}

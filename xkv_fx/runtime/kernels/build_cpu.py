@@ -64,8 +64,8 @@ def build_kernel(
 
 
 def _coded(codings: Sequence[Coding | None]) -> dict[str, int]:
-    """What is defined for slots of fewer bits. Vectors are as long as the machine has them where none is of two groups
-    of a coding, nor of both halves of a byte."""
+    """What is defined for slots of fewer bits. Vectors are as long as the machine allows, unless one would then span
+    two groups of a coding or both halves of its bytes."""
     defined = {"CODED": 1}
     spans = []
     for name, coding in zip(("KEY", "VALUE"), codings, strict=True):
@@ -85,7 +85,7 @@ def _operators() -> ctypes.CDLL:
 
 
 def _compiled(files: Sequence[str], defined: tuple[tuple[str, int], ...] = ()) -> ctypes.CDLL:
-    from torch._inductor.codecache import CppCodeCache  # loads the compiler, which those who only run graphs do without
+    from torch._inductor.codecache import CppCodeCache  # loads the compiler, not needed just to run graphs
 
     texts = [importlib.resources.files(__package__).joinpath(file).read_text() for file in files]
     text = "\n".join([*(f"#define {name} {value}" for name, value in defined), *texts])

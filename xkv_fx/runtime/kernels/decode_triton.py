@@ -1,6 +1,6 @@
 """Decode attention on GPU by a Triton kernel.
 
-One pass reads each kept K/V once: the query group of a KV head are the rows of a tile, and the slots of a layer are
+One pass reads each kept K/V once: the queries that share a KV head are the rows of a tile, and the slots of a layer are
 split over programs where there are too few rows and heads to fill the GPU. The same launch writes the new token's K/V.
 It is read from the arguments and never from its slot, so that no program waits for the one that writes. Where there is
 more than one split, a second, small kernel merges them by their log-sum-exp, in a fixed order. Under eviction by score
@@ -29,7 +29,7 @@ MOST_QUERY_BYTES = 16 * 1024
 _LEAST_ROWS = _LEAST_DIMS = 16  # of a matrix product
 _TILE_BYTES = 16 * 1024  # of keys, and again of values
 _LEAST_SLOTS = 128  # of a split, for which its part of the merging is worth while
-_PROGRAMS = 4  # for each multiprocessor, so that none is idle long at the end
+_PROGRAMS = 4  # programs for each multiprocessor, so that none is idle for long at the end
 _MERGED_AT_ONCE = 16
 _SCORED_AT_ONCE = 128
 
@@ -61,7 +61,7 @@ def plan_launch(
 
 
 def query_bytes(group: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> int:
-    """What a query group takes in the kernel, or its output, if that is wider."""
+    """What a query group, or its output if that is wider, takes in the kernel."""
     return _rows(group) * max(_padded(key_dim), _padded(value_dim)) * dtype.itemsize
 
 
@@ -313,8 +313,8 @@ def _decode(
 ) -> Tensor:
     """Both ops.
 
-    What a launch does not use still needs an argument; it is given another tensor, and a constant says not to look.
-    Triton's interpreter multiplies matrices of bfloat16 by their bits, so that there they are widened first.
+    A launch needs a tensor even for arguments it does not use: it gets some other tensor, and a constant to ignore it.
+    Triton's interpreter multiplies the raw bits of bfloat16 matrices, so under it they are widened first.
 
     Args:
         scored: positions, scores and the tokens seen, where scores are kept.

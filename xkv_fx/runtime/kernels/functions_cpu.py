@@ -16,8 +16,8 @@ from xkv_fx.runtime.kernels import decode_coded_cpu, decode_cpu, linear_cpu  # n
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Operator:
-    """An operator as a key of Inductor's settings: looked up it is the operator, but it can be written to disk, without
-    which Inductor keeps nothing of what it has compiled."""
+    """An operator as a key of Inductor's settings: it looks up like the operator, but can be written to disk; otherwise
+    Inductor would cache nothing that it compiles."""
 
     name: str
 

@@ -25,8 +25,8 @@ def build(dtype: torch.dtype, int8: bool = False) -> None:
 
     It applies several layers to one input: it takes `x [..., depth]`, contiguous weights `[width, depth]` and as many
     contiguous biases `[width]`, or none, and returns the outputs `[rows, width]`, the leading dimensions as one, one
-    after another in a flat tensor. `depth` is a multiple of `build_cpu.STEP`. int8 weights are numbers as they are: who
-    calls scales.
+    after another in a flat tensor. `depth` is a multiple of `build_cpu.STEP`. int8 weights are multiplied as plain
+    numbers: the caller applies the scales.
 
     Args:
         dtype: one of `build_cpu.DTYPES`.

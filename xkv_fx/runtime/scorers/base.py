@@ -86,7 +86,7 @@ def make_scorer(name: str, options: Mapping[str, int | float | str]) -> Scorer:
     """The scorer registered as `name`, with its options.
 
     Raises:
-        BudgetError: no such scorer, options that it does not take, or one left out that it cannot do without.
+        BudgetError: no such scorer, options that it does not take, or a required option left out.
     """
     factory = _scorers.get(name)
     if factory is None:
@@ -126,10 +126,10 @@ def check_measures_attention(name: str, scorer: Scorer, otherwise: str) -> None:
     """Refuse a scorer whose scores are not attention mass.
 
     Args:
-        otherwise: what would come of it, for the message.
+        otherwise: what would go wrong with such a scorer, for the message.
 
     Raises:
-        BudgetError: it is one; its name is in the message.
+        BudgetError: the scorer is of that kind; its name is in the message.
     """
     if getattr(scorer, "measures_attention", False):
         return
@@ -141,13 +141,13 @@ def check_measures_attention(name: str, scorer: Scorer, otherwise: str) -> None:
 
 
 def check_independent_heads(name: str, scorer: Scorer) -> None:
-    """Refuse a scorer that would choose other tokens where it is shown some of the heads.
+    """Refuse a scorer that would choose different tokens if it saw only some of the heads.
 
     Args:
-        name: that the policy calls it by, for the message.
+        name: the policy's name for it, for the message.
 
     Raises:
-        BudgetError: it is one, or its class does not say.
+        BudgetError: it would, or its class does not say that it would not.
     """
     if getattr(scorer, "independent_heads", False):
         return
@@ -163,7 +163,7 @@ def future_positions(scorer: Scorer) -> int | None:
     """Over how many positions a scorer wants the mean rotation of its queries; None if it needs no unrotated ones.
 
     Raises:
-        BudgetError: it needs them, and does not say.
+        BudgetError: it needs unrotated queries, and does not say over how many positions.
     """
     if not getattr(scorer, "needs_unrotated_queries", False):
         return None

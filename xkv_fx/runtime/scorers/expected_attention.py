@@ -1,4 +1,4 @@
-"""Expected Attention: what queries that are still to come will pay to each token, by the statistics of those so far."""
+"""Expected Attention: what future queries will pay to each token, predicted from the queries so far."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ExpectedAttention:
     which is normalised over the keys and averaged over the query heads of a KV head.
 
     The first `sinks` tokens, whose queries and keys are outliers, count neither in the statistics nor in the
-    normalisation, and score above all others. A row that has gained no other token is judged by the queries of these.
+    normalisation, and score above all others. A row with no other new tokens is judged by the queries of its sinks.
     In an extend the statistics are those of the new queries alone.
 
     Where a layer's logits have more to them than queries and keys: a softcap is put on the exponent, a bias of the

@@ -17,8 +17,8 @@ from xkv_fx.runtime.scorers.prompt import PromptView
 class KeyDiff:
     """Minus the cosine similarity of the key to the mean of the normalised keys of its KV head.
 
-    KeyDiff (arXiv 2504.15364). The mean is over the candidates that are there: kept ones and new ones, in a layer with
-    a sliding window those that have left it too. Scores lie in -1 .. 1.
+    KeyDiff (arXiv 2504.15364). The mean is over the candidates that are there: kept and new ones, and in a layer with
+    a sliding window also those that have left the window. Scores lie in -1 .. 1.
     """
 
     paper: ClassVar[str] = "KeyDiff, arXiv 2504.15364"

@@ -169,14 +169,14 @@ class PromptView:
         Returns:
             float32 like `logits`, 0 where nothing is reached.
         """
-        logits = logits.masked_fill(~reach[:, :, None], float("-inf"))  # in place could not be traced in a loop
+        logits = logits.masked_fill(~reach[:, :, None], float("-inf"))  # an in-place op could not be traced in a loop
         lse = torch.logsumexp(logits, -1)
         weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
         flat = apply_sink_logits(weights.flatten(1, 2), lse.flatten(1, 2), self.sink_logits)
         return flat.view(weights.shape).float()  # scores are float32 whatever the model computes in
 
     def in_order(self, values: Tensor) -> Tensor:
-        """`values` `[rows, kv_heads, N]` with the candidates oldest first; ones that are not there come last."""
+        """`values` `[rows, kv_heads, N]` with the candidates oldest first; free slots and padding come last."""
         return values if self.old_ordinals is None else values.gather(2, self._order)
 
     def back(self, values: Tensor) -> Tensor:

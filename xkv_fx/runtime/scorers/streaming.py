@@ -17,7 +17,7 @@ from xkv_fx.runtime.scorers.prompt import PromptView
 @register_scorer("streaming")
 @dataclasses.dataclass(frozen=True)
 class Streaming:
-    """The later a token, the higher; the first `sinks` tokens above all others, the very first on top.
+    """Later tokens score higher; the first `sinks` tokens score above all others, the very first highest.
 
     StreamingLLM (arXiv 2309.17453). Kept tokens stay at their own positions, whereas StreamingLLM counts positions
     anew within its cache. Scores are whole numbers: float32 tells tokens apart up to an ordinal of 2**24.

@@ -17,7 +17,7 @@ from xkv_fx.runtime.scorers.prompt import PromptView
 class TOVA:
     """Attention of the last query, averaged over all query heads of the layer; a token scores the same in each KV head.
 
-    TOVA (arXiv 2401.06104). Where KV heads hold different tokens, which eviction by accumulated scores can bring about,
+    TOVA (arXiv 2401.06104). Where KV heads hold different tokens, as eviction by accumulated scores can cause,
     a head that dropped a token counts as paying it nothing.
     """
 

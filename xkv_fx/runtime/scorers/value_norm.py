@@ -21,8 +21,8 @@ _NEVER_NEGATIVE = frozenset({"h2o", "random", "snapkv", "streaming", "tova"})
 class ValueNorm:
     """The score of `base`, with that scorer's default options, times the norm of the token's value.
 
-    VATP (arXiv 2406.12335): attention times the L1 norm of the value. Attention sinks, whose values are small, the
-    paper keeps apart from the score; that is `Policy(sinks=...)`.
+    VATP (arXiv 2406.12335): attention times the L1 norm of the value. The paper
+    handles attention sinks, whose values are small, apart from the score; here that is `Policy(sinks=...)`.
 
     Attributes:
         base: name of another scorer, whose scores are never negative: a larger value must not make a token worth less.

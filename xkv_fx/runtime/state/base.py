@@ -1,4 +1,4 @@
-"""What a kind of state says about itself, and what it adds its part of a graph with."""
+"""What a kind of state says about itself, and the interface through which it adds its part to a graph."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Buffer:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def allocate(self, device: torch.device) -> Tensor:
-        """As it is before any token: also a stale one is zeroed, since a masked slot must hold finite numbers."""
+        """The buffer before any token: even a stale one is zeroed, since a masked slot must hold finite numbers."""
         tensor = torch.zeros(self.shape, dtype=self.dtype, device=device)
         self.forget(tensor, slice(None))
         return tensor
@@ -124,7 +124,7 @@ class Build(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LayerState(abc.ABC):
-    """What one layer, or a model as a whole, keeps between calls. Where a kind says nothing, nothing is done.
+    """What one layer, or a model as a whole, keeps between calls. A method that a kind does not override does nothing.
 
     Attributes:
         kind: its name, for people.
@@ -145,11 +145,11 @@ class LayerState(abc.ABC):
     # What graphs do to it
 
     def prefill(self, build: Build, attention: Attention) -> None:
-        """Keep what is to stay of a first prompt, behind its attention, which needs nothing of the state."""
+        """Keep what should stay of a first prompt, after its attention, which needs nothing from the state."""
         return None
 
     def extend(self, build: Build, attention: Attention) -> Value:
-        """The attention of more tokens to what is held and to themselves; its output stands in the old one's place."""
+        """The attention of more tokens to what is held and to themselves; its output replaces that of the original."""
         return self._unread(attention)
 
     def keep(self, build: Build, attention: Attention) -> None:
@@ -170,7 +170,7 @@ class LayerState(abc.ABC):
     # What a session must know
 
     def refuse_tokens(self, tokens: int) -> None:
-        """Raise CapacityError unless a row may come to so many tokens by a prompt or a turn."""
+        """Raise CapacityError unless a prompt or a turn may bring a row to so many tokens."""
         return None
 
     def steps_left(self, seen: int, base: int) -> int | None:

@@ -19,7 +19,7 @@ from xkv_fx.runtime.state.kv import CacheOps, KVState
 
 @dataclasses.dataclass(frozen=True)
 class CodedState(KVState):
-    """As `KVState`; `k` and `v` are codes where their format is one of codes, beside `k_scales` and `v_scales`.
+    """As `KVState`; `k` and `v` hold codes where their format is coded, with `k_scales` and `v_scales` beside them.
 
     Tokens pass through their format once, when they are written: by prefill after the survivors are chosen, by decode
     for one slot. The attention of a prompt among its own tokens is that of the model.

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True)
 class CountersState(LayerState):
-    """`seen`, the valid tokens of each row, and `base`, how many of them came by the last prompt or turn.
+    """`seen`, the valid tokens of each row, and `base`, the same count when the last prompt or turn ended.
 
     Graphs count for themselves; `runtime.history` has the same numbers where Python needs them.
 

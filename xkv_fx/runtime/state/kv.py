@@ -25,8 +25,8 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True)
 class CacheOps:
-    """The ops that graphs call on a kind of cache, by their names in the namespace `xkv`. Those who build graphs have
-    registered them; a session, or an engine, works without."""
+    """The ops that graphs call on a kind of cache, by their names in the namespace `xkv`. Code that builds graphs has
+    registered them; a session or an engine works without them."""
 
     decode: str
     decode_scored: str
@@ -249,7 +249,7 @@ class KVState(LayerState):
         )
 
     def problem(self, held: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> str | None:
-        """A wrong position would silently mask wrongly."""
+        """Check positions read from a file: a wrong one would silently mask the wrong slots."""
         positions = held["positions"]
         highest = counts["seen"].clamp(min=self.slots.slots)[:, None, None]
         possible = bool(((positions >= 0) & (positions < highest)).all())
