@@ -193,6 +193,6 @@ def test_a_wrong_manifest_is_refused(folder: Path, stand_in: types.ModuleType, m
     refused(folder, lambda data: data["tensorrt"].update(version="1.7"), r"built by tensorrt_rtx 1\.7")
     refused(folder, lambda data: data["tensorrt"].update(layers="many"), "wrong type")
     refused(folder, lambda data: data["tensorrt"].pop("layers"), "lacks 'layers'")
-    refused(folder, lambda data: data.update(tensorrt=None), "that target alone")
-    refused(folder, lambda data: data.update(target="pt2"), "that target alone")
+    refused(folder, lambda data: data.update(tensorrt=None), "belongs to that target only")
+    refused(folder, lambda data: data.update(target="pt2"), "belongs to that target only")
     refused(folder, lambda data: data.update(known_tokens=3), "other budgets, weights or shapes")
