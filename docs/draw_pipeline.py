@@ -55,9 +55,10 @@ def measure(model: Any, prompts: Sequence[Tensor], parts: Path | None) -> Drawn:
     budgets = xkv_fx.solve(calibration, fraction=FRACTION)
     llm = xkv_fx.transform(model, budgets, backend="eager")
     session, text = llm.new_session(), torch.cat(tuple(prompts), 1)
-    step = prompts[0].shape[1] // 4
+    longest = min(2 * prompts[0].shape[1], text.shape[1])
+    step = longest // 8
     held = [(0, session.kv_bytes)]
-    for end in range(step, 2 * prompts[0].shape[1] + 1, step):
+    for end in range(step, longest + 1, step):
         ids = text[:, :end]
         with torch.no_grad():
             llm(ids[:, held[-1][0] :], attention_mask=torch.ones_like(ids), past_key_values=session)
