@@ -28,8 +28,8 @@ WIDTH = 8.0
 BOX, GAP, ROW = 1.25, 0.18, 0.34
 """Inches: the width of a folder, the space between two of them, and the height of a line of text."""
 ASIDE = {
-    "register_attention": 2.4, "compile_backend": -2.2, "public_budgets": -0.3, "hf": 1.15, "engines": 1.3,
-    "lowering": 2.15, "planning": -3.3, "fields": 0.6, "files": 0.6, "errors": -0.2,
+    "register_attention": 2.4, "compile_backend": -2.2, "public_budgets": 0.1, "hf": 1.6, "engines": 1.3,
+    "lowering": 2.15, "planning": -3.3, "formats": -0.4, "fields": 0.9, "files": 0.9, "errors": -0.2,
 }  # fmt: skip
 """Inches to the right of its place, for a room that an arrow would otherwise run behind."""
 GROUND = ("#eef3f8", "#9db4cc")
