@@ -1,7 +1,7 @@
 """The backend `"xkv"` of `torch.compile`: from Dynamo, a graph goes through the passes of `transform`, then Inductor.
 
 Dynamo traces the model twice, once for several tokens, their number left open, and once for one. Each graph is cleared
-of what the model left in it for us (see `runtime.compile_ops`), and is then what `torch.export` captures for
+of what the model left in it for us (see `runtime.tracing_marks`), and is then what `torch.export` captures for
 `transform`; the same pipelines make prefill, extend and decode of it, for each cache plan that it meets. Weights stay
 inputs of the graph, as Dynamo has them. A call runs on the session that its `xkv_fx.Cache` owns, or without one
 (`use_cache=False`) on a session of the backend's own, one for each model, plan and number of rows.

@@ -1,4 +1,4 @@
-"""Every allocator against uniform at equal bytes, on held-out text: the table of the README.
+"""Every allocator against uniform at equal bytes, on held-out text: a table of docs/benchmarks.md.
 
     python -m xkv_fx.evaluation.quality.allocations --out out/allocations
 
