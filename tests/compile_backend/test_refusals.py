@@ -27,6 +27,7 @@ OPTIONS: dict[str, Any] = {"budgets": BUDGETS, "lower": "eager"}
 @pytest.fixture(autouse=True)
 def _compiles_of_this_test_alone() -> Iterator[None]:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # which a reset leaves as they are
     yield
     torch._dynamo.reset()
 
