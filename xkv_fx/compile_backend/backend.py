@@ -25,6 +25,7 @@ from torch.fx import GraphModule
 from xkv_fx.compile_backend.cache import Cache, cache_of, plan_of
 from xkv_fx.compile_backend.dynamo_graph import (
     DynamoGraph,
+    Numbers,
     arguments_of_call,
     attends_without_cache,
     leave_lengths_open,
@@ -128,7 +129,7 @@ class _CompiledCall:
         self.models = (
             None if model is None else ModelsOfCalls(_source_of(model), graph.weights.values(), example_inputs)
         )
-        self.planned: dict[CachePlan, PlannedGraphs] = {}
+        self.planned: dict[tuple[CachePlan, Numbers], PlannedGraphs] = {}
         self.lock = threading.Lock()
 
     def run(self, *inputs: Any) -> tuple[Tensor, ...]:
@@ -144,7 +145,7 @@ class _CompiledCall:
                 f"batch_size={ids.shape[0]} (rows count beams and return sequences)"
             )
         _check_positions(cache, ids, positions, valid, own=self.graph.handle is None)
-        planned = self._planned(plan, cache)
+        planned = self._planned(plan, cache, self.graph.values(inputs))
         with cache.running(planned.bound_to(inputs)):
             if self.graph.many or not any(cache.session.seen):
                 return (cache.feed(ids, positions, valid, planned.all_logits),)
@@ -176,13 +177,14 @@ class _CompiledCall:
             self.models = models if models.holds(model, inputs) else None
         return self.models is not None and self.models.holds(model, inputs)
 
-    def _planned(self, plan: CachePlan, cache: Cache) -> PlannedGraphs:
+    def _planned(self, plan: CachePlan, cache: Cache, numbers: Numbers) -> PlannedGraphs:
+        key = (plan, numbers)
         with self.lock:
-            if plan not in self.planned:
-                self.planned[plan] = PlannedGraphs(
-                    self.graph, plan, self.options.budgets, self.options.lower, cache.facts
+            if key not in self.planned:
+                self.planned[key] = PlannedGraphs(
+                    self.graph, numbers, plan, self.options.budgets, self.options.lower, cache.facts
                 )
-            return self.planned[plan]
+            return self.planned[key]
 
 
 _own: weakref.WeakKeyDictionary[nn.Module, dict[Any, Cache]] = weakref.WeakKeyDictionary()

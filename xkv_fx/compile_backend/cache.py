@@ -26,6 +26,7 @@ from xkv_fx.files import is_int
 from xkv_fx.hf.cache import SessionCache
 from xkv_fx.hf.capture import layers_of_source
 from xkv_fx.hf.inspect import read_model
+from xkv_fx.hf.recompile_limit import RAISE_LIMIT
 from xkv_fx.hf.rotary import refuse_changing_rotary
 from xkv_fx.lowering.describe import describe_layers, describe_plan
 from xkv_fx.lowering.program import program_key
@@ -134,8 +135,7 @@ class Cache(SessionCache):
             raise SessionError(
                 "an xkv_fx.Cache works in a compiled model only: call model.set_attn_implementation('xkv') and "
                 "model.compile(backend='xkv', options={'budgets': budgets}) before. If that was done, Dynamo has given "
-                "up on models of this class, for which it compiled as many kinds of calls as it may, two for each "
-                "plan: raise torch._dynamo.config.recompile_limit, or call torch._dynamo.reset() to start anew"
+                f"up on it. {RAISE_LIMIT}"
             )
         return torch.ops.xkv.keys_of_session(key_states, self.handle), value_states
 

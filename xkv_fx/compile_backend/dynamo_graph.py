@@ -5,6 +5,7 @@ It becomes a graph of `(input_ids, position_ids)` with weights as attributes, wh
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import re
@@ -17,16 +18,19 @@ from torch.fx import Graph, GraphModule, Node
 
 from xkv_fx.errors import BackendError, SessionError, UnsupportedModelError
 from xkv_fx.hf.attention_entry import refusal
+from xkv_fx.hf.recompile_limit import RAISE_LIMIT
 from xkv_fx.passes.tools.graph import output_node, placeholders
 from xkv_fx.runtime import tracing_marks  # noqa: F401  (registers the ops)
 
 xkv_ops = torch.ops.xkv
+Numbers = tuple[int | float | bool, ...]
 _FOR_TRAINING = (torch._C._set_grad_enabled, torch._C._log_api_usage_once)
 
 
 @dataclasses.dataclass(frozen=True)
 class DynamoGraph:
-    """A graph of `(input_ids, position_ids)` with its weights as attributes, and which of Dynamo's inputs is which.
+    """A graph of `(input_ids, position_ids, *numbers)` with its weights as attributes, and which of Dynamo's inputs is
+    which.
 
     Attributes:
         entry: what Dynamo traced, cleared of marks.
@@ -34,6 +38,8 @@ class DynamoGraph:
         mask: index of the attention mask `[rows, >= S]`; None if there is none.
         handle: index of the handle of the cache; None without a cache.
         weights: index of each weight by its name in `entry`.
+        numbers: indices of the Python numbers that Dynamo takes as inputs once it has seen them change, between two
+            models or two calls.
         many: whether it is a graph of several tokens a row, their number open; otherwise of one.
     """
 
@@ -43,7 +49,29 @@ class DynamoGraph:
     mask: int | None
     handle: int | None
     weights: Mapping[str, int]
+    numbers: tuple[int, ...]
     many: bool
+
+    def values(self, inputs: Sequence[Any]) -> Numbers:
+        """The numbers of a call."""
+        given = (inputs[index] for index in self.numbers)
+        return tuple(value.item() if isinstance(value, Tensor) else value for value in given)
+
+    def with_numbers(self, values: Numbers) -> GraphModule:
+        """The graph of `(input_ids, position_ids)` for these numbers, which are constants to all passes."""
+        if not values:
+            return self.entry
+        module = copy.copy(self.entry)
+        module.graph = graph = copy.deepcopy(self.entry.graph)
+        inputs = list(placeholders(graph).values())[2:]
+        for node, value in zip(inputs, values, strict=True):
+            for read in [user for user in node.users if _reads_number(user)]:
+                read.replace_all_uses_with(cast(Any, value))
+                graph.erase_node(read)
+            node.replace_all_uses_with(cast(Any, value))
+            graph.erase_node(node)
+        module.recompile()
+        return module
 
     @classmethod
     def of(cls, module: GraphModule, example_inputs: Sequence[Any]) -> DynamoGraph:
@@ -83,7 +111,6 @@ class DynamoGraph:
                 f"the graph is for {length} tokens alone; the backend 'xkv' compiles one for every number of them. "
                 "Compile without dynamic=False, or with dynamic=True"
             )
-        _check_logits(_shape(cast(Node, output_node(graph).args[0])), length)
         sizes = _sizes(ids)
         first = next(iter(graph.nodes))
         with graph.inserting_before(first):
@@ -91,11 +118,15 @@ class DynamoGraph:
         ids.replace_all_uses_with(entries[0])
         positions.replace_all_uses_with(entries[1])
         weights: dict[str, int] = {}
+        numbers: list[int] = []
         for index, (node, value) in enumerate(zip(inputs, example_inputs, strict=True)):
             if not node.users:
                 continue
             with graph.inserting_before(first):
-                if isinstance(value, Tensor) and _is_weight(node, value):
+                if _is_number(node, value) and node.name not in sizes:
+                    numbers.append(index)
+                    substitute = graph.placeholder(node.name)
+                elif isinstance(value, Tensor) and _is_weight(node, value):
                     name = f"w{index}"
                     weights[name] = index
                     _set_weight(root, name, value)
@@ -110,6 +141,8 @@ class DynamoGraph:
             node.replace_all_uses_with(substitute)
         for node in inputs:
             graph.erase_node(node)
+        if not numbers:  # with some, the shape follows from them
+            check_logits(_shape(cast(Node, output_node(graph).args[0])), length)
         where = {node: index for index, node in enumerate(inputs)}
         return cls(
             entry=GraphModule(root, graph),
@@ -118,6 +151,7 @@ class DynamoGraph:
             mask=None if mask is None else where[mask],
             handle=None if handle is None else where[handle],
             weights=weights,
+            numbers=tuple(numbers),
             many=not isinstance(length, int),
         )
 
@@ -197,8 +231,7 @@ def _check_captured(graph: Graph) -> None:
         raise BackendError(
             "there is no attention in the graph that Dynamo gives: call model.set_attn_implementation('xkv') before "
             "model.compile. If that was done, Dynamo broke the graph into pieces (TORCH_LOGS=graph_breaks says where), "
-            "or has compiled as many kinds of calls as it may (torch._dynamo.config.recompile_limit; "
-            "torch._dynamo.reset() starts anew)"
+            f"or has given up on the model. {RAISE_LIMIT}"
         )
 
 
@@ -249,13 +282,21 @@ def _only_output(graph: Graph) -> Node:
     )
 
 
-def _check_logits(shape: Any, length: Any) -> None:
-    """The output is logits `[rows, S, vocabulary]`, or of the last column alone."""
+def check_logits(shape: Any, length: Any) -> None:
+    """Check that an output is logits `[rows, S, vocabulary]`, or of the last column alone.
+
+    Args:
+        length: S.
+
+    Raises:
+        BackendError: it is not.
+    """
     if len(shape) != 3:
         raise BackendError(f"the model returns a tensor of shape {tuple(shape)} instead of logits of tokens")
     if str(shape[1]) not in ("1", str(length)):
+        some = f"{shape[1]} tokens" if isinstance(shape[1], int) else "some of the tokens"
         raise BackendError(
-            f"the model returns the logits of {shape[1]} tokens; logits_to_keep must be 0 (all) or 1 (the last) in a "
+            f"the model returns the logits of {some}; logits_to_keep must be 0 (all) or 1 (the last) in a "
             "model compiled for a budgeted cache"
         )
 
@@ -289,6 +330,17 @@ def _sizes(ids: Node) -> dict[str, int]:
 
 def _is_weight(node: Node, value: Tensor) -> bool:
     return isinstance(value, nn.Parameter) or re.search(r"_(modules|parameters|buffers)_", str(node.target)) is not None
+
+
+def _is_number(node: Node, value: Any) -> bool:
+    """Whether an input is a Python number: a whole one as such, a float as a tensor that is read at once."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and all(map(_reads_number, node.users))
+    return isinstance(value, int | float | torch.SymInt | torch.SymFloat)
+
+
+def _reads_number(node: Node) -> bool:
+    return node.op == "call_method" and node.target == "item"
 
 
 def _set_weight(root: nn.Module, name: str, value: Tensor) -> None:

@@ -17,7 +17,7 @@ from xkv_fx.capture.check import LENGTH, check_continues
 from xkv_fx.capture.export import export_graph
 from xkv_fx.capture.facts import ModelFacts
 from xkv_fx.capture.plain_module import PROBE_LENGTH
-from xkv_fx.compile_backend.dynamo_graph import DynamoGraph
+from xkv_fx.compile_backend.dynamo_graph import DynamoGraph, Numbers, check_logits
 from xkv_fx.errors import BackendError, SessionError
 from xkv_fx.lowering.backends.backend import Lowered
 from xkv_fx.lowering.backends.table import backend_of
@@ -27,25 +27,27 @@ from xkv_fx.lowering.program import Graphs, check_request
 from xkv_fx.passes.analyses.find_attention import any_latent, attention_sites, cached_layers
 from xkv_fx.passes.prepare.absorb_latents import AbsorbLatents
 from xkv_fx.passes.prepare.open_last_logits import OpenLastLogits
-from xkv_fx.passes.tools.graph import output_node
+from xkv_fx.passes.tools.graph import output_node, placeholders
 from xkv_fx.public_budgets import Budgets
 from xkv_fx.runtime.state import CachePlan, GraphKind
 
 
 class PlannedGraphs:
-    """The graphs of one compiled call under one cache plan: prefill and extend for several tokens, decode for one (and
-    prefill, for a prompt of one token).
+    """The graphs of one compiled call under one cache plan, its numbers being constants: prefill and extend for several
+    tokens, decode for one (and prefill, for a prompt of one token).
 
     Attributes:
         many: whether they are for several tokens a row.
         all_logits: whether the call returns the logits of every token.
     """
 
-    def __init__(self, source: DynamoGraph, plan: CachePlan, budgets: Budgets, lower: str, facts: ModelFacts) -> None:
+    def __init__(
+        self, source: DynamoGraph, numbers: Numbers, plan: CachePlan, budgets: Budgets, lower: str, facts: ModelFacts
+    ) -> None:
         self.source = source
         self.backend = backend_of(lower)
         self.many = source.many
-        captured, self.all_logits = _capture(source, plan, facts)
+        captured, self.all_logits = _capture(source, numbers, plan, facts)
         self.graphs = Graphs(captured, plan, check_request(budgets, lower))
         self._decode: Lowered | None = None
         self._lowered: dict[tuple[GraphKind, bool], Callable[..., Tensor]] = {}
@@ -110,12 +112,12 @@ class BoundGraphs:
         return functools.partial(self.planned.lowered("decode"), self.weights)
 
 
-def _capture(source: DynamoGraph, plan: CachePlan, facts: ModelFacts) -> tuple[CapturedModel, bool]:
+def _capture(source: DynamoGraph, numbers: Numbers, plan: CachePlan, facts: ModelFacts) -> tuple[CapturedModel, bool]:
     """What `transform` would start from, and whether the call wants the logits of every token."""
     length = min(PROBE_LENGTH, facts.max_positions or PROBE_LENGTH) if source.many else 1
     ids = torch.zeros(plan.rows, length, dtype=torch.int64, device=plan.device)
     positions = torch.arange(length, device=plan.device).expand(plan.rows, -1).contiguous()
-    graph, _ = export_graph(source.entry, (ids, positions), facts.max_positions)
+    graph, _ = export_graph(source.with_numbers(numbers), (ids, positions), facts.max_positions)
     if any_latent(plan.layers):
         AbsorbLatents()(graph)
     layers = cached_layers(attention_sites(graph))
@@ -130,6 +132,8 @@ def _capture(source: DynamoGraph, plan: CachePlan, facts: ModelFacts) -> tuple[C
             "for; make one for this model"
         )
     logits: Any = output_node(graph.graph).args[0]
+    tokens = next(iter(placeholders(graph.graph).values()))
+    check_logits(logits.meta["val"].shape, tokens.meta["val"].shape[1])
     all_logits = logits.meta["val"].shape[1] != 1
     if source.many and not all_logits:
         OpenLastLogits()(graph)

@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from xkv_fx.errors import SessionError, UnsupportedModelError, XkvError
 from xkv_fx.hf.masks import padding_mask
+from xkv_fx.hf.recompile_limit import RAISE_LIMIT
 from xkv_fx.passes.prepare.compact_padding import places
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.tracing_marks import FOREIGN_CACHE
@@ -129,8 +130,7 @@ def _check_starts(query: Tensor, position_ids: Tensor | None, where: str) -> Non
     if alone:
         raise SessionError(
             f"{where} is given tokens that others came before, but no cache. If the model was compiled with "
-            "backend='xkv', Dynamo has given up on it: torch._dynamo.config.recompile_limit says how many kinds of "
-            "calls it compiles, and torch._dynamo.reset() starts anew"
+            f"backend='xkv', Dynamo has given up on it. {RAISE_LIMIT}"
         )
 
 

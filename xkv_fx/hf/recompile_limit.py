@@ -1,0 +1,17 @@
+"""What to do where Dynamo compiles no more: it counts the kinds of calls of all models of a class together."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+HAS_ISOLATION = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+"""Whether this torch can count those of each compiled model by itself (2.13 on)."""
+
+RAISE_LIMIT = (
+    "It compiles so many kinds of calls of a class of models as torch._dynamo.config.recompile_limit says, two for "
+    "each plan; "
+    + ("compile each model with isolate_recompiles=True, " if HAS_ISOLATION else "")
+    + "raise that limit, or call torch._dynamo.reset() to start anew"
+)
