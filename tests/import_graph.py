@@ -25,7 +25,7 @@ LEVELS = (
     ("errors",),
     ("files",),
     ("fields",),
-    ("engine_settings", "formats", "policy"),
+    ("engine_settings", "formats", "policy", "sizes"),
     ("layers",),
     ("budgets",),
     ("runtime",),

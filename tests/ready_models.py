@@ -64,8 +64,10 @@ def remember_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def _program(source: CapturedModel, budgets: Budgets, backend: str, max_new_tokens: int = 0) -> CompiledProgram:
-    return compile_program(source, budgets, backend, max_new_tokens)
+def _program(
+    source: CapturedModel, budgets: Budgets, backend: str, max_new_tokens: int = 0, over_limit: bool = False
+) -> CompiledProgram:
+    return compile_program(source, budgets, backend, max_new_tokens, over_limit)
 
 
 def transformed(budgets: Budgets, rows: int = 1, family: str = "llama", max_new_tokens: int = 0) -> BudgetedLM:

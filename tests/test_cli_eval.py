@@ -140,7 +140,7 @@ def test_a_quantized_cache_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
     [
         (["--tasks", "haystack"], PromptError, "unknown task 'haystack'"),
         (["--forms", "before"], PromptError, "forms must be some of"),
-        (["--fractions", "half"], BudgetError, "numbers between commas; got 'half'"),
+        (["--fractions", "half"], BudgetError, "fractions must be a number; got 'half'"),
         (["--fractions", "nan"], BudgetError, "must be finite"),
         (["--fractions", "2"], BudgetError, "a fraction must be above 0"),
         (["--fractions", ""], BudgetError, "nothing to compare"),

@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from ready_models import model, remember_captures
+from ready_models import captured, model, remember_captures
 from typer.testing import CliRunner
 
 import xkv_fx
 from xkv_fx import cli
 from xkv_fx.errors import BudgetError
 from xkv_fx.formats import pair_name
+from xkv_fx.runtime.slots import slot_plans
 
 RUN = CliRunner()
 MEASURE = ["--length", "30", "--continuation", "6"]
@@ -172,3 +174,54 @@ def test_a_file_that_could_not_be_written_is_refused_before_anything_is_measured
         result = RUN.invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "400"})
         assert result.exit_code == 2
         assert said in result.output
+
+
+def test_sizes_in_words_and_room(calibrated: Path, tmp_path: Path) -> None:
+    plan, layers = tmp_path / "plan.json", xkv_fx.Calibration.load(calibrated).layers
+    for size, limit in (("6kB", 6000), ("5.5 KiB", 5632), ("6000", 6000)):
+        invoke("solve", calibrated, "--out", plan, "--kv-bytes", size, "--max-new-tokens", 8, "--multiple", 1)
+        budgets = xkv_fx.Budgets.load(plan)
+        assert budgets.provenance.constraint == {"kv_bytes": limit, "max_new_tokens": 8}
+        assert limit - 128 < budgets.kv_bytes(layers, max_new_tokens=8) <= limit
+    invoke("solve", calibrated, "--out", plan, "--fraction", "40%", "--multiple", 1)
+    assert xkv_fx.Budgets.load(plan).provenance.constraint == {"fraction": 0.4}
+    for option, word, message in (
+        ("--fraction", "38.4", "did you mean 0.384"),
+        ("--fraction", "2GB", "is no share"),
+        ("--kv-bytes", "38%", "is no size"),
+        ("--kv-bytes", "2e9", "must be a whole number"),
+    ):
+        with pytest.raises(BudgetError, match=message):
+            invoke("solve", calibrated, "--out", plan, option, word)
+
+
+def test_bytes_and_the_file_are_shown(calibrated: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    said = invoke("solve", calibrated, "--out", plan, "--fraction", "0.5", "--multiple", 1)
+    for shown in (said, invoke("inspect", plan)):
+        assert f"budgets          {plan}" in shown
+        assert "3,840 bytes a row, 50.0% of the 7,680 bytes of a full cache of 30 tokens" in shown
+    assert json.loads(invoke("inspect", plan, "--json"))["budgets"] == str(plan)
+
+
+def test_a_limit_far_above_what_can_be_used_is_said(calibrated: Path, tmp_path: Path) -> None:
+    result = RUN.invoke(cli.app, ["solve", str(calibrated), "--out", str(tmp_path / "plan.json"), "--kv-bytes", "2GB"])
+    assert result.exit_code == 0
+    assert "warning: kv_bytes of 2,000,000,000 bytes" in result.stderr
+    assert "serves up to context=7812500" in result.stderr
+
+
+def test_recent_of_window_layers_is_what_describe_says(tmp_path: Path) -> None:
+    layers = captured("gemma3", 2, 1).layers
+    calibration = xkv_fx.Calibration(
+        np.full((1, 2, 2), 0.1, np.float32), (0.25, 0.5), (40,), 4, xkv_fx.Policy(), layers, "a model"
+    )
+    plan = xkv_fx.solve(calibration, fraction=0.9, multiple=1)
+    plan.save(tmp_path / "plan.json")
+    again = xkv_fx.Budgets.load(tmp_path / "plan.json")
+    assert again == plan
+    described = [slots.recent for slots in slot_plans(again, layers)]
+    assert list(again.recent) == described
+    assert described[0] == 8, "a whole sliding window"
+    shown = [line.split("│") for line in invoke("inspect", tmp_path / "plan.json").splitlines() if "│" in line]
+    assert [int(row[3]) for row in shown] == described

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -154,16 +155,17 @@ def calibrate(
 def solve(
     profile: Profile | Calibration,
     *,
-    fraction: float | None = None,
+    fraction: float | str | None = None,
     total_tokens: int | None = None,
-    retention: float | None = None,
-    kv_bytes: int | None = None,
+    retention: float | str | None = None,
+    kv_bytes: int | str | None = None,
     context: int | None = None,
     allocator: str | Allocator | None = None,
     multiple: int = 16,
     floor: int = 1,
     batch_size: int = 1,
     dtype: HasItemSize | None = None,
+    max_new_tokens: int = 0,
 ) -> Budgets:
     """Solve how many KV slots each layer gets, under exactly one constraint.
 
@@ -173,14 +175,17 @@ def solve(
 
     Args:
         profile: measured retention curves, or a calibration's measured divergences.
-        fraction: the share of `layers * context` tokens to keep, above 0 and at most 1; from a calibration of several
-            formats, of the bytes that a full cache of `context` tokens takes in the model's dtype (sliding windows
-            clamped).
+        fraction: the share to keep of the bytes that a full cache of `context` tokens takes in the model's dtype,
+            sliding windows clamped; above 0 and at most 1, or a string such as `"38%"`. Without sliding windows, and
+            with slots of one size, that is the share of `layers * context` tokens.
         total_tokens: the sum of the capacities, exact; not for a calibration of several formats, where tokens differ in
             size.
         retention: the least share of attention mass to keep, as a mean over layers, with the fewest tokens; for a
             profile only.
-        kv_bytes: the most bytes that the K/V buffers of `batch_size` rows in `dtype` may take.
+        kv_bytes: the most bytes that the K/V buffers of `batch_size` rows in `dtype` may take, room for
+            `max_new_tokens` included; a whole number, or a string such as `"2GB"` or `"1.5 GiB"`. `transform` refuses
+            to allocate more. Where a limit is far above what the prompts can use, and `context` is not given, a warning
+            names the context that the limit would serve.
         context: tokens of prompt to plan for; the longest profiled prompt by default.
         allocator: a registered name or an `Allocator`; by default `"xkv"` for a profile, `"calibrated"` for a
             calibration. Only `"calibrated"` chooses formats.
@@ -189,6 +194,9 @@ def solve(
         batch_size: rows after expansion, batch x beams or return sequences; counts for `kv_bytes` only, since
             capacities are per row.
         dtype: for `kv_bytes`, the dtype of whatever has no format of its own; each layer's own by default.
+        max_new_tokens: for `kv_bytes`, the room for generated tokens that is set aside inside the limit, in each
+            layer's own formats; give `transform` the same number, or a smaller one. Counts under `eviction="append"`
+            only.
 
     Returns:
         the plan; its provenance says how it was made, and which retention (of a profile) or KL (of a calibration) is
@@ -199,22 +207,26 @@ def solve(
             what was not measured.
     """
     from xkv_fx.planning.solve.plan import solve_plan
+    from xkv_fx.planning.solve.unused import unused_limit
 
-    return budgets_of(
-        solve_plan(
-            profile,
-            fraction=fraction,
-            total_tokens=total_tokens,
-            retention=retention,
-            kv_bytes=kv_bytes,
-            context=context,
-            allocator=allocator,
-            multiple=multiple,
-            floor=floor,
-            batch_size=batch_size,
-            dtype=dtype,
-        )
+    plan = solve_plan(
+        profile,
+        fraction=fraction,
+        total_tokens=total_tokens,
+        retention=retention,
+        kv_bytes=kv_bytes,
+        context=context,
+        allocator=allocator,
+        multiple=multiple,
+        floor=floor,
+        batch_size=batch_size,
+        dtype=dtype,
+        max_new_tokens=max_new_tokens,
     )
+    unused = unused_limit(plan, profile.layers, dtype) if context is None else None
+    if unused is not None:
+        warnings.warn(unused, stacklevel=2)
+    return budgets_of(plan)
 
 
 @overload
@@ -314,8 +326,7 @@ def fit_quality(
         kl: upper bound on the mean KL over prompts and their continuations, in nats.
         context: tokens of prompt to plan for; the calibration's longest by default.
         multiple: round capacities to multiples of this.
-        resolution: how exactly to find the total, as a share of layers x context; of the full cache's bytes where
-            `calib` is of several formats.
+        resolution: how exactly to find the total, as a share of the full cache.
         continuation, tokenizer, progress: as in `verify`.
 
     Returns:
@@ -346,6 +357,7 @@ def transform(
     max_new_tokens: int = 0,
     check: bool = True,
     example_inputs: None = None,
+    over_limit: bool = False,
 ) -> BudgetedLM: ...
 
 
@@ -359,6 +371,7 @@ def transform(
     check: bool = True,
     *,
     example_inputs: tuple[Tensor, Tensor],
+    over_limit: bool = False,
 ) -> BudgetedModule: ...
 
 
@@ -370,6 +383,7 @@ def transform(
     max_new_tokens: int = 0,
     check: bool = True,
     example_inputs: tuple[Tensor, Tensor] | None = None,
+    over_limit: bool = False,
 ) -> BudgetedLM | BudgetedModule:
     """Compile a causal language model with a KV cache of exactly the planned size.
 
@@ -383,6 +397,7 @@ def transform(
         check: compare the captured graph with the model on a short prompt before anything is built on it.
         example_inputs: `(input_ids, position_ids)`, int64 `[rows, S]` each, for a plain module that is called with them
             and returns logits `[rows, S, vocabulary]`.
+        over_limit: allow more bytes than the plan was solved for with `kv_bytes`, which is refused otherwise.
 
     Returns:
         `xkv_fx.hf.generation.BudgetedLM`, with transformers' own `generate`; for a plain module
@@ -390,7 +405,8 @@ def transform(
 
     Raises:
         BudgetError: the plan does not fit the model's layers, its scorer cannot be made or does not go with its
-            eviction, or a count is not a whole number of at least 1.
+            eviction, a count is not a whole number of at least 1, or more would be allocated than the bytes that the
+            plan was solved for (by another `batch_size`, dtype or `max_new_tokens`).
         ModelMismatchError: the plan was made for another model.
         UnsupportedModelError: the model cannot be captured exactly.
         BackendError: an unknown backend, or one that lacks its compiler.
@@ -408,9 +424,9 @@ def transform(
     check_request(budgets, backend)  # before capture, which takes seconds
     if example_inputs is not None:
         plain = capture_module(model, example_inputs, rows=batch_size, check=check)
-        return BudgetedModule(budgets, compile_program(plain, budgets, backend, max_new_tokens))
+        return BudgetedModule(budgets, compile_program(plain, budgets, backend, max_new_tokens, over_limit))
     captured = capture(model, rows=batch_size, check=check)
-    program = compile_program(captured, budgets, backend, max_new_tokens)
+    program = compile_program(captured, budgets, backend, max_new_tokens, over_limit)
     return BudgetedLM(model.config, model.generation_config, budgets, program)
 
 

@@ -20,10 +20,15 @@ from xkv_fx.layers import HasItemSize, Layers, layers_of
 from xkv_fx.policy import Policy
 
 FORMAT = "xkv_fx.budgets"
-FORMAT_VERSION = 2  # version 1 has no formats
+FORMAT_VERSION = 3  # version 1 has no formats, version 2 no bytes and sliding windows in its provenance
 # Each part checks its own fields.
 _FIELDS: Fields = {**DOCUMENT, **dict.fromkeys(("capacities", "policy", "provenance"), ANYTHING)}
-_FIELDS_OF: Mapping[int, Fields] = {1: _FIELDS, 2: {**_FIELDS, "formats": LIST}}
+_WITH_FORMATS: Fields = {**_FIELDS, "formats": LIST}
+_FIELDS_OF: Mapping[int, Fields] = {1: _FIELDS, 2: _WITH_FORMATS, 3: _WITH_FORMATS}
+
+
+_BYTES = ("kv_bytes", "full_kv_bytes")
+_SINCE_VERSION_3 = (*_BYTES, "sliding_windows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +38,16 @@ class Provenance:
     Attributes:
         model: fingerprint of the model that was measured. A plan with one is refused by every other model.
         allocator: the allocator's name.
-        constraint: what was asked for, such as `{"fraction": 0.384}`.
+        constraint: what was asked for, such as `{"fraction": 0.384}`. With `kv_bytes`, a limit that holds for what is
+            allocated, also `batch_size`, `itemsize` (of the dtype) and `max_new_tokens` where the limit counts them.
         context: tokens of prompt that the capacities were solved for.
         source: SHA-256 of the profile or calibration that the plan was solved from.
         expected_retention: mean over layers of the share of attention mass that is kept.
         expected_kl: sum over layers of the divergence that a calibration measured at their capacities, nats.
         held_out: what `verify` measured on held-out prompts.
+        kv_bytes: bytes that a row of this plan takes in the dtype that was measured, without room for appended tokens.
+        full_kv_bytes: bytes that a full cache of `context` tokens takes there, sliding windows clamped.
+        sliding_windows: of each layer, None for a layer without; None as a whole where that is unknown or all are so.
 
     Raises:
         BudgetError: a field of the wrong type, or a number that is not finite.
@@ -52,6 +61,9 @@ class Provenance:
     expected_retention: float | None = None
     expected_kl: float | None = None
     held_out: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+    kv_bytes: int | None = None
+    full_kv_bytes: int | None = None
+    sliding_windows: tuple[int | None, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "allocator", "source"):
@@ -60,19 +72,45 @@ class Provenance:
             self._check(name, isinstance(getattr(self, name), Mapping))
         for name in ("expected_retention", "expected_kl"):
             self._check(name, is_int(getattr(self, name)) or is_finite(getattr(self, name)))
-        self._check("context", is_int(self.context))
-        if self.context is not None:
-            if self.context < 1:
-                raise BudgetError(f"provenance field 'context' must be at least 1; got {self.context}")
-            object.__setattr__(self, "context", int(self.context))
+        for name in ("context", *_BYTES):
+            value = getattr(self, name)
+            self._check(name, is_int(value))
+            if value is not None:
+                if value < 1:
+                    raise BudgetError(f"provenance field {name!r} must be at least 1; got {value}")
+                object.__setattr__(self, name, int(value))
+        self._check_constraint(self.constraint or {})
+        if self.sliding_windows is not None:
+            windows = self.sliding_windows
+            is_list = isinstance(windows, Sequence) and not isinstance(windows, str | bytes)
+            self._check("sliding_windows", is_list and all(w is None or (is_int(w) and w > 0) for w in windows))
+            kept = tuple(None if window is None else int(window) for window in windows)
+            object.__setattr__(self, "sliding_windows", kept if any(kept) else None)
+
+    @property
+    def share(self) -> float | None:
+        """`kv_bytes` as a share of `full_kv_bytes`; None where they are unknown."""
+        return None if self.kv_bytes is None or self.full_kv_bytes is None else self.kv_bytes / self.full_kv_bytes
 
     def _check(self, name: str, good: bool) -> None:
         value = getattr(self, name)
         if value is not None and not good:
             raise BudgetError(f"provenance field {name!r} has the wrong type: {value!r}")
 
+    @staticmethod
+    def _check_constraint(constraint: Mapping[str, Any]) -> None:
+        for name in ("kv_bytes", "batch_size", "itemsize", "max_new_tokens"):
+            if name in constraint and (not is_int(constraint[name]) or constraint[name] < 1):
+                raise BudgetError(
+                    f"the constraint's {name} must be a whole number of at least 1; got {constraint[name]!r:.100}"
+                )
+
     def to_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """As JSON's types; what older versions know nothing of only where it is known."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.sliding_windows is not None:
+            fields["sliding_windows"] = list(self.sliding_windows)
+        return {name: value for name, value in fields.items() if value is not None or name not in _SINCE_VERSION_3}
 
     @classmethod
     def from_dict(cls, data: Any) -> Provenance:
@@ -124,6 +162,11 @@ class Plan:
             raise BudgetError(f"policy must be an xkv_fx.Policy; got {type(self.policy).__name__}")
         if not isinstance(self.provenance, Provenance):
             raise BudgetError(f"provenance must be a Provenance; got {type(self.provenance).__name__}")
+        windows = self.provenance.sliding_windows
+        if windows is not None and len(windows) != len(self.capacities):
+            raise BudgetError(
+                f"the provenance has {len(windows)} sliding windows for {len(self.capacities)} capacities"
+            )
         object.__setattr__(self, "formats", checked_formats(self.formats, len(self.capacities)))
 
     def __eq__(self, other: object) -> bool:
@@ -154,6 +197,16 @@ class Plan:
     def layer_formats(self) -> tuple[LayerFormats | None, ...]:
         """The formats of each layer, None for the model's dtype."""
         return (None,) * len(self.capacities) if self.formats is None else self.formats
+
+    @property
+    def recent(self) -> tuple[int, ...]:
+        """The newest tokens that each layer always keeps. A layer that holds its whole sliding window keeps just that;
+        of a plan by hand, which knows nothing of windows, it is what the policy says."""
+        windows = self.provenance.sliding_windows or (None,) * len(self.capacities)
+        return tuple(
+            window if window is not None and capacity >= window else self.policy.recent_for(capacity)
+            for capacity, window in zip(self.capacities, windows, strict=True)
+        )
 
     def check_layers(self, layers: Layers, model: str | None = None) -> None:
         """Check that this plan fits a model with these layers and, where both are known, this fingerprint.
@@ -229,20 +282,21 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON's types.
 
-        A plan without formats says nothing that version 1 could not say, and is written as version 1, so that older
-        readers can still read it. A plan with formats is written as version 2, which an older reader refuses instead of
-        storing its slots in the wrong format.
+        It is written as the oldest version that can say all of it, so that older readers can read what they understand,
+        and refuse a plan with formats instead of storing its slots in the wrong one.
         """
+        provenance = self.provenance.to_dict()
         data = {
             "format": FORMAT,
             "version": 1,
             "capacities": list(self.capacities),
             "policy": self.policy.to_dict(),
-            "provenance": self.provenance.to_dict(),
+            "provenance": provenance,
         }
-        if self.formats is None:
-            return data
-        return {**data, "version": 2, "formats": [None if pair is None else list(pair) for pair in self.formats]}
+        if self.formats is not None:
+            formats = [None if pair is None else list(pair) for pair in self.formats]
+            data = {**data, "version": 2, "formats": formats}
+        return {**data, "version": 3} if any(name in provenance for name in _SINCE_VERSION_3) else data
 
     def to(self, engine: str, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         """This plan in another engine's own settings. These engines keep the newest tokens only (and sinks): what the
@@ -293,7 +347,9 @@ class Plan:
             FileFormatError, BudgetError: `data` is not a plan; the message names no file.
         """
         check_format(data, FORMAT, FORMAT_VERSION)
-        check_fields(data, _FIELDS_OF[data["version"]], "the plan", optional=_FIELDS, unknown="fields")
+        version = data["version"]
+        may_lack = _FIELDS if version < 3 else _WITH_FORMATS  # version 2 was for plans with formats alone
+        check_fields(data, _FIELDS_OF[version], "the plan", optional=may_lack, unknown="fields")
         capacities = data.get("capacities")
         if not isinstance(capacities, list):
             raise FileFormatError("'capacities' is missing or not a list")

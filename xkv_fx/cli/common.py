@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +19,7 @@ import xkv_fx
 from xkv_fx.errors import BudgetError
 from xkv_fx.formats import pair_name
 from xkv_fx.lowering.backends.table import BACKENDS
+from xkv_fx.sizes import as_text, number_or_word, share_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -101,6 +102,16 @@ def interruptible(parts: Path | None) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Print warnings as lines of ours on standard error, without the place in the source."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        errors.print(f"warning: {warning.message}", style="yellow", markup=False, soft_wrap=True)
+
+
 def load(name: str) -> tuple[Any, Any]:
     from xkv_fx.hf.models import load_model
 
@@ -111,19 +122,13 @@ def read(path: Path | None) -> str:
     return "" if path is None else path.read_text(encoding="utf-8", errors="replace")
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    """Numbers separated by commas.
+def shares(text: str) -> tuple[float, ...]:
+    """Shares such as 0.25 and 38%, separated by commas.
 
     Raises:
-        BudgetError: something between commas is not a number.
+        BudgetError: something between commas is not one.
     """
-    try:
-        found = tuple(float(part) for part in names(text))
-    except ValueError as error:
-        raise BudgetError(f"fractions must be numbers between commas; got {text!r}") from error
-    if not all(math.isfinite(value) for value in found):
-        raise BudgetError(f"fractions must be finite; got {text!r}")
-    return found
+    return tuple(share_of(number_or_word(part), "fractions") for part in names(text))
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -143,23 +148,30 @@ def show(result: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(result))
         return
     for name, value in result.items():
-        console.print(f"{name:16} {value}", markup=False, highlight=False)
+        console.print(f"{name:16} {value}", markup=False, highlight=False, soft_wrap=True)
 
 
-def show_plan(budgets: xkv_fx.Budgets, as_json: bool) -> None:
+def show_plan(budgets: xkv_fx.Budgets, as_json: bool, path: Path) -> None:
+    made = budgets.provenance
     result = {
+        "budgets": str(path),
         "capacities": list(budgets.capacities),
         "total_tokens": budgets.total_tokens,
         "formats": budgets.formats,
         "policy": budgets.policy.to_dict(),
-        "provenance": budgets.provenance.to_dict(),
+        "provenance": made.to_dict(),
     }
     if as_json:
         print(json.dumps(result))
         return
-    show({"total_tokens": budgets.total_tokens, **budgets.policy.to_dict(), **budgets.provenance.to_dict()}, False)
+    known = {name: value for name, value in made.to_dict().items() if name not in ("full_kv_bytes", "sliding_windows")}
+    if made.kv_bytes is not None and made.full_kv_bytes is not None and made.share is not None:
+        full = f"{made.share:.1%} of the {as_text(made.full_kv_bytes)} of a full cache of {made.context:,} tokens"
+        known["kv_bytes"] = f"{as_text(made.kv_bytes)} a row, {full}"
+    show({"budgets": path, "total_tokens": budgets.total_tokens, **budgets.policy.to_dict(), **known}, False)
     table = Table("layer", "capacity", "recent", *(() if budgets.formats is None else ("formats",)))
-    for layer, (capacity, pair) in enumerate(zip(budgets.capacities, budgets.layer_formats, strict=True)):
+    layers = zip(budgets.capacities, budgets.recent, budgets.layer_formats, strict=True)
+    for layer, (capacity, recent, pair) in enumerate(layers):
         stored = () if budgets.formats is None else (pair_name(pair),)
-        table.add_row(str(layer), str(capacity), str(budgets.policy.recent_for(capacity)), *stored)
+        table.add_row(str(layer), str(capacity), str(recent), *stored)
     console.print(table)

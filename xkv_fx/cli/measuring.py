@@ -18,13 +18,14 @@ from xkv_fx.cli.common import (
     interruptible,
     load,
     names,
-    numbers,
     out_file,
     progress,
+    shares,
     show,
 )
 from xkv_fx.files import write_json
 from xkv_fx.planning.data.load_measured import load_measured
+from xkv_fx.sizes import number_or_word, share_of
 
 
 @app.command("eval")
@@ -35,7 +36,9 @@ def eval_(
     ] = None,
     model: Model = "smollm2",
     allocators: Annotated[str | None, typer.Option(help="Names between commas; by default each file's own.")] = None,
-    fractions: Annotated[str, typer.Option(help="Shares of the full cache, between commas.")] = "0.125,0.25,0.384,0.5",
+    fractions: Annotated[
+        str, typer.Option(help="Shares of the full cache, such as 0.25 or 25%, between commas.")
+    ] = "0.125,0.25,0.384,0.5",
     scorers: Annotated[str, typer.Option(help="Further scorers, with uniform plans, between commas.")] = "",
     tasks: Annotated[
         str | None, typer.Option(help="Between commas; all by default. continuation compares distributions.")
@@ -70,7 +73,7 @@ def eval_(
         plans=tuple(plans or ()),
         measured=tuple(load_measured(path) for path in measured or ()),
         allocators=None if allocators is None else names(allocators),
-        fractions=numbers(fractions),
+        fractions=shares(fractions),
         scorers=names(scorers),
         quantized=None if quantized is None else names(quantized),
         settings=EvaluationSettings(named, names(forms), length, instances, seed),
@@ -105,7 +108,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     context: Annotated[int, typer.Option(help="Tokens that every row has seen.", min=1)] = 4096,
     batch: Annotated[int, typer.Option(help="Rows.", min=1)] = 1,
-    fraction: Annotated[float, typer.Option(help="Share of the context that every layer keeps.")] = 0.384,
+    fraction: Annotated[str, typer.Option(help="Share of the context that every layer keeps, as 38.4%.")] = "0.384",
     budgets: Annotated[Path | None, typer.Option(help="A budgets file, instead of --fraction.")] = None,
     rounds: Annotated[int, typer.Option(help="How often the contestants take turns.", min=1)] = 5,
     new_tokens: Annotated[int, typer.Option(help="Tokens that each decodes in a round.", min=1)] = 8,
@@ -126,7 +129,9 @@ def bench(
     from xkv_fx.evaluation.speed.bench_command import model_and_plan
     from xkv_fx.hf.models import locate
 
-    loaded, plan = model_and_plan(model, dtype, device, budgets, fraction, context)
+    loaded, plan = model_and_plan(
+        model, dtype, device, budgets, share_of(number_or_word(fraction), "fraction"), context
+    )
     folder, gguf = locate(model)
     pythons = {"kvpress": kvpress_python, "openvino": openvino_python}
     settings = BenchSettings(

@@ -25,12 +25,14 @@ from xkv_fx.cli.common import (
     read,
     show,
     show_plan,
+    warnings_as_lines,
 )
 from xkv_fx.errors import BudgetError
 from xkv_fx.formats import pair_name
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.load_measured import load_measured
 from xkv_fx.planning.data.profile_data import Profile
+from xkv_fx.sizes import number_or_word
 
 Texts = Annotated[list[Path], typer.Option(help="Text files, each of them a prompt; may be given repeatedly.")]
 Length = Annotated[int | None, typer.Option(help="Cut each text into prompts of so many tokens.", min=2)]
@@ -143,13 +145,20 @@ def solve(
     measured: Annotated[Path, typer.Argument(help="A profile or a calibration.")],
     out: Annotated[Path, out_file("Where to write the budgets.")],
     fraction: Annotated[
-        float | None,
-        typer.Option(help="Share of layers x context to keep; of a calibration of formats, of the full cache's bytes."),
+        str | None,
+        typer.Option(help="Share to keep of the full cache's bytes, as 0.384 or 38.4%.", metavar="SHARE"),
     ] = None,
     total_tokens: Annotated[int | None, typer.Option(help="Sum of the capacities.")] = None,
-    retention: Annotated[float | None, typer.Option(help="Mean share of attention mass to keep.")] = None,
-    kv_bytes: Annotated[int | None, typer.Option(help="Most bytes of KV cache.")] = None,
+    retention: Annotated[
+        str | None, typer.Option(help="Mean share of attention mass to keep, as 0.9 or 90%.", metavar="SHARE")
+    ] = None,
+    kv_bytes: Annotated[
+        str | None, typer.Option(help="Most bytes of KV cache, as 40000000, 40MB or 1.5GiB.", metavar="SIZE")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows that --kv-bytes is for.", min=1)] = 1,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Room for generated tokens under append that --kv-bytes holds, too.", min=0)
+    ] = 0,
     context: Annotated[int | None, typer.Option(help="Tokens to plan for; the longest prompt by default.")] = None,
     allocator: Annotated[
         str | None, typer.Option(help="By default xkv for a profile, calibrated for a calibration.")
@@ -176,18 +185,20 @@ def solve(
     """
     if fall_back and not holdout:
         raise BudgetError("--fall-back needs --holdout: without held-out texts nobody knows whether the plan is better")
-    budgets = xkv_fx.solve(
-        load_measured(measured),
-        fraction=fraction,
-        total_tokens=total_tokens,
-        retention=retention,
-        kv_bytes=kv_bytes,
-        batch_size=batch_size,
-        context=context,
-        allocator=allocator,
-        multiple=multiple,
-        floor=floor,
-    )
+    with warnings_as_lines():
+        budgets = xkv_fx.solve(
+            load_measured(measured),
+            fraction=fraction and number_or_word(fraction),
+            total_tokens=total_tokens,
+            retention=retention and number_or_word(retention),
+            kv_bytes=kv_bytes and number_or_word(kv_bytes),  # type: ignore[arg-type]  # solve refuses what is not whole
+            batch_size=batch_size,
+            context=context,
+            allocator=allocator,
+            multiple=multiple,
+            floor=floor,
+            max_new_tokens=max_new_tokens,
+        )
     if holdout:
         report = _verify(budgets, holdout, model, length, continuation)
         errors.print(str(report), markup=False, soft_wrap=True)
@@ -203,7 +214,7 @@ def solve(
             plan = report.rival_plan(budgets) if fall_back else plan
         budgets = plan
     budgets.save(out)
-    show_plan(budgets, json_)
+    show_plan(budgets, json_, out)
 
 
 @app.command()

@@ -14,6 +14,8 @@ from xkv_fx.cli.common import BACKEND_NAMES, Json, Model, Plan, app, console, lo
 from xkv_fx.engines.targets import TARGETS
 from xkv_fx.errors import BudgetError, PromptError
 
+OverLimit = Annotated[bool, typer.Option("--over-limit", help="Allow more bytes than the plan was solved for.")]
+
 
 @app.command()
 def generate(
@@ -25,6 +27,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate.", min=1)] = 64,
     backend: Annotated[str, typer.Option(help=f"{BACKEND_NAMES}.")] = "inductor",
     trust: Annotated[bool, typer.Option(help="Take an engine of the target pt2, which is read with pickle.")] = False,
+    over_limit: OverLimit = False,
     json_: Json = False,
 ) -> None:
     """Generate with a plan's budgets or with an engine, greedily."""
@@ -43,7 +46,7 @@ def generate(
         budgets = xkv_fx.Budgets.load(plan)
         loaded, tokenizer = load(model)
         ids = tokenizer(text, return_tensors="pt")
-        llm = xkv_fx.transform(loaded, budgets, backend=backend, max_new_tokens=max_new_tokens)
+        llm = xkv_fx.transform(loaded, budgets, backend=backend, max_new_tokens=max_new_tokens, over_limit=over_limit)
         output = llm.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False)
     else:
         raise BudgetError("give either a budgets file or --engine")
@@ -65,6 +68,7 @@ def export(
     ] = "aoti",
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.", min=1)] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Room for generated tokens under append.", min=0)] = 0,
+    over_limit: OverLimit = False,
     json_: Json = False,
 ) -> None:
     """Write an engine: a folder that generates without transformers, the model's code, or a compiler."""
@@ -75,7 +79,9 @@ def export(
 
         if torch.cuda.is_available():  # where there is none, export says so
             loaded.to("cuda")
-    llm = xkv_fx.transform(loaded, budgets, batch_size=batch_size, backend="eager", max_new_tokens=max_new_tokens)
+    llm = xkv_fx.transform(
+        loaded, budgets, batch_size, backend="eager", max_new_tokens=max_new_tokens, over_limit=over_limit
+    )
     xkv_fx.export(llm, out, target=target, tokenizer=tokenizer)
     show_engine(out, json_)
 
@@ -88,7 +94,7 @@ def inspect(
     if path.is_dir():
         show_engine(path, json_)
     else:
-        show_plan(xkv_fx.Budgets.load(path), json_)
+        show_plan(xkv_fx.Budgets.load(path), json_, path)
 
 
 def show_engine(folder: Path, as_json: bool) -> None:

@@ -29,6 +29,7 @@ from xkv_fx.hf.inspect import read_model
 from xkv_fx.hf.recompile_limit import RAISE_LIMIT
 from xkv_fx.hf.rotary import refuse_changing_rotary
 from xkv_fx.lowering.describe import describe_layers, describe_plan
+from xkv_fx.lowering.limit import check_limit
 from xkv_fx.lowering.program import program_key
 from xkv_fx.public_budgets import Budgets, budgets_of
 from xkv_fx.runtime import tracing_marks  # noqa: F401  (registers the ops)
@@ -50,19 +51,26 @@ class Cache(SessionCache):
         budgets: the plan, or the path of a file that holds it; the one that the model is compiled with.
         batch_size: rows after expansion: batch x beams or return sequences.
         max_new_tokens: room for generated tokens under `eviction="append"`.
+        over_limit: allow more bytes than the plan was solved for with `kv_bytes`, which is refused otherwise.
 
     Attributes:
         budgets: the plan.
 
     Raises:
-        BudgetError: the plan does not fit the model's layers, or a count is not a whole number of at least 1.
+        BudgetError: the plan does not fit the model's layers, a count is not a whole number of at least 1, or more
+            would be allocated than the bytes that the plan was solved for.
         FileFormatError, FileNotFoundError: see `Budgets.load`.
         ModelMismatchError: the plan was made for another model.
         UnsupportedModelError: the model has no KV cache that can be planned.
     """
 
     def __init__(
-        self, model: Any, budgets: Plan | str | os.PathLike[str], batch_size: int = 1, max_new_tokens: int = 0
+        self,
+        model: Any,
+        budgets: Plan | str | os.PathLike[str],
+        batch_size: int = 1,
+        max_new_tokens: int = 0,
+        over_limit: bool = False,
     ) -> None:
         budgets = plan_of(budgets)
         if not is_int(batch_size) or batch_size < 1:
@@ -77,6 +85,8 @@ class Cache(SessionCache):
         budgets.check_layers(layers, facts.fingerprint)
         slots = slot_plans(budgets, layers, max_new_tokens)
         plan = CachePlan(layers, slots, batch_size, facts.dtype, facts.device, budgets.formats)
+        if not over_limit:
+            check_limit(budgets, plan, max_new_tokens)
         self._planned = _PlanOnly(plan, budgets, facts)
         super().__init__(self._planned)
         self.model: weakref.ref[nn.Module] = weakref.ref(source)

@@ -92,18 +92,21 @@ class Budgeted(nn.Module):
         """The token that fills rows which have ended."""
         return 0
 
-    def with_budgets(self, budgets: Plan, backend: str | None = None, max_new_tokens: int = 0) -> Self:
+    def with_budgets(
+        self, budgets: Plan, backend: str | None = None, max_new_tokens: int = 0, over_limit: bool = False
+    ) -> Self:
         """The same captured model under another plan, sharing weights; `transform` without capturing again.
 
         Args:
             backend: this model's own when None.
-            max_new_tokens: as in `transform`.
+            max_new_tokens, over_limit: as in `transform`.
 
         Raises:
             BudgetError, ModelMismatchError, BackendError: as `transform`.
         """
         backend = self.program.backend if backend is None else backend
-        return self._remade(budgets, compile_program(self.program.graphs.captured, budgets, backend, max_new_tokens))
+        captured = self.program.graphs.captured
+        return self._remade(budgets, compile_program(captured, budgets, backend, max_new_tokens, over_limit))
 
     @torch.no_grad()
     def decode_steps(

@@ -18,6 +18,7 @@ from xkv_fx.errors import BudgetError, UnsupportedModelError
 from xkv_fx.lowering.backends.eager import run_eager
 from xkv_fx.lowering.backends.table import backend_of
 from xkv_fx.lowering.describe import describe_layers, describe_passes, describe_plan, describe_shard
+from xkv_fx.lowering.limit import check_limit
 from xkv_fx.passes.base import GraphPass
 from xkv_fx.passes.pipeline import (
     PassStep,
@@ -93,11 +94,16 @@ def check_request(budgets: Plan, backend: str) -> Scorer:
     return scorer_of(budgets.policy)
 
 
-def compile_program(captured: CapturedModel, budgets: Plan, backend: str, max_new_tokens: int = 0) -> CompiledProgram:
+def compile_program(
+    captured: CapturedModel, budgets: Plan, backend: str, max_new_tokens: int = 0, over_limit: bool = False
+) -> CompiledProgram:
     """Give a captured model its caches and lower it.
 
+    Args:
+        over_limit: allow more bytes than the plan was solved for.
+
     Raises:
-        BudgetError, ModelMismatchError: the plan does not fit the model.
+        BudgetError, ModelMismatchError: the plan does not fit the model, or more than its bytes would be allocated.
         UnsupportedModelError: the plan is for more tokens than the model is captured for.
         BackendError: an unknown backend, or one that lacks its compiler.
     """
@@ -107,6 +113,8 @@ def compile_program(captured: CapturedModel, budgets: Plan, backend: str, max_ne
     slots = slot_plans(budgets, captured.layers, max_new_tokens)
     _check_reach(captured, budgets, slots)
     plan = CachePlan(captured.layers, slots, captured.rows, captured.dtype, captured.device, budgets.formats)
+    if not over_limit:
+        check_limit(budgets, plan, max_new_tokens)
     return CompiledProgram(Graphs(captured, plan, scorer), backend)
 
 

@@ -17,8 +17,8 @@ from xkv_fx.formats import pair_name
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.measure.team import Progress
 from xkv_fx.planning.measure.verify import VERIFY_CONTINUATION, divergence_of_plans, held_out_summary
+from xkv_fx.planning.solve.constraints import full_bytes
 from xkv_fx.planning.solve.plan import solve_plan
-from xkv_fx.planning.solve.plan_formats import bytes_of_fraction
 
 # How many plans are tried in one round, in one pass over the prompts; each round leaves one gap between two of them.
 _TRIED = 7
@@ -111,7 +111,11 @@ class _Totals:
         layers = calibration.layers
         held = [spec.effective_capacity(context) for spec in layers]
         if calibration.formats is None:
-            return cls("total_tokens", len(layers), sum(held), len(layers) * context)
+            return cls("total_tokens", len(layers), sum(held), sum(held))
         sizes = [[spec.slot_bytes(formats=pair) for pair in calibration.pairs] for spec in layers]
-        full = bytes_of_fraction(1.0, layers, context)
-        return cls("kv_bytes", sum(map(min, sizes)), sum(max(of) * c for of, c in zip(sizes, held, strict=True)), full)
+        return cls(
+            "kv_bytes",
+            sum(map(min, sizes)),
+            sum(max(of) * c for of, c in zip(sizes, held, strict=True)),
+            full_bytes(layers, context),
+        )

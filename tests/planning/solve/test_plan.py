@@ -19,7 +19,7 @@ from xkv_fx.planning.data.curves import retention_curve
 from xkv_fx.planning.data.profile_data import Profile
 from xkv_fx.planning.solve.allocators import allocator
 from xkv_fx.planning.solve.fill import capacities_for_retention, capacities_for_total
-from xkv_fx.planning.solve.plan import solve_plan
+from xkv_fx.planning.solve.plan import solve_plan, uniform_of_fraction
 from xkv_fx.policy import Policy
 
 Array = NDArray[Any]
@@ -157,6 +157,10 @@ def test_uniform_under_every_constraint(profile: Profile, constraint: dict[str, 
             multiple=16,
         )
         assert Budgets(tuple(one_more.tolist())).kv_bytes(profile.layers) > 40_000
+    elif "fraction" in constraint and profile is MIXED:
+        full, dearest = solved.provenance.full_kv_bytes or 0, max(spec.slot_bytes() for spec in profile.layers)
+        for plan in (budgets, solved):
+            assert 0.4 * full - dearest < plan.kv_bytes(profile.layers) <= 0.4 * full
     else:
         assert budgets.total_tokens == solved.total_tokens
         assert profile.retention(solved.capacities) > profile.retention(budgets.capacities)
@@ -279,13 +283,47 @@ def test_what_cannot_be_met_is_refused(options: dict[str, Any], message: str) ->
         solve_plan(PROFILE, **options)
 
 
-@pytest.mark.parametrize("options", [{"total_tokens": 721}, {"fraction": 1.0}])
-def test_a_total_above_what_sliding_windows_hold_is_refused(options: dict[str, Any]) -> None:
+def test_a_total_above_what_sliding_windows_hold_is_refused() -> None:
     with pytest.raises(BudgetError, match="within layers x context = 960, but above the 720 that the layers can hold"):
-        solve_plan(MIXED, **options)
+        solve_plan(MIXED, total_tokens=721)
     assert solve_plan(MIXED, total_tokens=720).capacities == (160, 40, 160, 160, 40, 160)
 
 
 def test_only_a_profile_is_solved() -> None:
     with pytest.raises(BudgetError, match=r"solve takes an xkv_fx\.Profile or Calibration; got dict"):
         solve_plan({}, fraction=0.5)  # type: ignore[arg-type]
+
+
+# Fractions
+
+
+WINDOWS = make_profile((FULL, SLIDING, SLIDING, FULL, SLIDING))
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.25, 0.384, 0.47, 0.9, 1.0, "38.4%"])
+@pytest.mark.parametrize("allocator_", ["xkv", "uniform", "pyramid"])
+@pytest.mark.parametrize("profile", [WINDOWS, MIXED], ids=["windows", "mixed"])
+def test_a_fraction_is_of_the_bytes_that_a_full_cache_holds(profile: Profile, fraction: Any, allocator_: str) -> None:
+    plan = solve_plan(profile, fraction=fraction, context=150, allocator=allocator_, multiple=1)
+    share = 0.384 if fraction == "38.4%" else fraction
+    full = Budgets.full(len(profile.layers), 150).kv_bytes(profile.layers)
+    taken, dearest = plan.kv_bytes(profile.layers), max(spec.slot_bytes() for spec in profile.layers)
+    assert share * full - dearest < taken <= share * full
+    made = plan.provenance
+    assert (made.constraint, made.kv_bytes, made.full_kv_bytes) == ({"fraction": share}, taken, full)
+    assert made.share == taken / full
+
+
+def test_plans_by_hand_can_have_the_same_bytes() -> None:
+    for profile in (PROFILE, WINDOWS, MIXED):
+        for fraction in (0.125, 0.25, 0.384, 1.0):
+            solved = solve_plan(profile, fraction=fraction, context=150)
+            even = uniform_of_fraction(profile.layers, 150, fraction)
+            taken = Budgets(tuple(even.tolist())).kv_bytes(profile.layers)
+            dearest = max(spec.slot_bytes() for spec in profile.layers) if profile is MIXED else 1
+            assert abs(taken - solved.kv_bytes(profile.layers)) < dearest
+
+
+def test_a_fraction_in_per_cent_without_the_sign_says_what_was_meant() -> None:
+    with pytest.raises(BudgetError, match=r'got 38.4; did you mean 0.384, that is "38.4%"\?'):
+        solve_plan(PROFILE, fraction=38.4)

@@ -11,7 +11,8 @@ from xkv_fx.layers import LayerSpec
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.profile_data import Profile
 from xkv_fx.planning.measure.verify import uniform_like
-from xkv_fx.planning.solve.plan import uniform_within_bytes, whole_tokens
+from xkv_fx.planning.solve.constraints import whole_tokens
+from xkv_fx.planning.solve.plan import uniform_within_bytes
 from xkv_fx.policy import Policy
 from xkv_fx.public_budgets import Budgets
 

@@ -184,7 +184,8 @@ class _Asked:
             return quantized_reader(entry.name, self.model)
         if entry.budgets == self.llm.budgets:  # the full cache, built already
             return BudgetedReader(self.llm)
-        return BudgetedReader(self.llm.with_budgets(entry.budgets, max_new_tokens=self.room))
+        # All plans get the same room, on top of what they were solved for.
+        return BudgetedReader(self.llm.with_budgets(entry.budgets, max_new_tokens=self.room, over_limit=True))
 
     def _recorder(self, policy: Policy) -> Recorder:
         return Recorder(self.llm, policy, self.longest)

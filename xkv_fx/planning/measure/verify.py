@@ -284,7 +284,7 @@ def _one_policy(plans: Sequence[Plan]) -> Policy:
 
 def uniform_like(budgets: AnyPlan, layers: Sequence[LayerSpec]) -> AnyPlan:
     """The largest uniform plan of at most the same bytes in the model's dtype, of exactly the same where slots are of
-    equal size.
+    equal size. Room that `budgets` holds inside its limit is counted; where it takes all the bytes, one slot is left.
 
     Raises:
         BudgetError: another number of layers, or formats that they cannot be stored in.
@@ -303,7 +303,7 @@ def single_formats_like(budgets: AnyPlan, layers: Sequence[LayerSpec], longest: 
     return {
         pair: _alike(budgets, layers, context, pair)
         for pair in SINGLE_FORMATS
-        if _can_store(layers, pair) and sum(spec.slot_bytes(formats=pair) for spec in layers) <= kv_bytes
+        if _can_store(layers, pair) and _bytes_of(_one_slot(budgets, pair), layers) <= kv_bytes
     }
 
 
@@ -322,17 +322,26 @@ def _context_of(budgets: Plan, layers: Sequence[LayerSpec]) -> int:
     return max(budgets.provenance.context or 1, *held)
 
 
+def _room_of(budgets: Plan) -> int:
+    """The room for appended tokens that a plan holds inside its limit in bytes, which plans in its place must, too."""
+    return int((budgets.provenance.constraint or {}).get("max_new_tokens", 0))
+
+
 def _bytes_of(budgets: Plan, layers: Sequence[LayerSpec]) -> int:
-    """Of one row's capacities, without room for what is appended."""
-    return sum(
-        spec.slot_bytes(formats=pair) * spec.effective_capacity(capacity)
-        for spec, capacity, pair in zip(layers, budgets.capacities, budgets.layer_formats, strict=True)
-    )
+    """Of one row, with that room."""
+    return budgets.kv_bytes(layers, max_new_tokens=_room_of(budgets))
+
+
+def _one_slot(budgets: AnyPlan, formats: LayerFormats | None) -> AnyPlan:
+    """The plan of one slot a layer in the place of `budgets`."""
+    layers = len(budgets.capacities)
+    return dataclasses.replace(budgets, capacities=(1,) * layers, formats=(formats,) * layers)
 
 
 def _alike(budgets: AnyPlan, layers: Sequence[LayerSpec], context: int, formats: LayerFormats | None) -> AnyPlan:
     """The largest plan of equal capacities and formats that takes at most the bytes of `budgets`."""
-    capacities = uniform_within_bytes(layers, context, _bytes_of(budgets, layers), formats)
+    kv_bytes = max(_bytes_of(budgets, layers), _bytes_of(_one_slot(budgets, formats), layers))
+    capacities = uniform_within_bytes(layers, context, kv_bytes, formats, budgets.policy, _room_of(budgets))
     plain = type(budgets).uniform(len(layers), 1, budgets.policy)
     return dataclasses.replace(plain, capacities=tuple(capacities.tolist()), formats=(formats,) * len(layers))
 

@@ -62,8 +62,9 @@ def capacities_for_bytes(
         held = fill(Blocks(per_byte, blocks.size, held, open_to), kv_bytes, price)
 
 
-def check_kv_bytes(kv_bytes: int, fewest: int, floor: int) -> None:
-    """Refuse a byte budget that is no whole number, or below the `fewest` bytes that the floors take.
+def check_kv_bytes(kv_bytes: int, fewest: int, floor: int, with_room: bool = False) -> None:
+    """Refuse a byte budget that is no whole number, or below the `fewest` bytes that the floors take, with the room
+    for appended tokens where there is some.
 
     Raises:
         BudgetError: as said.
@@ -72,4 +73,5 @@ def check_kv_bytes(kv_bytes: int, fewest: int, floor: int) -> None:
         raise BudgetError(f"kv_bytes must be a whole number of bytes; got {kv_bytes!r}")
     if kv_bytes < fewest:
         slots = "one slot" if floor == 1 else f"the floor of {floor} slots"
-        raise BudgetError(f"kv_bytes of {kv_bytes} is below {slots} a layer, which takes {fewest} bytes")
+        beside = " with the room for max_new_tokens" if with_room else ""
+        raise BudgetError(f"kv_bytes of {kv_bytes} is below {slots} a layer, which takes {fewest} bytes{beside}")

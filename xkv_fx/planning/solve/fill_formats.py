@@ -61,6 +61,7 @@ def capacities_and_pairs(
     kv_bytes: int,
     *,
     caps: Sequence[int],
+    room: Whole | None = None,
     floor: int = 1,
     multiple: int = 1,
 ) -> tuple[Whole, Whole]:
@@ -75,7 +76,8 @@ def capacities_and_pairs(
         curves: KL, nowhere rising, `[pairs, layers, context + 1]`.
         slot_bytes: of one slot over all rows, `[pairs, layers]`, at least 1.
         least: the least capacity that was measured, `[pairs, layers]`.
-        kv_bytes: the most bytes that all layers take together.
+        kv_bytes: the most bytes that all layers take together, room included.
+        room: slots that each layer is given besides its capacity, `[layers]`; none by default.
         caps, floor, multiple: as in `xkv_fx.planning.solve.fill.fill_by_gain`.
 
     Raises:
@@ -84,23 +86,28 @@ def capacities_and_pairs(
     layers = range(curves.shape[1])
     fewest = slot_bytes.min(0)
     limits = make_limits(len(layers), curves.shape[2] - 1, floor, caps, multiple)
-    check_kv_bytes(kv_bytes, int(limits.floors @ fewest), floor)
-    limits = limits.affordable(kv_bytes, fewest)
-    starts = _starts(slot_bytes, least, limits, kv_bytes)
-    options = [_options(curves[:, at], slot_bytes[:, at], starts[:, at], limits, int(limits.caps[at])) for at in layers]
+    room = np.zeros_like(limits.caps) if room is None else room
+    check_kv_bytes(kv_bytes, int((limits.floors + room) @ fewest), floor, bool(room.any()))
+    limits = limits.affordable(kv_bytes - int(room @ fewest), fewest)
+    starts = _starts(slot_bytes, least, limits, room, kv_bytes)
+    options = [
+        _options(curves[:, at], slot_bytes[:, at], starts[:, at], limits, int(limits.caps[at]), int(room[at]))
+        for at in layers
+    ]
     taken = _along_hulls(options, kv_bytes)
     _spend(options, taken, kv_bytes)
     capacities = np.array([of.capacities[at] for of, at in zip(options, taken, strict=True)])
     pairs = np.array([of.pairs[at] for of, at in zip(options, taken, strict=True)])
-    add_single_slots(capacities, curves[pairs, layers], slot_bytes[pairs, layers], limits.caps, kv_bytes)
+    prices = slot_bytes[pairs, layers]
+    add_single_slots(capacities, curves[pairs, layers], prices, limits.caps, kv_bytes - int(room @ prices))
     return capacities, pairs
 
 
-def _starts(slot_bytes: Whole, least: Whole, limits: Limits, kv_bytes: int) -> Whole:
+def _starts(slot_bytes: Whole, least: Whole, limits: Limits, room: Whole, kv_bytes: int) -> Whole:
     """The smallest capacity that is an option in each pair and layer, `[pairs, layers]`."""
     starts = np.maximum(_in_blocks(least, limits), limits.lows)
     cheapest = slot_bytes.argmin(0)[None]
-    if int((np.take_along_axis(starts, cheapest, 0) * slot_bytes.min(0)).sum()) > kv_bytes:
+    if int(((np.take_along_axis(starts, cheapest, 0)[0] + room) * slot_bytes.min(0)).sum()) > kv_bytes:
         np.put_along_axis(starts, cheapest, limits.lows[None], 0)
     return starts
 
@@ -111,12 +118,12 @@ def _in_blocks(capacities: Whole, limits: Limits) -> Whole:
     return blocks
 
 
-def _options(curves: Real, slot_bytes: Whole, starts: Whole, limits: Limits, cap: int) -> Options:
-    """The options of a layer, from its curves `[pairs, context + 1]`."""
+def _options(curves: Real, slot_bytes: Whole, starts: Whole, limits: Limits, cap: int, room: int) -> Options:
+    """The options of a layer, from its curves `[pairs, context + 1]`; their bytes include its room."""
     choices = [np.append(np.arange(start, cap, limits.multiple), cap) for start in starts.tolist()]
     pairs = np.repeat(np.arange(len(choices)), [len(choice) for choice in choices])
     capacities = np.concatenate(choices)
-    kl, size = curves[pairs, capacities], slot_bytes[pairs] * capacities
+    kl, size = curves[pairs, capacities], slot_bytes[pairs] * (capacities + room)
     order = np.lexsort((kl, size))
     kl = kl[order]
     better = np.concatenate(([True], kl[1:] < np.minimum.accumulate(kl)[:-1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
@@ -18,11 +17,21 @@ from xkv_fx.planning.data.curves import mean_retention
 from xkv_fx.planning.data.profile_data import Profile, check_context
 from xkv_fx.planning.solve import allocators, peer_allocators  # noqa: F401  (registers the peers)
 from xkv_fx.planning.solve.allocators import Allocator
-from xkv_fx.planning.solve.constraints import check_fraction, only_constraint, slot_bytes_of, what_bytes_are_of
+from xkv_fx.planning.solve.constraints import (
+    bytes_held,
+    full_bytes,
+    only_constraint,
+    refuse_room,
+    slot_bytes_of,
+    what_bytes_are_of,
+    what_fraction_is,
+)
 from xkv_fx.planning.solve.fill import capacities_for_retention, check_retention
 from xkv_fx.planning.solve.fill_bytes import capacities_for_bytes, check_kv_bytes
 from xkv_fx.planning.solve.limits import Limits, make_limits
 from xkv_fx.planning.solve.plan_formats import plan_with_formats
+from xkv_fx.planning.solve.room import Room, make_room
+from xkv_fx.policy import Policy
 
 Curves = NDArray[np.float64]
 Capacities = NDArray[np.int64]
@@ -31,49 +40,56 @@ Capacities = NDArray[np.int64]
 def solve_plan(
     profile: Profile | Calibration,
     *,
-    fraction: float | None = None,
+    fraction: float | str | None = None,
     total_tokens: int | None = None,
-    retention: float | None = None,
-    kv_bytes: int | None = None,
+    retention: float | str | None = None,
+    kv_bytes: int | str | None = None,
     context: int | None = None,
     allocator: str | Allocator | None = None,
     multiple: int = 16,
     floor: int = 1,
     batch_size: int = 1,
     dtype: HasItemSize | None = None,
+    max_new_tokens: int = 0,
 ) -> Plan:
     """See `xkv_fx.solve`."""
     if not isinstance(profile, Profile | Calibration):
         raise BudgetError(f"solve takes an xkv_fx.Profile or Calibration; got {type(profile).__name__}")
     name, value = only_constraint(fraction=fraction, total_tokens=total_tokens, retention=retention, kv_bytes=kv_bytes)
     context = profile.context_default if context is None else check_context(context)
+    layers = profile.layers
+    room = make_room(layers, context, profile.policy, max_new_tokens)
+    if name != "kv_bytes":
+        refuse_room(name, max_new_tokens)
     if isinstance(profile, Calibration) and profile.formats is not None:
         _check_chooses_formats(allocator)
-        return plan_with_formats(profile, name, value, context, multiple, floor, batch_size, dtype)
+        return plan_with_formats(profile, name, value, context, multiple, floor, batch_size, dtype, room)
     calibrated = isinstance(profile, Calibration)
     if allocator is None:
         allocator = "calibrated" if calibrated else "xkv"
     share = allocators.allocator(allocator).reading("kl" if calibrated else "retention", profile.statistics)
     if calibrated and name == "retention":
         raise BudgetError("a calibration holds no retention; give a fraction, total_tokens or kv_bytes, or a profile")
-    caps = [spec.effective_capacity(context) for spec in profile.layers]
-    limits = make_limits(len(caps), context, floor, caps, multiple)
+    limits = make_limits(len(layers), context, floor, room.caps, multiple)
     constraint: dict[str, float] = {name: value}
+    if name == "fraction":
+        name, value = what_fraction_is(value, layers, context)
+        batch_size, dtype = 1, None
 
     if name == "kv_bytes":
-        slot_bytes = slot_bytes_of(profile.layers, batch_size, dtype)
-        constraint |= what_bytes_are_of(batch_size, dtype)
+        slot_bytes = slot_bytes_of(layers, batch_size, dtype)
+        if name in constraint:
+            constraint |= what_bytes_are_of(batch_size, dtype, room.tokens)
         curves = profile.mean_curve(context)
-        capacities = capacities_within_bytes(share, curves, slot_bytes, value, limits)
+        capacities = capacities_within_bytes(share, curves, slot_bytes, value, limits, room)
     elif name == "retention":
         check_retention(value, 1.0)
         curves = profile.mean_curve(context)
         capacities = _with_retention(share, curves, value, limits)
     else:
-        total = _tokens_of_fraction(value, limits) if name == "fraction" else value
-        limits.for_total(total)
+        limits.for_total(value)
         curves = profile.mean_curve(context)
-        capacities = _share(share, curves, total, limits)
+        capacities = _share(share, curves, value, limits)
 
     return Plan(
         capacities=tuple(capacities.tolist()),
@@ -86,6 +102,9 @@ def solve_plan(
             source=profile.digest(),
             expected_retention=None if calibrated else mean_retention(curves, capacities),
             expected_kl=profile.expected_kl(capacities.tolist(), context) if isinstance(profile, Calibration) else None,
+            kv_bytes=bytes_held(layers, capacities.tolist()),
+            full_kv_bytes=full_bytes(layers, context),
+            sliding_windows=tuple(spec.sliding_window for spec in layers),
         ),
     )
 
@@ -103,57 +122,75 @@ def _check_chooses_formats(allocator: str | Allocator | None) -> None:
         )
 
 
-def _tokens_of_fraction(fraction: float, limits: Limits) -> int:
-    check_fraction(fraction)
-    return whole_tokens(fraction, limits.layers, limits.context)
-
-
-def whole_tokens(fraction: float, layers: int, context: int) -> int:
-    """The whole tokens in a share of `layers * context`."""
-    return math.floor(fraction * layers * context + 1e-9)  # 0.47 * 5 * 20 is 47, whatever rounding says
-
-
 def _share(share: Allocator, curves: Curves, total: int, limits: Limits) -> Capacities:
     return share(curves, total, floor=limits.floor, caps=limits.caps, multiple=limits.multiple)
 
 
 def capacities_within_bytes(
-    share: str | Allocator, curves: Curves, slot_bytes: NDArray[np.int64], kv_bytes: int, limits: Limits
+    share: str | Allocator, curves: Curves, slot_bytes: NDArray[np.int64], kv_bytes: int, limits: Limits, room: Room
 ) -> Capacities:
-    """Capacities of at most `kv_bytes` bytes, int64 `[layers]`, a slot of each layer taking `slot_bytes` `[layers]`.
+    """Capacities that take at most `kv_bytes` bytes together with `room`, int64 `[layers]`, a slot of each layer taking
+    `slot_bytes` `[layers]`.
 
     With equal slots that is a total. With unequal ones the solver fills by gain per byte; of another allocator the
     largest total is taken whose plan fits.
+
+    Args:
+        limits: whose caps are those of `room`.
     """
     share = allocators.allocator(share)
     fewest, most = int(limits.floors.sum()), int(limits.caps.sum())
-    check_kv_bytes(kv_bytes, int(limits.floors @ slot_bytes), limits.floor)
+    check_kv_bytes(kv_bytes, int((limits.floors + room.slots) @ slot_bytes), limits.floor, room.tokens > 0)
+    kv_bytes -= int(room.slots @ slot_bytes)
     if (slot_bytes == slot_bytes[0]).all():
-        return _share(share, curves, min(kv_bytes // int(slot_bytes[0]), most), limits)
+        return room.grown(_share(share, curves, min(kv_bytes // int(slot_bytes[0]), most), limits))
     calibrated = share is allocators.allocator("calibrated")
     if calibrated or share is allocators.allocator("xkv"):
         mean = kv_bytes // int(slot_bytes.sum())
         floor = allocators.calibrated_floor(mean, limits) if calibrated else limits.floor
-        return capacities_for_bytes(
+        filled = capacities_for_bytes(
             curves, slot_bytes, kv_bytes, floor=floor, caps=limits.caps, multiple=limits.multiple
         )
+        return room.grown(filled)
     totals = range(fewest, most + 1)
     above = bisect_right(totals, kv_bytes, key=lambda total: int(_share(share, curves, total, limits) @ slot_bytes))
-    return _share(share, curves, totals[above - 1], limits)
+    return room.grown(_share(share, curves, totals[above - 1], limits))
+
+
+def uniform_of_fraction(layers: Sequence[LayerSpec], context: int, fraction: float) -> Capacities:
+    """The capacities, as equal as the layers allow, of the bytes that `xkv_fx.solve` gives a plan of this fraction:
+    int64 `[layers]`.
+
+    Raises:
+        BudgetError: a fraction out of range, or too small for one slot a layer.
+    """
+    name, value = what_fraction_is(fraction, layers, context)
+    if name == "kv_bytes":
+        return uniform_within_bytes(layers, context, value)
+    limits = make_limits(len(layers), context, 1, [spec.effective_capacity(context) for spec in layers], 1)
+    return _share(allocators.allocator("uniform"), np.zeros((len(layers), context + 1)), value, limits)
 
 
 def uniform_within_bytes(
-    layers: Sequence[LayerSpec], context: int, kv_bytes: int, formats: LayerFormats | None = None
+    layers: Sequence[LayerSpec],
+    context: int,
+    kv_bytes: int,
+    formats: LayerFormats | None = None,
+    policy: Policy | None = None,
+    max_new_tokens: int = 0,
 ) -> Capacities:
     """The largest capacities of at most `kv_bytes` bytes that are as equal as the layers allow, int64 `[layers]`.
 
     Args:
         formats: that all layers store in; the model's dtype when None.
+        policy, max_new_tokens: what room is set aside inside the bytes; none by default.
     """
-    slot_bytes = slot_bytes_of(layers, 1, None, formats)
-    caps = [spec.effective_capacity(context) for spec in layers]
-    limits = make_limits(len(layers), context, 1, caps, 1)
-    return capacities_within_bytes("uniform", np.zeros((len(layers), context + 1)), slot_bytes, kv_bytes, limits)
+    room = make_room(layers, context, policy or Policy(), max_new_tokens)
+    limits = make_limits(len(layers), context, 1, room.caps, 1)
+    no_curves = np.zeros((len(layers), context + 1))
+    return capacities_within_bytes(
+        "uniform", no_curves, slot_bytes_of(layers, 1, None, formats), kv_bytes, limits, room
+    )
 
 
 def _with_retention(share: Allocator, curves: Curves, retention: float, limits: Limits) -> Capacities:

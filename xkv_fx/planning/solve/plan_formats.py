@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from xkv_fx.budgets import Plan, Provenance
 from xkv_fx.errors import BudgetError
-from xkv_fx.layers import HasItemSize, LayerSpec
+from xkv_fx.layers import HasItemSize
 from xkv_fx.planning.data.calibration_data import Calibration
-from xkv_fx.planning.solve.constraints import check_fraction, slot_bytes_of, what_bytes_are_of
+from xkv_fx.planning.solve.constraints import (
+    bytes_held,
+    bytes_of_fraction,
+    full_bytes,
+    slot_bytes_of,
+    what_bytes_are_of,
+)
 from xkv_fx.planning.solve.fill_formats import capacities_and_pairs
+from xkv_fx.planning.solve.room import Room
 
 
 def plan_with_formats(
@@ -24,6 +30,7 @@ def plan_with_formats(
     floor: int,
     batch_size: int,
     dtype: HasItemSize | None,
+    room: Room,
 ) -> Plan:
     """The plan under the constraint `name` of `value`; see `xkv_fx.solve`.
 
@@ -31,10 +38,11 @@ def plan_with_formats(
         BudgetError: another constraint than `kv_bytes` or `fraction`, or one that cannot be met.
     """
     layers = calibration.layers
+    constraint: dict[str, float] = {name: value}
     if name == "kv_bytes":
-        kv_bytes, constraint = value, {name: value}
+        kv_bytes = value
     elif name == "fraction":
-        kv_bytes, constraint = bytes_of_fraction(value, layers, context), {name: value}
+        kv_bytes = bytes_of_fraction(value, layers, context)
         batch_size, dtype = 1, None
     else:
         raise BudgetError(
@@ -42,16 +50,19 @@ def plan_with_formats(
             "kv_bytes, or the fraction of the bytes that a full cache takes in the model's dtype"
         )
     slot_bytes = np.stack([slot_bytes_of(layers, batch_size, dtype, pair) for pair in calibration.pairs])
-    held = np.array([spec.effective_capacity(context) for spec in layers])
+    if name == "kv_bytes":
+        constraint |= what_bytes_are_of(batch_size, dtype, room.tokens)
     capacities, pairs = capacities_and_pairs(
         calibration.kl_curves(context),
         slot_bytes,
-        np.maximum(1, np.round(calibration.least_shares()[:, None] * held)).astype(np.int64),
+        np.maximum(1, np.round(calibration.least_shares()[:, None] * room.held)).astype(np.int64),
         kv_bytes,
-        caps=held.tolist(),
+        caps=room.caps.tolist(),
+        room=room.slots,
         floor=floor,
         multiple=multiple,
     )
+    capacities = room.grown(capacities)
     formats = tuple(calibration.pairs[pair] for pair in pairs)
     return Plan(
         capacities=tuple(capacities.tolist()),
@@ -59,20 +70,13 @@ def plan_with_formats(
         provenance=Provenance(
             model=calibration.model,
             allocator="calibrated",
-            constraint={**constraint, **what_bytes_are_of(batch_size, dtype)},
+            constraint=constraint,
             context=context,
             source=calibration.digest(),
             expected_kl=calibration.expected_kl(capacities.tolist(), context, formats),
+            kv_bytes=bytes_held(layers, capacities.tolist(), formats),
+            full_kv_bytes=full_bytes(layers, context),
+            sliding_windows=tuple(spec.sliding_window for spec in layers),
         ),
         formats=formats,
     )
-
-
-def bytes_of_fraction(fraction: float, layers: Sequence[LayerSpec], context: int) -> int:
-    """The whole bytes in a share of those that a full cache of `context` tokens takes in the model's dtype.
-
-    Raises:
-        BudgetError: not a share above 0 and at most 1.
-    """
-    check_fraction(fraction)
-    return int(fraction * sum(spec.slot_bytes() * spec.effective_capacity(context) for spec in layers))
