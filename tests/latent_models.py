@@ -1,12 +1,16 @@
-"""A small decoder in plain PyTorch, whose layers make keys and values from a latent, each in its own way."""
+"""Small models whose layers make keys and values from a latent: DeepSeek-V3's, and a decoder in plain PyTorch in which
+each layer does so in its own way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from tiny_models import build
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 VOCABULARY, WIDTH, HEADS, RANK, NOPE, ROPE, VALUE = 61, 32, 4, 12, 6, 4, 5
 Expand = Callable[["LatentAttention", Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -142,3 +146,14 @@ class LatentDecoder(nn.Module):
             hidden = hidden + layer(hidden, position_ids)
         logits: Tensor = self.head(hidden)
         return logits
+
+
+def deepseek(layers: int = 2) -> Any:
+    """Layers without experts; the full keys and values of a token have 4 x (16 + 8) elements, its latent 16 + 8."""
+    config = DeepseekV3Config(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+        first_k_dense_replace=layers, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+        attn_implementation="eager",
+    )  # fmt: skip
+    return build(DeepseekV3ForCausalLM, config)

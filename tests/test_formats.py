@@ -97,17 +97,19 @@ def test_a_pair_has_a_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dim", "int8", "int4"), [(64, 68, 36), (80, 88, 48), (96, 104, 56), (128, 136, 72), (256, 272, 144), (8, 12, 8)]
+    ("dim", "int8", "int4"),
+    [(64, 68, 36), (80, 88, 48), (96, 104, 56), (128, 136, 72), (256, 272, 144), (8, 12, 8), (576, 612, 324)],
 )
 def test_a_vector_takes_its_codes_and_a_scale_and_a_zero_for_each_group(dim: int, int8: int, int4: int) -> None:
     assert (vector_bytes("int8", dim, 2), vector_bytes("int4", dim, 4)) == (int8, int4)
     assert vector_bytes("model", dim, 4) == 4 * dim
+    assert vector_bytes("fp8", dim, 2) == dim + 2
 
 
 @pytest.mark.parametrize("name", CODE_BITS)
 def test_bytes_are_those_of_what_is_stored(name: Any) -> None:
     for dim in range(1, 300):
-        if dim % 8:
+        if dim % 8 and name != "fp8":
             for refused in (lambda dim=dim: vector_bytes(name, dim, 4), lambda dim=dim: Coding.of(name, dim)):
                 with pytest.raises(BudgetError, match=f"divides a head size of {dim}; store it in the model's dtype"):
                     refused()
@@ -115,7 +117,7 @@ def test_bytes_are_those_of_what_is_stored(name: Any) -> None:
         coding = Coding.of(name, dim)
         codes, scales = coding.encode(torch.ones(dim))
         assert vector_bytes(name, dim, 4) == coding.nbytes == codes.nbytes + scales.nbytes
-        assert (CODE_BITS[name], group_of(dim)) == (coding.bits, coding.group)
+        assert (CODE_BITS[name], dim if name == "fp8" else group_of(dim)) == (coding.bits, coding.group)
 
 
 def test_slots_of_formats_are_counted() -> None:
@@ -123,6 +125,9 @@ def test_slots_of_formats_are_counted() -> None:
     assert layer.slot_bytes(formats=("int8", "int4")) == 2 * (68 + 72)
     assert layer.slot_bytes(torch.float16, ("model", "int8")) == 2 * (64 * 2 + 136)
     assert layer.slot_bytes(formats=("model", "model")) == layer.slot_bytes()
+    assert layer.slot_bytes(formats=("fp8", "model")) == 2 * (64 + 2 + 128 * 4)
+    latent = LayerSpec(16, 1, 576, 0, 2)
+    assert [latent.slot_bytes(formats=(name, name)) for name in SLOT_FORMATS] == [2 * 576, 578, 612, 324]
     append = xkv_fx.Policy(eviction="append")
     mixed = Budgets((12, 3), append, formats=(("int8", "int4"), None))
     assert mixed.kv_bytes((layer,) * 2, 5, max_new_tokens=2) == 5 * (10 * 2 * (68 + 72) + 5 * 2 * 192 * 4)
@@ -132,8 +137,13 @@ def test_slots_of_formats_are_counted() -> None:
 @pytest.mark.parametrize(
     ("layer", "pair", "message"),
     [
-        (LAYER, ("fp8", "model"), "keys of layer 1 as fp8 and its values as model, but there is no kernel for fp8 yet"),
-        (LayerSpec(8, 1, 24, 0, 4), ("int8", "int8"), "layer 1 .* but keys and values are one latent"),
+        (
+            LayerSpec(8, 1, 24, 0, 4),
+            ("int8", "fp8"),
+            "as int8 and its values as fp8, but keys and values are one latent",
+        ),
+        (LayerSpec(8, 1, 24, 0, 4), ("model", "int8"), "give one format for both, not model and int8"),
+        (LayerSpec(8, 1, 20, 0, 4), ("int8", "int8"), "no group of 8 to 64 elements divides a head size of 20"),
         (LayerSpec(8, 2, 16, 20, 4), ("int8", "int4"), "no group of 8 to 64 elements divides a head size of 20"),
     ],
 )

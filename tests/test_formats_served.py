@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +45,25 @@ def test_int8_of_every_token_is_nearly_the_full_cache() -> None:
     assert float((got - expected).abs().max() / expected.abs().max()) < 0.02
 
 
-def test_an_engine_and_a_compiled_model_generate_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("formats", [MIXED.formats, (("fp8", "int4"), ("fp8", "fp8"))], ids=["int", "fp8"])
+def test_an_engine_and_a_compiled_model_generate_the_same(tmp_path: Path, formats: Any) -> None:
     model, ids = llama(2), random_ids(1, 30)
-    llm = xkv_fx.transform(model, MIXED, backend="eager")
+    mixed = dataclasses.replace(MIXED, formats=formats)
+    llm = xkv_fx.transform(model, mixed, backend="eager")
     expected = llm.generate(ids, **OPTIONS)
     xkv_fx.export(llm, tmp_path / "engine", target="pt2")
     engine = xkv_fx.load(tmp_path / "engine", trust=True)
-    assert engine.budgets == MIXED
+    assert engine.budgets == mixed
     assert torch.equal(engine.generate(ids, 9), expected)
     session = engine.new_session()
-    assert session.state.kv_bytes == engine.kv_bytes == MIXED.kv_bytes(model)
+    assert session.state.kv_bytes == engine.kv_bytes == mixed.kv_bytes(model)
     torch._dynamo.reset()
     compiled = llama(2)
     compiled.set_attn_implementation("xkv")
-    compiled.compile(backend="xkv", options={"budgets": MIXED, "lower": "eager"})
-    cache = xkv_fx.Cache(compiled, MIXED)
+    compiled.compile(backend="xkv", options={"budgets": mixed, "lower": "eager"})
+    cache = xkv_fx.Cache(compiled, mixed)
     assert torch.equal(compiled.generate(ids, past_key_values=cache, **OPTIONS), expected)
-    assert cache.kv_bytes == MIXED.kv_bytes(model)
+    assert cache.kv_bytes == mixed.kv_bytes(model)
 
 
 def test_plans_of_other_formats_do_not_share_sessions(tmp_path: Path) -> None:
@@ -77,7 +80,7 @@ def test_plans_of_other_formats_do_not_share_sessions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("formats", "message"),
     [
-        ((("fp8", "fp8"), None), "keys of layer 0 as fp8 .*no kernel for fp8 yet"),
+        ((("fp8", "int5"), None), "unknown format 'int5' of the values of layer 0"),
         ((None, ("int8", "int8"), None), "formats has 3 entries for 2 capacities"),
     ],
 )

@@ -122,9 +122,9 @@ def calibrate(
         resume: a folder for what was measured so far, one file a prompt. After an interruption the same call goes on
             from there; results from other weights, policies, grids or prompts are not reused.
         group: processes to share the prompts with; see `profile`. With `resume` each writes the files of its prompts.
-        formats: what slots may store, `"model"` (the model's dtype), `"int8"` and `"int4"`: each for keys and values
-            alike, and int8 keys with int4 values where both are named. Or pairs of such names, of keys and of values.
-            The model's dtype alone by default.
+        formats: what slots may store, `"model"` (the model's dtype), `"int8"`, `"int4"` and `"fp8"`: each for keys and
+            values alike, and int8 keys with int4 values where both are named and no layer caches latents. Or pairs of
+            such names, of keys and of values. The model's dtype alone by default.
 
     Raises:
         PromptError: no prompts, one that is too short for its continuation or too long for the model's positions, or

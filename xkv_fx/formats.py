@@ -19,11 +19,11 @@ LayerFormats = tuple[SlotFormat, SlotFormat]
 
 _IN_MODEL: LayerFormats = ("model", "model")
 
-CODE_BITS = {"int8": 8, "int4": 4}
+CODE_BITS = {"fp8": 8, "int8": 8, "int4": 4}
 """Bits per element, for formats that store codes."""
 _LARGEST_GROUP = 64
 _GROUP_MULTIPLE = 8
-SCALE_BYTES = 4  # of a group: its scale and its zero, in half precision
+_SCALE_BYTES = 2  # half precision; a group of whole numbers has a scale and a zero
 
 
 def group_of(dim: int) -> int:
@@ -51,21 +51,32 @@ def vector_bytes(name: SlotFormat, dim: int, itemsize: int) -> int:
     Raises:
         BudgetError: this format cannot store such a vector.
     """
-    check_has_kernel(name)
     if name == "model":
         return dim * itemsize
-    groups = dim // group_of(dim)
-    return dim * CODE_BITS[name] // 8 + groups * SCALE_BYTES
+    return dim * CODE_BITS[name] // 8 + scales_of(name, dim) * _SCALE_BYTES
 
 
-def check_has_kernel(name: SlotFormat) -> None:
-    """Refuse a format that nothing reads yet.
+def scales_of(name: SlotFormat, dim: int) -> int:
+    """Numbers in half precision beside the codes of a vector: a scale and a zero for each group of whole numbers, one
+    scale for all of a vector's `"fp8"` numbers, which bring an exponent each.
 
     Raises:
-        BudgetError: it is one.
+        BudgetError: as `group_of`.
     """
-    if name != "model" and name not in CODE_BITS:
-        raise BudgetError(f"there is no kernel for {name} yet; choose one of {', '.join(('model', *CODE_BITS))}")
+    return 1 if name == "fp8" else 2 * (dim // group_of(dim))
+
+
+def check_latent(pair: LayerFormats) -> None:
+    """Refuse two formats for keys and values that are one vector.
+
+    Raises:
+        BudgetError: they differ.
+    """
+    keys, values = pair
+    if keys != values:
+        raise BudgetError(
+            f"keys and values are one latent, which is stored once; give one format for both, not {keys} and {values}"
+        )
 
 
 def pair_name(pair: LayerFormats | None) -> str:

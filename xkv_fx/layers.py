@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from xkv_fx.errors import BudgetError
 from xkv_fx.fields import Fields, check_fields, or_null, whole
-from xkv_fx.formats import LayerFormats, vector_bytes
+from xkv_fx.formats import LayerFormats, check_latent, vector_bytes
 
 
 class HasItemSize(Protocol):
@@ -54,9 +54,10 @@ class LayerSpec:
         itemsize = self.itemsize if dtype is None else dtype.itemsize
         if formats is None:
             return self.kv_heads * (self.key_dim + self.value_dim) * itemsize
-        if self.value_dim == 0:
-            raise BudgetError("keys and values are one latent, which is stored in the model's dtype only")
         keys, values = formats
+        if self.value_dim == 0:
+            check_latent(formats)
+            return self.kv_heads * vector_bytes(keys, self.key_dim, itemsize)
         return self.kv_heads * (
             vector_bytes(keys, self.key_dim, itemsize) + vector_bytes(values, self.value_dim, itemsize)
         )

@@ -23,8 +23,8 @@ class Budgets(Plan):
         policy: how those slots are filled.
         provenance: how the plan was made.
         formats: how each layer stores its slots: a pair of names (`"model"`, `"fp8"`, `"int8"`, `"int4"`), of its keys
-            and of its values, or None for the model's dtype; None as a whole if all layers do. `"fp8"`
-            is refused for now, and so is every other format for latents.
+            and of its values, or None for the model's dtype; None as a whole if all layers do. Latents are keys and
+            values at once, and have one format for both.
 
     Raises:
         BudgetError: no layers, a capacity that is not a whole number of at least 1, or formats that are unknown or not

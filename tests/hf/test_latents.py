@@ -9,9 +9,10 @@ import pytest
 import torch
 from by_hand import default_recent, snapkv_scores, survivors
 from exhaustive import exhaustive
-from tiny_models import build, random_ids
+from latent_models import deepseek
+from tiny_models import random_ids
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 import xkv_fx
 from xkv_fx import Budgets, Policy
@@ -28,17 +29,6 @@ LENGTH, STEPS = 40, 12
 CAPACITIES = (20, 20)  # equal, since transformers makes one mask for all layers
 LATENT = LayerSpec(query_heads=4, kv_heads=1, key_dim=16 + 8, value_dim=0, itemsize=4)
 TOKENS = random_ids(1, LENGTH + STEPS, seed=3)
-
-
-def deepseek(layers: int = 2) -> Any:
-    """Layers without experts; the full keys and values of a token have 4 x (16 + 8) elements, its latent 16 + 8."""
-    config = DeepseekV3Config(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-        first_k_dense_replace=layers, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=None,
-        attn_implementation="eager",
-    )  # fmt: skip
-    return build(DeepseekV3ForCausalLM, config)
 
 
 @pytest.fixture(scope="module")

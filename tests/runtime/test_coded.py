@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from latent_models import deepseek
 from ready_models import cache_plan, captured
 from tiny_models import random_ids
 from torch import Tensor
 
+from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, SessionError
+from xkv_fx.hf.capture import capture
 from xkv_fx.lowering.program import CompiledProgram, Graphs
 from xkv_fx.policy import Eviction, Policy
 from xkv_fx.runtime.quantize import Coding
@@ -29,6 +32,8 @@ PAIRS: dict[str, Any] = {
     "int4": ("int4", "int4"),
     "model/int4": ("model", "int4"),
     "int8/model": ("int8", "model"),
+    "fp8": ("fp8", "fp8"),
+    "fp8/int4": ("fp8", "int4"),
 }
 
 
@@ -65,9 +70,14 @@ class PassedPlan(CachePlan):
         )
 
 
+@functools.cache
+def of_latents() -> CapturedModel:
+    return capture(deepseek(3), rows=2, check=False)
+
+
 def sessions(family: str, policy: Policy, pairs: tuple[Any, ...], backend: str = "eager") -> tuple[Session, Session]:
     """One with slots of fewer bits, and one that says what it should compute."""
-    source = captured(family, 3, 2)
+    source = of_latents() if family == "deepseek" else captured(family, 3, 2)
     capacities = (64,) * 3 if policy.eviction == "none" else (12, 17, 14)
     plain = cache_plan(source, capacities, policy, max_new_tokens=9)
     scorer: Scorer = scorer_of(policy)
@@ -109,12 +119,28 @@ def test_soft_caps_sink_logits_and_windows(family: str, eviction: Eviction) -> N
     assert_same(*sessions(family, Policy(eviction=eviction), (PAIRS["int8/int4"],) * 3))
 
 
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("eviction", ["ring", "scored", "append", "none"])
+def test_latents(eviction: Eviction, name: str) -> None:
+    ours, theirs = sessions("deepseek", Policy(eviction=eviction), (PAIRS[name],) * 3)
+    assert_same(ours, theirs)
+    latent = {"int8": 24 + 4, "int4": 12 + 4, "fp8": 24 + 2}[name]  # of 16 + 8 elements in one group, stored once
+    slots = sum(cache.slots.slots for cache in ours.program.plan.caches)
+    assert ours.state.kv_bytes == 2 * slots * latent
+    assert f"latent of 24 {name}" in ours.program.plan.caches[0].contents
+
+
+@pytest.mark.parametrize("scorer", ["value_norm", "h2o", "expected_attention"])
+def test_scorers_see_latents(scorer: str) -> None:
+    assert_same(*sessions("deepseek", Policy(scorer=scorer), (PAIRS["int8"], None, PAIRS["fp8"])))
+
+
 @pytest.mark.parametrize("scorer", ["h2o", "tova", "key_norm", "key_diff", "value_norm", "expected_attention"])
 def test_every_scorer(scorer: str) -> None:
     assert_same(*sessions("llama", Policy(scorer=scorer), (PAIRS["int8"], None, PAIRS["int4"])))
 
 
-@pytest.mark.parametrize("pair", ["int8", "int4"])
+@pytest.mark.parametrize("pair", ["int8", "int4", "fp8"])
 def test_compiled(pair: str) -> None:
     """A compiler rounds in other places, which moves a code by one step now and then: much to a value of four bits."""
     pairs = (PAIRS[pair], None, PAIRS[pair])
@@ -137,7 +163,7 @@ def test_compiled(pair: str) -> None:
 @pytest.mark.parametrize("pair", list(PAIRS))
 def test_bytes(pair: str) -> None:
     ours, theirs = sessions("llama", Policy(), (PAIRS[pair],) * 3)
-    sizes = {"model": 8 * 4, "int8": 8 + 4, "int4": 4 + 4}  # of a head of eight elements in one group
+    sizes = {"model": 8 * 4, "int8": 8 + 4, "int4": 4 + 4, "fp8": 8 + 2}  # of a head of eight elements in one group
     slot = sum(sizes[name] for name in PAIRS[pair])
     assert ours.state.kv_bytes == ours.program.plan.kv_bytes == 2 * 2 * (12 + 17 + 14) * slot
     assert ours.state.state_bytes == theirs.state.state_bytes
@@ -167,9 +193,9 @@ def test_forks_beams_refilled_rows_and_files(tmp_path: Path) -> None:
         load_session(other, tmp_path / "coded")
 
 
-def test_a_layer_of_latents_is_refused() -> None:
+def test_a_latent_of_two_formats_is_refused() -> None:
     plain = cache_plan(captured(), (12, 12, 12))
     latents = tuple(dataclasses.replace(spec, value_dim=0) for spec in plain.layers)
-    plan = CachePlan(latents, plain.slots, 1, plain.dtype, plain.device, (PAIRS["int8"],) * 3)
-    with pytest.raises(BudgetError, match="layer 0 caches latents"):
+    plan = CachePlan(latents, plain.slots, 1, plain.dtype, plain.device, (PAIRS["int8/int4"],) * 3)
+    with pytest.raises(BudgetError, match=r"layer 0: keys and values are one latent.* not int8 and int4"):
         plan.allocate()

@@ -11,7 +11,9 @@ from xkv_fx.errors import BudgetError
 from xkv_fx.runtime.quantize import Coding, rotate, rotate_back
 
 SIZES = [8, 24, 64, 80, 96, 128, 256, 576]
-FORMATS = ["int8", "int4"]
+FORMATS = ["int8", "int4", "fp8"]
+E4M3 = [2.0 ** max(code // 8 - 7, -6) * (code % 8 / 8 + (code >= 8)) for code in range(127)]
+"""What the floats of 8 bits without a sign stand for; the last code is no number."""
 
 
 def sylvester(size: int) -> np.ndarray:
@@ -23,6 +25,8 @@ def sylvester(size: int) -> np.ndarray:
 
 def by_loops(rotated: np.ndarray, coding: Coding) -> tuple[list[int], list[tuple[float, float]]]:
     """Codes of one rotated vector, float32, element by element, and the scale and zero of each group."""
+    if coding.floats:
+        return floats_by_loops(rotated)
     steps, codes, scales = np.float32(2**coding.bits - 1), [], []
     for group in rotated.reshape(coding.groups, coding.group):
         zero = np.float16(group.min())
@@ -35,6 +39,17 @@ def by_loops(rotated: np.ndarray, coding: Coding) -> tuple[list[int], list[tuple
         half = len(codes) // 2
         codes = [low | high << 4 for low, high in zip(codes[:half], codes[half:], strict=True)]
     return codes, scales
+
+
+def floats_by_loops(rotated: np.ndarray) -> tuple[list[int], list[tuple[float, ...]]]:
+    """The nearest of all floats of 8 bits for each element, of two as near the one with an even code."""
+    scale = np.float16(np.abs(rotated).max() / np.float32(448))
+    codes = []
+    for element in rotated / np.float32(scale if scale > 0 else 1):
+        size = float(np.clip(abs(element), 0, 448))
+        nearest = min(range(127), key=lambda code: (abs(E4M3[code] - size), code % 2))
+        codes.append(nearest | (128 if np.signbit(element) else 0))
+    return codes, [(float(scale),)]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -64,7 +79,7 @@ def test_codes_are_those_of_a_loop(size: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("name", "most"), [("int8", 0.006), ("int4", 0.1)])
+@pytest.mark.parametrize(("name", "most"), [("int8", 0.006), ("int4", 0.1), ("fp8", 0.03)])
 def test_what_comes_out_is_near(size: int, name: str, most: float) -> None:
     vectors = torch.randn(50, size, generator=torch.Generator().manual_seed(1))
     passed = Coding.of(name, size).passed(vectors)
@@ -80,6 +95,18 @@ def test_a_vector_is_stored_by_itself(name: str) -> None:
     alone = [coding.encode(vector) for vector in vectors.flatten(0, 1)]
     for part in (0, 1):
         assert torch.equal(together[part].flatten(0, 1), torch.stack([pair[part] for pair in alone]))
+
+
+def test_floats_of_any_numbers() -> None:
+    """Beyond what a float16 scale can hold, below it, and what is no number: then all of the vector is none."""
+    coding = Coding.of("fp8", 20)
+    vectors = torch.ones(5, 20) * torch.tensor([1e9, 1e-9, 0.0, 1.0, float("nan")])[:, None]
+    vectors[3, 4] = float("inf")
+    passed = coding.passed(vectors)
+    assert bool(passed[4].isnan().all())
+    assert bool(passed[:4].isfinite().all())
+    assert float(passed[0, 0]) == pytest.approx(448 * 65504 / 2)  # a block of four, all in its first element
+    assert not bool(passed[1:3].any())
 
 
 def test_rotation_spreads_an_outlier() -> None:
@@ -99,7 +126,6 @@ def test_rotation_spreads_an_outlier() -> None:
         ("int8", 20, "no group of 8 to 64 elements divides a head size of 20"),
         ("int4", 4, "divides a head size of 4"),
         ("model", 64, "the format 'model' stores no codes"),
-        ("fp8", 64, "the format 'fp8' stores no codes"),
     ],
 )
 def test_what_cannot_be_stored_so_is_refused(name: str, size: int, message: str) -> None:

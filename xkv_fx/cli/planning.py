@@ -93,7 +93,7 @@ def calibrate(
     ] = None,
     formats: Annotated[
         str | None,
-        typer.Option(help="What slots may store, such as model,int8,int4; the model's dtype alone by default."),
+        typer.Option(help="What slots may store, of model, int8, int4 and fp8; the model's dtype alone by default."),
     ] = None,
     scorer: Scorer = "snapkv",
     eviction: Annotated[str, typer.Option(help="ring, scored or append: what will serve.")] = "ring",

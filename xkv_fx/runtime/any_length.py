@@ -196,8 +196,8 @@ def extend_coded(
 ) -> Tensor:
     """`xkv::extend_coded`."""
     form = AttentionForm(scale, sliding_window, softcap, slopes=slopes)
-    keys = Stored.of(k_cache, k_scales, key_bits, k.shape[-1])
-    values = Stored.of(v_cache, v_scales, value_bits, v.shape[-1])
+    buffers, bits = (k_cache, k_scales, v_cache, v_scales), (key_bits, value_bits)
+    keys, values = Stored.pair(buffers, bits, (k.shape[-1], v.shape[-1]))
 
     def over_slots(part: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         return extend_block(part, query, keys, values, mask, form, ages, key_mean)

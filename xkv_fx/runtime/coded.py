@@ -4,7 +4,7 @@ of a cache is made."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ class Stored:
 
     Attributes:
         cache: codes uint8 `[rows, kv_heads, slots, code_bytes]`; the vectors themselves where there is no coding.
-        scales: float16 `[rows, kv_heads, slots, groups, 2]`; no groups where there is no coding.
+        scales: float16 `[rows, kv_heads, slots, groups, 2]`, scales and zeros; `[..., 1, 1]` of floats; no groups where
+            there is no coding.
         coding: how they are stored; None for the model's dtype.
     """
 
@@ -40,8 +41,19 @@ class Stored:
 
     @classmethod
     def of(cls, cache: Tensor, scales: Tensor, bits: int, dim: int) -> Stored:
-        """From an op's arguments; `bits` is 0 for the model's dtype."""
-        return cls(cache, scales, Coding.of_bits(bits, dim) if bits else None)
+        """From an op's arguments; `bits` is 0 for the model's dtype. Floats are known by their scales without zeros."""
+        return cls(cache, scales, Coding.of_bits(bits, dim, floats=scales.shape[-1] == 1) if bits else None)
+
+    @classmethod
+    def pair(cls, buffers: Sequence[Tensor], bits: tuple[int, int], dims: tuple[int, int]) -> tuple[Stored, Stored]:
+        """Keys and values. Where values are the keys and stored once, their buffer is empty and these are the keys.
+
+        Args:
+            buffers: of an op, `k_cache, k_scales, v_cache, v_scales`.
+            bits, dims: of keys and of values.
+        """
+        keys = cls.of(buffers[0], buffers[1], bits[0], dims[0])
+        return keys, cls.of(buffers[2], buffers[3], bits[1], dims[1]) if buffers[2].shape[-1] else keys
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -127,6 +139,7 @@ def attend(
 
     Args:
         mask: broadcastable to `[rows, kv_heads, group, S, slots]`; 0, minus infinity, or a bias.
+        mean: as in `logits_of`; it is given back to values that are the keys.
 
     Returns:
         float32 `[rows, query_heads, S, value_dim]`, 0 for a query without any slot; the weights
@@ -135,7 +148,10 @@ def attend(
     logits = logits_of(q, keys, scale, softcap, mean) + mask
     lse = torch.logsumexp(logits, -1)
     weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-    return weighted(weights, values), weights, lse.flatten(1, 2)
+    out = weighted(weights, values)
+    if mean is not None and values is keys:
+        out = out + (weights.sum(-1)[..., None] * mean[:, None, None]).flatten(1, 2)
+    return out, weights, lse.flatten(1, 2)
 
 
 def extend(

@@ -1,9 +1,11 @@
 """The budgeted ops over slots of fewer bits, under the `torch.library` namespace `xkv`; importing this registers them.
 
 They are the ops of `ops`, with two buffers for keys and two for values, in place of one each: codes uint8
-`[rows, kv_heads, slots, code_bytes]` and scales float16 `[rows, kv_heads, slots, groups, 2]`. `key_bits` and
-`value_bits` are 8 or 4; with 0 that part is stored in the model's dtype, and its scales have no groups. `key_mean`,
-float32 `[kv_heads, key_dim]`, is subtracted from keys before they are stored.
+`[rows, kv_heads, slots, code_bytes]` and scales float16 `[rows, kv_heads, slots, groups, 2]`, or `[..., 1, 1]` for
+codes that are floats. `key_bits` and `value_bits` are 8 or 4; with 0 that part is stored in the model's dtype, and its
+scales have no groups. Where the values are the keys themselves, as with an MLA latent, they are stored once and
+`v_cache` is `[rows, kv_heads, slots, 0]`. `key_mean`, float32 `[kv_heads, key_dim]`, is subtracted from keys before
+they are stored.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ def _keep(
     slots = positions.shape[2]
     k = k if key_mean is None else k - key_mean[:, None].to(k.dtype)
     for cache, scales, new, bits in ((k_cache, k_scales, k, key_bits), (v_cache, v_scales, v, value_bits)):
+        if not cache.shape[-1]:
+            continue
         index = (source - slots).clamp(min=0)[..., None].expand(-1, -1, -1, new.shape[-1])
         stored = Stored.of(cache, scales, bits, new.shape[-1])
         arrived = new.gather(2, index)
@@ -81,8 +85,8 @@ def extend_coded(
 ) -> Tensor:
     """`xkv::extend_attention`. The new tokens attend to each other as they are, to the slots as these are stored."""
     form = AttentionForm(scale, sliding_window, softcap, slopes=slopes)
-    keys = Stored.of(k_cache, k_scales, key_bits, k.shape[-1])
-    values = Stored.of(v_cache, v_scales, value_bits, v.shape[-1])
+    buffers, bits = (k_cache, k_scales, v_cache, v_scales), (key_bits, value_bits)
+    keys, values = Stored.pair(buffers, bits, (k.shape[-1], v.shape[-1]))
     out, lse = extend(q, k, v, keys, values, mask, form, ages, key_mean)
     return apply_sink_logits(out, lse, sink_logits).contiguous()
 
@@ -165,10 +169,10 @@ def _written(
     rows, kv_heads = k.shape[:2]
     row, head = torch.arange(rows, device=k.device)[:, None], torch.arange(kv_heads, device=k.device)
     at = (row, head, slot.view(rows, -1))
-    keys = Stored.of(buffers[0], buffers[1], key_bits, k.shape[-1])
-    values = Stored.of(buffers[2], buffers[3], value_bits, v.shape[-1])
+    keys, values = Stored.pair(buffers, (key_bits, value_bits), (k.shape[-1], v.shape[-1]))
     keys.write(k[:, :, 0] if key_mean is None else k[:, :, 0] - key_mean.to(k.dtype), at)
-    values.write(v[:, :, 0], at)
+    if values is not keys:
+        values.write(v[:, :, 0], at)
     return keys, values, at
 
 

@@ -53,7 +53,9 @@ def test_a_compiled_model_is_served_by_it(family: str) -> None:
 
 def given(**changed: Any) -> dict[str, Any]:
     q, k = torch.empty(2, 6, 1, 64), torch.empty(2, 3, 1, 64)
-    arguments = {"q": q, "k": k, "v": k, "mask": torch.empty(2, 1, 1, 30), "key_bits": 8, "value_bits": 4}
+    codes, scales = torch.empty(2, 3, 30, 64, dtype=torch.uint8), torch.empty(2, 3, 30, 1, 2)
+    buffers = {"k_cache": codes, "k_scales": scales, "v_cache": codes[..., :32], "v_scales": scales}
+    arguments = {"q": q, "k": k, "v": k, **buffers, "mask": torch.empty(2, 1, 1, 30), "key_bits": 8, "value_bits": 4}
     return {**arguments, **changed}
 
 
@@ -69,6 +71,8 @@ def given(**changed: Any) -> dict[str, Any]:
         ({"v": torch.empty(2, 3, 1, 64).half()}, "queries, keys and values of different dtypes"),
         ({"v": torch.empty(2, 3, 1, 72)}, "head sizes 64 and 72 are not multiples of 16"),
         ({"key_bits": 0, "value_bits": 0}, "slots in the model's dtype by the op for fewer bits"),
+        ({"v_scales": torch.empty(2, 3, 30, 1, 1)}, "slots of fp8"),
+        ({"v_cache": torch.empty(2, 3, 30, 0)}, "values that are the keys"),
     ],
     ids=[
         "served",
@@ -80,6 +84,8 @@ def given(**changed: Any) -> dict[str, Any]:
         "mixed",
         "72",
         "0 bits",
+        "fp8",
+        "latents",
     ],
 )
 def test_what_it_does_not_serve(changed: dict[str, Any], why: str | None) -> None:

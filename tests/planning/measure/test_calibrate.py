@@ -167,7 +167,7 @@ def test_progress_is_reported() -> None:
         ({"grid": (float("nan"), 0.5)}, BudgetError, "ascending"),
         ({"grid": "half"}, BudgetError, "grid must be shares"),
         ({"formats": "int8"}, BudgetError, "formats must be a sequence"),
-        ({"formats": ("int8", "fp8")}, BudgetError, "no kernel for fp8"),
+        ({"formats": ("int8", "fp4")}, BudgetError, "unknown format 'fp4'"),
     ],
 )
 def test_bad_input_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:

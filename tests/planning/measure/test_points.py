@@ -24,6 +24,7 @@ INT8, INT4, BOTH = ("int8", "int8"), ("int4", "int4"), ("int8", "int4")
         (("int4", "int8", "int4"), [INT4, INT8, BOTH]),
         ((INT4, "int8"), [INT4, INT8]),
         (([["model", "int8"], "model"]), [("model", "int8"), None]),
+        (("model", "fp8", "int4"), [None, ("fp8", "fp8"), INT4]),
     ],
 )
 def test_each_name_is_of_keys_and_values_alike_and_int8_keys_go_with_int4_values(formats: Any, pairs: Any) -> None:
@@ -38,12 +39,16 @@ def test_each_name_is_of_keys_and_values_alike_and_int8_keys_go_with_int4_values
         (7, "formats must be a sequence"),
         (("int5",), "unknown format 'int5' of the keys of what is measured"),
         ((("int8", "int4", "int4"),), "the formats of what is measured must be None or a pair"),
-        (("model", "fp8"), "there is no kernel for fp8 yet; choose one of model, int8, int4"),
     ],
 )
 def test_what_are_no_formats_to_measure_is_refused(formats: Any, message: str) -> None:
     with pytest.raises(BudgetError, match=message):
         pairs_to_measure(formats)
+
+
+def test_latents_are_not_measured_with_other_formats_of_values() -> None:
+    pairs = pairs_to_measure(("int8", "int4"), (LayerSpec(8, 1, 64, 0, 2),))
+    assert list(pairs) == [INT8, INT4]
 
 
 def test_the_models_dtype_alone_is_measured_as_without_formats() -> None:
@@ -72,7 +77,7 @@ def test_only_the_fewest_bytes_are_measured_down_to_few_tokens() -> None:
     ("layer", "message"),
     [
         (LayerSpec(8, 2, 64, 20, 4), "layer 1 cannot be stored as int8: no group .* divides a head size of 20"),
-        (LayerSpec(8, 1, 24, 0, 4), "layer 1 cannot be stored as int8: keys and values are one latent"),
+        (LayerSpec(8, 1, 20, 0, 4), "layer 1 cannot be stored as int8: no group"),
     ],
 )
 def test_layers_that_cannot_be_stored_so_are_refused(layer: LayerSpec, message: str) -> None:

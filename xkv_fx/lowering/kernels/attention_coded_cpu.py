@@ -24,8 +24,12 @@ def obstacle(given: Mapping[str, Any]) -> str | None:
         return f"head sizes {q.shape[3]} and {v.shape[3]} are not multiples of {STEP}"
     if mask.dtype != q.dtype or mask.shape[1] not in (1, k.shape[1]):
         return "biased attention"
+    if not given["v_cache"].shape[3]:
+        return "values that are the keys"
     if not (given["key_bits"] or given["value_bits"]):
         return "slots in the model's dtype by the op for fewer bits"
+    if 1 in (given["k_scales"].shape[4], given["v_scales"].shape[4]):
+        return "slots of fp8"
     return None
 
 

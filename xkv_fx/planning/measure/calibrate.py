@@ -71,7 +71,7 @@ def measure_calibration(
         PromptError, BudgetError, UnsupportedModelError: see `xkv_fx.calibrate`.
     """
     check_measurable(policy, continuation, grid)
-    pairs = pairs_to_measure(formats)
+    pairs = pairs_to_measure(formats, captured.layers)
     points = points_to_measure(pairs, grid, captured.layers)
 
     def prepare() -> tuple[list[Tensor], Scorer, _Partial]:

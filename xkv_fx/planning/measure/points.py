@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from xkv_fx.errors import BudgetError
-from xkv_fx.formats import LayerFormats, check_has_kernel, checked_pair
+from xkv_fx.formats import LayerFormats, checked_pair
 from xkv_fx.layers import LayerSpec
 from xkv_fx.planning.data.calibration_data import check_grid, check_storable
 
@@ -38,24 +38,25 @@ class Points:
         return len(self.shares)
 
 
-def pairs_to_measure(formats: Sequence[str | LayerFormats] | None) -> tuple[LayerFormats | None, ...]:
+def pairs_to_measure(
+    formats: Sequence[str | LayerFormats] | None, layers: Sequence[LayerSpec] = ()
+) -> tuple[LayerFormats | None, ...]:
     """The formats of keys and values that are measured when these are asked for, None for the model's dtype.
 
     Args:
         formats: names, each for keys and values alike, or pairs of names. `"int8"` and `"int4"` together add int8 keys
-            with int4 values: keys need the bits, values do not.
+            with int4 values: keys need the bits, values do not. Latents are both, and are not measured so.
+        layers: that will be measured.
 
     Raises:
-        BudgetError: none, an unknown one, one without a kernel, or something else than names and pairs.
+        BudgetError: none, an unknown one, or something else than names and pairs.
     """
     if formats is None:
         return (None,)
     if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
         raise BudgetError(f"formats must be a sequence of names or pairs of names, at least one; got {formats!r:.100}")
     pairs = [checked_pair((one, one) if isinstance(one, str) else one, "what is measured") for one in formats]
-    for name in {name for pair in pairs if pair is not None for name in pair}:
-        check_has_kernel(name)
-    if "int8" in formats and "int4" in formats:
+    if "int8" in formats and "int4" in formats and all(spec.value_dim for spec in layers):
         pairs.append(("int8", "int4"))
     return tuple(dict.fromkeys(pairs))
 

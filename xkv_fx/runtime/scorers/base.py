@@ -249,8 +249,8 @@ def rescore_coded_tokens(
 ) -> Tensor:
     """As `rescore_tokens` over slots of fewer bits: what was stored is what is scored; see `coded_ops`."""
     form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes)
-    keys = Stored.of(k_cache, k_scales, key_bits, k.shape[-1])
-    values = Stored.of(v_cache, v_scales, value_bits, v.shape[-1])
+    buffers, bits = (k_cache, k_scales, v_cache, v_scales), (key_bits, value_bits)
+    keys, values = Stored.pair(buffers, bits, (k.shape[-1], v.shape[-1]))
     ordinals = plan.ordinals(positions, seen, base)
     return _run(scorer, PromptView(q, k, v, length, form, seen, keys, values, ordinals, unrotated, rotation))
 

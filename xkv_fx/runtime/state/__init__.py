@@ -2,7 +2,7 @@
 
 kv          keys and values in the model's dtype, with their positions, and their scores where these decide
 coded       keys and values in fewer bits: codes, with scales of their own for each slot
-latent      the latent and rotary key of multi-head latent attention, which are keys and values at once
+latent      the latent and rotary key of multi-head latent attention, which are keys and values at once; in either form
 borrowed    the cache of an earlier attention, read by one that makes no keys and values of its own
 counters    how many tokens each row has seen
 
@@ -15,7 +15,7 @@ from xkv_fx.runtime.state.borrowed import BorrowedState
 from xkv_fx.runtime.state.coded import CodedState
 from xkv_fx.runtime.state.counters import CountersState
 from xkv_fx.runtime.state.kv import KVState
-from xkv_fx.runtime.state.latent import LatentState
+from xkv_fx.runtime.state.latent import CodedLatentState, LatentState
 from xkv_fx.runtime.state.plan import CACHE_KINDS, CachePlan
 from xkv_fx.runtime.state.tensors import State
 
@@ -27,6 +27,7 @@ __all__ = [
     "Buffer",
     "Build",
     "CachePlan",
+    "CodedLatentState",
     "CodedState",
     "CountersState",
     "GraphKind",

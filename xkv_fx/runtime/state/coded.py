@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from xkv_fx.errors import BudgetError
-from xkv_fx.formats import LayerFormats
+from xkv_fx.formats import LayerFormats, SlotFormat
 from xkv_fx.layers import LayerSpec
 from xkv_fx.runtime.quantize import Coding
 from xkv_fx.runtime.scorers import rescore_coded_tokens
@@ -43,13 +43,14 @@ class CodedState(KVState):
         """Of keys and of values; None for the model's dtype.
 
         Raises:
-            BudgetError: a format that is not served, or a head size that no group divides; the message names the layer.
+            BudgetError: a head size that no group divides; the message names the layer.
         """
+        keys, values = self.formats
+        return self._coding(keys, self.spec.key_dim), self._coding(values, self.spec.value_dim)
+
+    def _coding(self, name: SlotFormat, size: int) -> Coding | None:
         try:
-            return tuple(  # type: ignore[return-value]  # of both
-                None if name == "model" else Coding.of(name, size)
-                for name, size in zip(self.formats, (self.spec.key_dim, self.spec.value_dim), strict=True)
-            )
+            return None if name == "model" else Coding.of(name, size)
         except BudgetError as error:
             raise BudgetError(f"layer {self.index}: {error}") from error
 
@@ -58,7 +59,7 @@ class CodedState(KVState):
         buffers = []
         for field, size, coding in zip("kv", (self.spec.key_dim, self.spec.value_dim), self.codings, strict=True):
             width, dtype = (size, self.dtype) if coding is None else (coding.code_bytes, torch.uint8)
-            scales = (*self._shape, 0 if coding is None else coding.groups, 2)
+            scales = (*self._shape, *((0, 2) if coding is None else (coding.groups, coding.numbers)))
             buffers.append(self._buffer(field, (*self._shape, width), dtype, holds="kv", reset="stale"))
             buffers.append(self._buffer(f"{field}_scales", scales, torch.float16, holds="kv", reset="stale"))
         return buffers

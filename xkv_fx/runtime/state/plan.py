@@ -15,10 +15,10 @@ from xkv_fx.runtime.state.base import Buffer, LayerState
 from xkv_fx.runtime.state.coded import CodedState
 from xkv_fx.runtime.state.counters import CountersState
 from xkv_fx.runtime.state.kv import KVState
-from xkv_fx.runtime.state.latent import LatentState
+from xkv_fx.runtime.state.latent import CodedLatentState, LatentState
 from xkv_fx.runtime.state.tensors import State
 
-CACHE_KINDS: tuple[type[KVState], ...] = (LatentState, CodedState, KVState)
+CACHE_KINDS: tuple[type[KVState], ...] = (LatentState, CodedLatentState, CodedState, KVState)
 """The kinds of states that a layer's cache may be; the first that serves a layer is taken."""
 
 
@@ -50,12 +50,7 @@ class CachePlan:
         return tuple(self._cache(index, spec, slots, pair) for index, (spec, slots, pair) in each)
 
     def _cache(self, index: int, spec: LayerSpec, slots: SlotPlan, formats: LayerFormats | None) -> KVState:
-        kind = next((kind for kind in CACHE_KINDS if kind.serves(spec, formats)), None)
-        if kind is None:
-            raise BudgetError(
-                f"layer {index} caches latents, which are keys and values at once; they are stored in the model's "
-                "dtype only"
-            )
+        kind = next(kind for kind in CACHE_KINDS if kind.serves(spec, formats))
         options = {} if formats is None else {"formats": formats}
         return kind(index, spec, slots, self.rows, self.dtype, **options)
 
