@@ -57,6 +57,14 @@ def test_chat_session(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[3] == f"bytes of a full cache by now: {2 * 12 * 35 * 2 * (8 + 8) * 4}"
 
 
+def test_many_requests(capsys: pytest.CaptureFixture[str]) -> None:
+    *answered, memory = run_here("many_requests.py", capsys)
+    assert len(answered) == 13
+    assert sum("20 of them not fed again" in line for line in answered) == 11
+    assert any("more than the model's 512 positions" in line for line in answered)
+    assert memory.startswith(f"{4 * (48 + 32) * 2 * 2 * 8 * 4} bytes")
+
+
 def test_plan_for_tensorrt_llm(capsys: pytest.CaptureFixture[str]) -> None:
     settings, note = run_here("plan_for_tensorrt_llm.py", capsys)
     assert settings.startswith('{"max_attention_window": [')

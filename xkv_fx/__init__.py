@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from xkv_fx.planning.measure.verify import Verification
     from xkv_fx.policy import Policy
     from xkv_fx.public_budgets import Budgets
+    from xkv_fx.runtime.many.request import Answer, Request
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
     "BackendError",
     "BudgetError",
     "Budgets",
@@ -54,6 +56,7 @@ __all__ = [
     "Policy",
     "Profile",
     "PromptError",
+    "Request",
     "SessionError",
     "UnsupportedModelError",
     "Verification",
@@ -71,6 +74,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Answer": "xkv_fx.runtime.many.request",
     "BackendError": "xkv_fx.errors",
     "BudgetError": "xkv_fx.errors",
     "Budgets": "xkv_fx.public_budgets",
@@ -86,6 +90,7 @@ _HOMES = {
     "Policy": "xkv_fx.policy",
     "Profile": "xkv_fx.planning.data.profile_data",
     "PromptError": "xkv_fx.errors",
+    "Request": "xkv_fx.runtime.many.request",
     "SessionError": "xkv_fx.errors",
     "UnsupportedModelError": "xkv_fx.errors",
     "Verification": "xkv_fx.planning.measure.verify",

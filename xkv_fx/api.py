@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -427,7 +428,8 @@ def transform(
         return BudgetedModule(budgets, compile_program(plain, budgets, backend, max_new_tokens, over_limit))
     captured = capture(model, rows=batch_size, check=check)
     program = compile_program(captured, budgets, backend, max_new_tokens, over_limit)
-    return BudgetedLM(model.config, model.generation_config, budgets, program)
+    capture_row = functools.cache(lambda: capture(model, rows=1, check=check, decode=False))
+    return BudgetedLM(model.config, model.generation_config, budgets, program, capture_row)
 
 
 def export(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,11 +12,17 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from xkv_fx.budgets import Plan
+from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BackendError, PromptError, SessionError
 from xkv_fx.hf.cache import SessionCache
 from xkv_fx.hf.cache_name import CACHE_NAME, CACHE_NAMES, CHUNKS_HOLD_NEW_TOKENS, TRANSFORMERS, cache_given
+from xkv_fx.hf.many import Answers, Asked, check_counts
 from xkv_fx.lowering.budgeted import Budgeted
-from xkv_fx.lowering.program import CompiledProgram
+from xkv_fx.lowering.program import CompiledProgram, PromptProgram, one_row_prompts
+from xkv_fx.runtime.many.loop import ServingLoop
+from xkv_fx.runtime.many.request import Request, Settings
+from xkv_fx.runtime.many.rows import Rows
+from xkv_fx.runtime.many.staging import Staging
 from xkv_fx.runtime.session import refuse_rows_of_padding
 
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer", "assistant_model", "streamer", "synced_gpus")
@@ -30,11 +37,19 @@ class BudgetedLM(Budgeted, GenerationMixin):
     _supports_cache_class = True
 
     def __init__(
-        self, config: PreTrainedConfig, generation_config: GenerationConfig, budgets: Plan, program: CompiledProgram
+        self,
+        config: PreTrainedConfig,
+        generation_config: GenerationConfig,
+        budgets: Plan,
+        program: CompiledProgram,
+        capture_row: Callable[[], CapturedModel] | None = None,
     ) -> None:
+        """`capture_row` captures the same model for one row; without it, `generate_many` needs a program of one."""
         super().__init__(budgets, program)
         self.config = config
         self.generation_config = _own_copy(generation_config)
+        self._capture_row = capture_row
+        self._prompts: PromptProgram | None = None
 
     def new_session(self) -> SessionCache:
         """An empty session; any number of them share the weights and graphs."""
@@ -53,7 +68,7 @@ class BudgetedLM(Budgeted, GenerationMixin):
         return next(iter(self.end_tokens), 0) if pad is None else pad
 
     def _remade(self, budgets: Plan, program: CompiledProgram) -> BudgetedLM:
-        return BudgetedLM(self.config, self.generation_config, budgets, program)
+        return BudgetedLM(self.config, self.generation_config, budgets, program, self._capture_row)
 
     def forward(
         self,
@@ -156,6 +171,87 @@ class BudgetedLM(Budgeted, GenerationMixin):
             kwargs[CACHE_NAME] = session
         return GenerationMixin.generate(self, *args, **kwargs)  # type: ignore[arg-type]
 
+    def generate_many(
+        self,
+        requests: Iterable[Request | str | Tensor | Sequence[int]],
+        max_new_tokens: int = 64,
+        *,
+        tokenizer: Any = None,
+        stop: str | Sequence[str] = (),
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        end_tokens: Collection[int] | None = None,
+        prefix: str | Tensor | Sequence[int] | None = None,
+        prefill_chunk_size: int | None = None,
+        prompt_tokens_per_step: int = 256,
+        in_order: bool = True,
+        progress: bool | Callable[[int, int], None] = False,
+    ) -> Answers:
+        """Answer any number of requests of any lengths with the rows of this model, each row at a request of its own.
+
+        A row that ends is filled again at once: the next prompt is fed in one more row beside the batch, a layer at a
+        time, while the batch decodes. Nothing is compiled anew. Each answer is the one that the request gets alone,
+        from `generate` with the same `prefill_chunk_size`; beyond the K/V of the batch, that of one row is allocated,
+        and of another one with a prefix.
+
+        Args:
+            requests: strings (with a tokenizer), token ids, or `xkv_fx.Request`s with settings of their own; any
+                iterable, from which each is taken when it can be fed.
+            max_new_tokens: how many tokens each generates at most.
+            tokenizer: of strings, for the answers' text, and for stop strings.
+            stop: strings that end an answer; they are not part of its text.
+            do_sample: draw from the distribution instead of taking the likeliest token.
+            temperature, top_k, top_p: of that distribution.
+            seed: of the random numbers: request i draws with `seed + i`, whatever runs beside it.
+            end_tokens: tokens that end an answer; the generation config's when None.
+            prefix: what many prompts begin with, fed once. Those that begin with its tokens go on from a copy, and all
+                others are fed whole. With budgets that evict, survivors are chosen behind the prefix, and again behind
+                the rest of the prompt.
+            prefill_chunk_size: feed prompts so many tokens at a time, as in transformers' `generate`. That takes less
+                memory, and with budgets that evict, survivors are chosen again behind each chunk. Whole when None.
+            prompt_tokens_per_step: how much of prompts is fed between two decode steps, in tokens through the whole
+                model: for how long a running row may have to wait.
+            in_order: answers come in the order of their requests, instead of as they end.
+            progress: draw a bar, or call this as `progress(done, known)` after each answer.
+
+        Returns:
+            an iterator of `xkv_fx.Answer`s. Work is done while it is asked for the next one; `cancel(index)` and
+            `close()` end requests early.
+
+        Raises:
+            PromptError: at once, for settings out of their range. What is wrong with a request (too long, nothing in
+                it, unknown tokens) fails that request only, and is its answer's `error`.
+            ModelMismatchError: the weights were changed after the model was transformed.
+        """
+        settings = Settings.of(
+            stop, max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
+            seed=seed,
+        )  # fmt: skip
+        ends = frozenset(self.end_tokens if end_tokens is None else end_tokens)
+        asked = Asked(requests, settings, ends, tokenizer, self.program.graphs.captured.vocabulary, self.device)
+        shared = asked.prefix(prefix)
+        check_counts(prefill_chunk_size=prefill_chunk_size, prompt_tokens_per_step=prompt_tokens_per_step)
+
+        def loop(cancelled: set[int]) -> ServingLoop:
+            staging = Staging(self._one_row(), prefill_chunk_size, shared)
+            return ServingLoop(Rows(self.program), staging, asked.jobs(), prompt_tokens_per_step, cancelled)
+
+        return Answers(loop, asked.known, in_order, progress)
+
+    def _one_row(self) -> PromptProgram:
+        """What feeds prompts to one row; made when it is first asked for."""
+        if self._prompts is None:
+            own = self.program.graphs.captured
+            own.check_weights()
+            if own.rows > 1 and self._capture_row is None:
+                raise BackendError("generate_many needs a model of one row, or one that xkv_fx.transform made")
+            captured = own if own.rows == 1 or self._capture_row is None else self._capture_row()
+            self._prompts = one_row_prompts(self.program, captured)
+        return self._prompts
+
     def prepare_inputs_for_generation(  # type: ignore[override]  # parameters differ between versions of transformers
         self,
         input_ids: Tensor,
@@ -228,7 +324,7 @@ class BudgetedLM(Budgeted, GenerationMixin):
         """
         raise BackendError(
             "transformers' continuous batching (generate_batch and the like) brings a paged cache of its own, for "
-            "which no budgets hold; use generate() with up to batch_size prompts at once, padded on the left"
+            "which no budgets hold; generate_many() keeps the rows of this model busy with any number of prompts"
         )
 
     generate_batch = init_continuous_batching

@@ -19,23 +19,24 @@ def tokenize(prompts: Sequence[str | Tensor | Sequence[int]], tokenizer: Any = N
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
         raise PromptError("prompts must be a list of at least one string or tensor of token ids")
-    return tuple(_tokenize(index, prompt, tokenizer) for index, prompt in enumerate(prompts))
+    return tuple(tokenize_one(f"prompt {index}", prompt, tokenizer) for index, prompt in enumerate(prompts))
 
 
-def _tokenize(index: int, prompt: str | Tensor | Sequence[int], tokenizer: Any) -> Tensor:
+def tokenize_one(name: str, prompt: str | Tensor | Sequence[int], tokenizer: Any) -> Tensor:
+    """As `tokenize`, for one prompt, which messages call by that name."""
     if isinstance(prompt, str):
         if tokenizer is None:
-            raise PromptError(f"prompt {index} is a string; pass the model's tokenizer too, or give token ids")
+            raise PromptError(f"{name} is a string; pass the model's tokenizer too, or give token ids")
         prompt = tokenizer(prompt)["input_ids"]
     try:
         ids = torch.as_tensor(prompt)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise PromptError(f"prompt {index} is neither a string nor token ids: {error}") from error
+        raise PromptError(f"{name} is neither a string nor token ids: {error}") from error
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or ids.shape[0] != 1:
-        raise PromptError(f"prompt {index} must be one row of token ids; got the shape {list(ids.shape)}")
+        raise PromptError(f"{name} must be one row of token ids; got the shape {list(ids.shape)}")
     if ids.shape[1] == 0:
-        raise PromptError(f"prompt {index} is empty; give at least one token")
+        raise PromptError(f"{name} is empty; give at least one token")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise PromptError(f"prompt {index} must be token ids, whole numbers; got {ids.dtype}")
+        raise PromptError(f"{name} must be token ids, whole numbers; got {ids.dtype}")
     return ids.long()

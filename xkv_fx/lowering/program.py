@@ -14,10 +14,11 @@ from torch.fx import GraphModule
 from xkv_fx.budgets import Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.capture.facts import UNSHARDED, Shard
-from xkv_fx.errors import BudgetError, UnsupportedModelError
+from xkv_fx.errors import BackendError, BudgetError, ModelMismatchError, UnsupportedModelError
 from xkv_fx.lowering.backends.eager import run_eager
 from xkv_fx.lowering.backends.table import backend_of
 from xkv_fx.lowering.describe import describe_layers, describe_passes, describe_plan, describe_shard
+from xkv_fx.lowering.in_parts import RunInParts
 from xkv_fx.lowering.limit import check_limit
 from xkv_fx.passes.base import GraphPass
 from xkv_fx.passes.pipeline import (
@@ -118,6 +119,25 @@ def compile_program(
     return CompiledProgram(Graphs(captured, plan, scorer), backend)
 
 
+def one_row_prompts(program: CompiledProgram, captured: CapturedModel) -> PromptProgram:
+    """A program that feeds prompts to one row under the plan of another program; it has nothing to compile.
+
+    Args:
+        captured: the same model, for one row.
+
+    Raises:
+        ModelMismatchError: another model.
+    """
+    own = program.graphs.captured
+    if (captured.fingerprint, captured.layers) != (own.fingerprint, own.layers):
+        raise ModelMismatchError(
+            f"the model that was transformed has been changed since: it was {own.fingerprint}, and is "
+            f"{captured.fingerprint}; transform it again"
+        )
+    plan = dataclasses.replace(program.plan, rows=1)
+    return PromptProgram(Graphs(captured, plan, program.graphs.scorer))
+
+
 def _check_reach(captured: CapturedModel, budgets: Plan, slots: Sequence[SlotPlan]) -> None:
     """Refuse a plan for more tokens than the model is accepted for, though the model has positions for them."""
     full = (plan.slots for plan in slots if plan.eviction == "none")
@@ -129,7 +149,41 @@ def _check_reach(captured: CapturedModel, budgets: Plan, slots: Sequence[SlotPla
         )
 
 
-class CompiledProgram:
+class PromptProgram:
+    """The graphs that feed prompts and turns, as graphs of torch's own kernels."""
+
+    def __init__(self, graphs: Graphs) -> None:
+        self.graphs = graphs
+        self.plan = graphs.plan
+        self.max_positions = graphs.captured.max_positions
+        self.key = program_key(graphs.captured.fingerprint, self.plan, graphs.scorer, graphs.captured.shard)
+        self._prompt = functools.cache(self._lower_prompt)
+
+    def prefill(self, all_logits: bool) -> Compiled:
+        self._check_prompt()
+        return self._prompt("prefill", all_logits)
+
+    def extend(self, all_logits: bool) -> Compiled:
+        self._check_prompt()
+        return self._prompt("extend", all_logits)
+
+    def decode(self) -> Compiled:
+        raise BackendError("this program feeds prompts only; it has no decode graph")
+
+    def prompt_in_parts(self, kind: GraphKind, *inputs: Tensor) -> RunInParts:
+        """The graph `kind` about to run on these inputs, state included, a layer at a time."""
+        self._check_prompt()
+        return RunInParts(self.graphs.get(kind).module, inputs)
+
+    def _check_prompt(self) -> None:
+        refuse_autocast(self.plan.device)
+        self.graphs.captured.check_weights()
+
+    def _lower_prompt(self, kind: GraphKind, all_logits: bool) -> Compiled:
+        return run_eager(self.graphs.get(kind, all_logits).module)
+
+
+class CompiledProgram(PromptProgram):
     """Lowered graphs; satisfies `runtime.session.Program`.
 
     Prefill and extend run as graphs of torch's own kernels; decode is what the backend makes of it.
@@ -140,33 +194,14 @@ class CompiledProgram:
     """
 
     def __init__(self, graphs: Graphs, backend: str) -> None:
-        self.graphs = graphs
+        super().__init__(graphs)
         self.backend = backend
-        self.plan = graphs.plan
-        self.max_positions = graphs.captured.max_positions
-        self.key = program_key(graphs.captured.fingerprint, self.plan, graphs.scorer, graphs.captured.shard)
         self.lowered = backend_of(backend).lower(graphs.decode)
-        self._prompt = functools.cache(self._lower_prompt)
         self._prompt("prefill", False)
-
-    def prefill(self, all_logits: bool) -> Compiled:
-        self._check_prompt()
-        return self._prompt("prefill", all_logits)
-
-    def extend(self, all_logits: bool) -> Compiled:
-        self._check_prompt()
-        return self._prompt("extend", all_logits)
 
     def decode(self) -> Compiled:  # whose weights were checked when the prompt came
         refuse_autocast(self.plan.device)
         return self.lowered.run
-
-    def _check_prompt(self) -> None:
-        refuse_autocast(self.plan.device)
-        self.graphs.captured.check_weights()
-
-    def _lower_prompt(self, kind: GraphKind, all_logits: bool) -> Compiled:
-        return run_eager(self.graphs.get(kind, all_logits).module)
 
     def _ends(self) -> str:
         why = self.graphs.captured.ends_early

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from xkv_fx.errors import CapacityError, PromptError, SessionError
 from xkv_fx.runtime.history import History, Transcript
-from xkv_fx.runtime.state import CachePlan, State
+from xkv_fx.runtime.state import CachePlan, GraphKind, State
 
 Graph = Callable[..., Tensor]
 _UNLIMITED = 2**62
@@ -39,6 +40,29 @@ class Program(Protocol):
     def extend(self, all_logits: bool) -> Graph: ...
 
     def decode(self) -> Graph: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Feeding:
+    """A prompt or a turn that was checked, and is about to be fed.
+
+    Attributes:
+        kind: which graph takes it.
+        ids, position_ids: int64 `[rows, S]`.
+        valid: bool `[rows, S]`, False for padding.
+        after: what the rows will have been fed then.
+    """
+
+    kind: GraphKind
+    ids: Tensor
+    position_ids: Tensor
+    valid: Tensor
+    after: History
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the graph takes in front of the state."""
+        return (self.ids, self.position_ids, self.valid)
 
 
 class Session:
@@ -89,6 +113,18 @@ class Session:
             PromptError: a wrong shape, no columns, padding between tokens, or more tokens than the model has positions.
             CapacityError: more tokens than the plan holds, under a policy that may not evict.
         """
+        feeding = self.begin_feed(ids, position_ids, valid)
+        graph = self.program.prefill(all_logits) if feeding.kind == "prefill" else self.program.extend(all_logits)
+        logits = graph(*feeding.inputs, *self.state.tensors)
+        self.end_feed(feeding)
+        return logits
+
+    def begin_feed(self, ids: Tensor, position_ids: Tensor | None = None, valid: Tensor | None = None) -> Feeding:
+        """What a graph must be given to feed these tokens; the arguments and errors are those of `feed`.
+
+        For whoever runs the graph in parts: behind it, `end_feed` is called with what this returns. Nothing else may be
+        fed in between.
+        """
         self._check_ids(ids, position_ids)
         if valid is None:
             valid = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
@@ -97,12 +133,13 @@ class Session:
         self._check_room(max(after.seen))
         if position_ids is None:
             position_ids = (self.counts["seen"][:, None] + valid.long().cumsum(1) - 1).clamp(min=0)
-        graph = self.program.extend(all_logits) if any(self.seen) else self.program.prefill(all_logits)
-        inputs = (tensor.contiguous() for tensor in (ids, position_ids, valid))
-        logits = graph(*inputs, *self.state.tensors)
-        self.transcript.add(ids, valid)
-        self._remember(after)
-        return logits
+        kind: GraphKind = "extend" if any(self.seen) else "prefill"
+        return Feeding(kind, ids.contiguous(), position_ids.contiguous(), valid.contiguous(), after)
+
+    def end_feed(self, feeding: Feeding) -> None:
+        """Note what was fed, once its graph has run."""
+        self.transcript.add(feeding.ids, feeding.valid)
+        self._remember(feeding.after)
 
     def step(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Decode one token a row.

@@ -59,6 +59,11 @@ class State:
         for buffer, tensor in zip(self.buffers, self.tensors, strict=True):
             buffer.forget(tensor, chosen)
 
+    def take_row(self, row: int, other: State) -> None:
+        """Make a row what the only row of another state is, whose buffers are the same but for the number of rows."""
+        for tensor, content in zip(self.tensors, other.tensors, strict=True):
+            tensor[row].copy_(content[0])
+
     def clone(self) -> State:
         """An independent copy."""
         return State(self.states, tuple(tensor.clone() for tensor in self.tensors))

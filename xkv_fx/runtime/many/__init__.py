@@ -1,0 +1,1 @@
+"""Many requests through the fixed rows of one program."""
