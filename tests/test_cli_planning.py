@@ -225,3 +225,16 @@ def test_recent_of_window_layers_is_what_describe_says(tmp_path: Path) -> None:
     assert described[0] == 8, "a whole sliding window"
     shown = [line.split("│") for line in invoke("inspect", tmp_path / "plan.json").splitlines() if "│" in line]
     assert [int(row[3]) for row in shown] == described
+
+
+def test_fit(tmp_path: Path, text: Path) -> None:
+    plan, report, picture = tmp_path / "plan.json", tmp_path / "report.json", tmp_path / "fit.svg"
+    options = ["--prompts", text, "--length", "24", "--continuation", "6", "--scorers", "snapkv", "--fraction", "25%"]
+    shown = invoke("fit", "--out", plan, "--report", report, "--picture", picture, *options)
+    found = json.loads(report.read_text())
+    assert xkv_fx.Budgets.load(plan).to_dict() == found["budgets"]
+    assert "nats" in shown
+    assert picture.stat().st_size > 1000
+    assert not plan.with_name("plan.json.parts").exists()
+    told = json.loads(invoke("fit", "--out", plan, "--json", *options))
+    assert told["candidates"] == found["candidates"]

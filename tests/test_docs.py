@@ -22,7 +22,7 @@ from xkv_fx import cli
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.engines import trace
 from xkv_fx.hf import capture as capturing
-from xkv_fx.planning.solve import allocators
+from xkv_fx.planning.solve import allocators, peer_allocators  # noqa: F401  (registered before names are patched)
 from xkv_fx.runtime.scorers import base
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ import xkv_fx.budgets  # noqa: F401  (so that `xkv_fx.budgets.Provenance` is the
 from xkv_fx.register_attention import register_attention as _register_attention
 
 if TYPE_CHECKING:
-    from xkv_fx.api import calibrate, export, fit_quality, load, profile, solve, transform, verify
+    from xkv_fx.api import calibrate, export, fit, fit_quality, load, profile, solve, transform, verify
     from xkv_fx.compile_backend.backend import compiled_session
     from xkv_fx.compile_backend.cache import Cache
     from xkv_fx.engines.engine import Engine
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from xkv_fx.layers import LayerSpec
     from xkv_fx.planning.data.calibration_data import Calibration
     from xkv_fx.planning.data.profile_data import Profile
+    from xkv_fx.planning.fit.data import Fit
     from xkv_fx.planning.measure.verify import Verification
     from xkv_fx.policy import Policy
     from xkv_fx.public_budgets import Budgets
@@ -50,6 +51,7 @@ __all__ = [
     "Engine",
     "EngineError",
     "FileFormatError",
+    "Fit",
     "LayerSpec",
     "ModelMismatchError",
     "PassError",
@@ -65,6 +67,7 @@ __all__ = [
     "calibrate",
     "compiled_session",
     "export",
+    "fit",
     "fit_quality",
     "load",
     "profile",
@@ -84,6 +87,7 @@ _HOMES = {
     "Engine": "xkv_fx.engines.engine",
     "EngineError": "xkv_fx.errors",
     "FileFormatError": "xkv_fx.errors",
+    "Fit": "xkv_fx.planning.fit.data",
     "LayerSpec": "xkv_fx.layers",
     "ModelMismatchError": "xkv_fx.errors",
     "PassError": "xkv_fx.errors",
@@ -98,6 +102,7 @@ _HOMES = {
     "calibrate": "xkv_fx.api",
     "compiled_session": "xkv_fx.compile_backend.backend",
     "export": "xkv_fx.api",
+    "fit": "xkv_fx.api",
     "fit_quality": "xkv_fx.api",
     "load": "xkv_fx.api",
     "profile": "xkv_fx.api",

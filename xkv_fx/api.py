@@ -6,6 +6,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from xkv_fx.budgets import Plan
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
     from xkv_fx.lowering.plain import BudgetedModule
     from xkv_fx.planning.data.calibration_data import Calibration
     from xkv_fx.planning.data.profile_data import Profile
+    from xkv_fx.planning.fit.data import Fit
     from xkv_fx.planning.measure.verify import Verification
     from xkv_fx.planning.solve.allocators import Allocator
 
-__all__ = ["calibrate", "export", "fit_quality", "load", "profile", "solve", "transform", "verify"]
+__all__ = ["calibrate", "export", "fit", "fit_quality", "load", "profile", "solve", "transform", "verify"]
 
 
 def profile(
@@ -301,6 +303,110 @@ def verify(
     rows = tokenize(prompts, tokenizer)
     reports = verify_plans(capture(model, decode=False), plans, rows, continuation, progress)
     return reports[0] if isinstance(budgets, Plan) else reports
+
+
+def fit(
+    model: Any,
+    prompts: Sequence[str | Tensor | Sequence[int]],
+    *,
+    kv_bytes: int | str | None = None,
+    memory: int | str | None = None,
+    fraction: float | str | None = None,
+    kl: float | None = None,
+    batch_size: int = 1,
+    context: int | None = None,
+    max_new_tokens: int = 0,
+    tokenizer: Any = None,
+    tasks: Sequence[tuple[Any, Any]] | None = None,
+    seconds: float | None = None,
+    formats: Sequence[str | LayerFormats] = ("model", "int8", "int4"),
+    scorers: Sequence[str] = ("snapkv", "expected_attention", "key_diff"),
+    by: Sequence[str] = ("layer",),
+    multiple: int = 16,
+    continuation: int = 48,
+    resume: str | os.PathLike[str] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    found: Callable[[Budgets, str], None] | None = None,
+) -> Fit:
+    """Find the best plan under a limit, and say what the limit costs.
+
+    Every other prompt is held out. Plans that need no measuring come first (uniform ones in each format, and all tokens
+    in fewer bits where that fits); then capacities and formats solved from the KL measured on the other prompts, served
+    by each of the ways to evict and by the two scorers that did best. All are measured on the held-out prompts, as
+    `verify` does, and the one of the least mean KL is taken; under `kl`, the one of the fewest bytes.
+
+    Args:
+        model: a transformers causal language model; it is not changed.
+        prompts: strings, or token ids of shape `[S]` or `[1, S]`, like those the plan will serve; at least 2, and 24 or
+            more for a plan to rely on. The last `continuation` tokens of each held-out one are what is measured.
+        kv_bytes, memory: two names of one limit: the most bytes that the K/V buffers of `batch_size` rows may take,
+            room for generated tokens included; a number, or a string such as `"2GB"`, `"1.5 GiB"`.
+        fraction: the limit as a share of the bytes that a full cache of `context` tokens takes in the model's dtype;
+            `0.25` or `"25%"`.
+        kl: instead of a limit in bytes, a bound on the mean KL on held-out prompts, nats; the fewest bytes are found.
+        batch_size: rows after expansion, batch x beams or return sequences.
+        context: tokens of prompt to plan for; by default the longest prompt, its continuation not counted.
+        max_new_tokens: generated tokens for which a plan may set room aside inside the limit (`eviction="append"`);
+            with 0, plans overwrite tokens (`"ring"`) and serve any number.
+        tokenizer: needed for strings.
+        tasks: pairs of a text and what comes behind it in a second turn, such as a question with its answer. The KL on
+            the latter, with the text already cut down to its budget, counts beside that of the held-out prompts.
+        seconds: that it may take, about. Then fewer prompts are measured, and what takes too long is left out, which
+            the report says. By default it takes what it needs.
+        formats: what slots may store; see `calibrate`. Those that a layer cannot be stored in are left out.
+        scorers: that may rank tokens; see `Policy`.
+        by: what gets a capacity of its own.
+        multiple: capacities are rounded to multiples of this.
+        continuation: tokens of each held-out prompt that are fed as decode would.
+        resume: a folder for what was measured. After an interruption the same call goes on from there, and ends with
+            the same plan.
+        progress: called as `progress(what, done, total)`.
+        found: called with each plan that is better than those before, and with how it was made; the first comes soon.
+
+    Returns:
+        `budgets`, `report` and `candidates`. The held-out prompts chose among the candidates, so that the KL of the
+        chosen one is a little better there than it will be on others.
+
+    Raises:
+        BudgetError: no limit or several, one below one slot a layer, a bound that no plan keeps, or arguments out of
+            range.
+        PromptError: fewer than 2 prompts, one that is too short for its continuation or too long for the model's
+            positions, or one with tokens that the model does not have.
+        UnsupportedModelError: the model cannot be captured exactly, or its tokens meet outside attention.
+    """
+    from xkv_fx.hf.capture import capture
+    from xkv_fx.hf.prompts import second_turns, tokenize
+    from xkv_fx.planning.fit.limits import in_bytes, only_limit
+    from xkv_fx.planning.fit.search import fit_plan, planned_context
+    from xkv_fx.planning.fit.settings import FitSettings
+
+    name, value = only_limit(kv_bytes=kv_bytes, memory=memory, fraction=fraction, kl=kl)
+    asked: dict[str, Any] = {
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "formats": tuple(formats),
+        "scorers": tuple(scorers),
+        "by": tuple(by),
+        "multiple": multiple,
+        "continuation": continuation,
+        "seconds": seconds,
+        "context": context,
+    }
+    FitSettings(kv_bytes=1, **asked)  # before capture, which takes seconds
+    rows = tokenize(prompts, tokenizer)
+    later = second_turns(tasks or (), tokenizer)
+    captured = capture(model, decode=False)
+    limit = in_bytes(name, value, captured.layers, planned_context(rows, context, continuation), batch_size)
+    settings = FitSettings(kv_bytes=limit, kl=None if name != "kl" else value, **asked)
+    folder = None if resume is None else Path(resume)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def hand_out(plan: Plan, how: str) -> None:
+        if found is not None:
+            found(budgets_of(plan), how)
+
+    return fit_plan(captured, rows, settings, later, folder, progress, hand_out).with_plans(budgets_of)
 
 
 def fit_quality(

@@ -14,6 +14,7 @@ from torch import Tensor
 from xkv_fx.errors import XkvError
 from xkv_fx.evaluation.quality.results import CONTINUATION_TASK, FULL, Evaluation, Row
 from xkv_fx.planning.data.profile_data import Profile
+from xkv_fx.planning.fit.data import Fit
 from xkv_fx.public_budgets import Budgets
 
 
@@ -118,6 +119,22 @@ def _draw_line(axes: Any, name: str, rows: Sequence[Row]) -> None:
         axes.axhline(means[0], color="grey", linestyle="--", label=name)
     else:
         axes.plot([row.kv_bytes / 1e6 for row in rows], means, marker="o", label=name)
+
+
+def draw_fit(found: Fit, path: str | os.PathLike[str]) -> None:
+    """Quality over bytes: every candidate, the curve of plans made as the chosen one was, and the chosen one."""
+    figure = new_figure(7, 4.5)
+    axes = figure.add_subplot()
+    curve = found.report.curve
+    axes.plot([size / 1e6 for size, _ in curve], [kl for _, kl in curve], color="grey", label="made as the chosen one")
+    for candidate in found.candidates[1:]:
+        axes.scatter(candidate.kv_bytes / 1e6, candidate.mean_kl, s=18, label=candidate.name)
+    chosen = found.chosen
+    axes.scatter(chosen.kv_bytes / 1e6, chosen.mean_kl, s=90, marker="*", color="black", label=f"chosen: {chosen.name}")
+    axes.set(xlabel="KV MB", ylabel="KL to the full cache on held-out prompts, nats")
+    axes.set_yscale("symlog", linthresh=1e-3)
+    axes.legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
 
 
 def draw_capacities(plans: Mapping[str, Budgets], path: str | os.PathLike[str]) -> None:

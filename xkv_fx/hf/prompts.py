@@ -40,3 +40,18 @@ def tokenize_one(name: str, prompt: str | Tensor | Sequence[int], tokenizer: Any
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise PromptError(f"{name} must be token ids, whole numbers; got {ids.dtype}")
     return ids.long()
+
+
+def second_turns(tasks: Sequence[tuple[Any, Any]], tokenizer: Any = None) -> tuple[tuple[Tensor, int], ...]:
+    """Token ids int64 `[1, S + T]` of each text with what comes behind it, and T, the tokens of the latter.
+
+    Raises:
+        PromptError: as `tokenize`; or a task that is no pair.
+    """
+    if not isinstance(tasks, Sequence) or not all(isinstance(task, tuple | list) and len(task) == 2 for task in tasks):
+        raise PromptError("tasks must be pairs of a text and what comes behind it in a second turn")
+    joined = []
+    for text, behind in tasks:
+        first, second = tokenize([text, behind], tokenizer)
+        joined.append((torch.cat((first, second), 1), second.shape[1]))
+    return tuple(joined)
