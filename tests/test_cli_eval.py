@@ -37,7 +37,8 @@ def captured() -> CapturedModel:
 @pytest.fixture(autouse=True)
 def _tiny_model(monkeypatch: pytest.MonkeyPatch, captured: CapturedModel) -> None:
     monkeypatch.setattr("xkv_fx.hf.models.load_model", lambda name: (MODEL, WordTokenizer(500)))
-    monkeypatch.setattr("xkv_fx.hf.capture.capture", lambda *args, **options: captured)
+    for module in ("hf.capture", "evaluation.quality.smallest"):
+        monkeypatch.setattr(f"xkv_fx.{module}.capture", lambda *args, **options: captured)
     remember_programs(monkeypatch)
     for module in ("evaluate", "command"):  # all of it takes seconds in a tokenizer of plain Python
         monkeypatch.setattr(f"xkv_fx.evaluation.quality.{module}.source_code", lambda: source_code()[:60_000])
@@ -51,6 +52,8 @@ def measured(captured: CapturedModel, tmp_path_factory: pytest.TempPathFactory) 
         patch.setattr("xkv_fx.hf.capture.capture", lambda *args, **options: captured)
         xkv_fx.profile(MODEL, prompts).save(folder / "profile.safetensors")
         xkv_fx.calibrate(MODEL, prompts, continuation=8).save(folder / "calibration.safetensors")
+        both = xkv_fx.calibrate(MODEL, prompts, continuation=8, formats=("model", "int8"))
+        both.save(folder / "joint.safetensors")
     return [part for name in ("profile", "calibration") for part in ("--measured", str(folder / f"{name}.safetensors"))]
 
 
@@ -80,6 +83,23 @@ def test_everything_it_writes(measured: list[str], tmp_path: Path) -> None:
         assert (pictures / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_formats_alone_capacities_alone_and_both(measured: list[str], tmp_path: Path) -> None:
+    joint = str(Path(measured[-1]).with_name("joint.safetensors"))
+    asked = ["--tasks", "needle_single", "--forms", "inside", *SHORT[2:], "--fractions", "0.5"]
+    data = json.loads(invoke(*asked, "--measured", measured[-1], "--measured", joint, "--json"))
+    assert {row["name"] for row in data["rows"]} == {"full", "calibrated", "joint", "uniform", "all int8"}
+    assert data["dtype"] == "bfloat16"
+    assert data["full_bytes"] == 2 * 160 * 64
+    shown = invoke(*asked, "--formats", "int4,int8/int4,model")
+    assert [name for name in ("all int4", "all int8/int4", "all int8") if f"| {name} |" in shown] == [
+        "all int4", "all int8/int4",
+    ]  # fmt: skip
+    with pytest.raises(BudgetError, match="unknown format 'int3' of the keys of what is named 'int3/int4'"):
+        invoke(*asked, "--formats", "int3/int4")
+    with pytest.raises(BackendError, match="unknown dtype 'int8'"):
+        invoke(*asked, "--bytes-of", "int8")
+
+
 def test_budgets_files_are_named_by_their_files(tmp_path: Path) -> None:
     Budgets((60, 20)).save(tmp_path / "mine.json")
     shown = invoke(*SHORT, "--plans", tmp_path / "mine.json", "--fractions", "", "--forms", "inside")
@@ -92,7 +112,7 @@ def test_budgets_files_are_named_by_their_files(tmp_path: Path) -> None:
     assert [(row["name"], row["size"]) for row in json.loads(joined)["rows"]] == [
         ("full", "full"), ("uniform", "15.0%"), ("theirs", "15.0%"),
     ]  # fmt: skip
-    with pytest.raises(BudgetError, match=r"equal bytes, but mine takes 10,240, which is none of 15.0% 6,144"):
+    with pytest.raises(BudgetError, match=r"equal bytes, but mine takes 5,120, which is none of 15.0% 3,072"):
         invoke(*alone, "--plans", tmp_path / "mine.json", "--fractions", "0.15")
 
 
@@ -142,7 +162,7 @@ def test_a_quantized_cache_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
         (["--forms", "before"], PromptError, "forms must be some of"),
         (["--fractions", "half"], BudgetError, "fractions must be a number; got 'half'"),
         (["--fractions", "nan"], BudgetError, "must be finite"),
-        (["--fractions", "2"], BudgetError, "a fraction must be above 0"),
+        (["--fractions", "2"], BudgetError, "fraction must be above 0"),
         (["--fractions", ""], BudgetError, "nothing to compare"),
         (["--tasks", "passage_qa", "--length", "90"], PromptError, "'passage_qa': 90 tokens are too few"),
     ],
@@ -181,6 +201,19 @@ def test_the_smallest_share_is_where_the_bound_is_held(measured: list[str]) -> N
     }
     with pytest.raises(BudgetError, match="at least one way"):
         smallest_shares(MODEL, {}, prompts)
+
+
+def test_the_smallest_share_of_joint_plans_is_of_the_bytes_that_are_counted(measured: list[str]) -> None:
+    joint = xkv_fx.Calibration.load(Path(measured[3]).with_name("joint.safetensors"))
+    prompts, bound = [random_ids(1, 60, seed=seed) for seed in (5, 6)], 0.5
+    ways = {"joint": (joint, None)}
+    of_bfloat16, of_float32 = (
+        smallest_shares(MODEL, ways, prompts, bound, continuation=8, rounds=1, dtype=dtype)["joint"]
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert of_float32 is not None
+    assert of_bfloat16 is not None
+    assert of_float32 < of_bfloat16, "int8 takes less of float32's bytes"
 
 
 @needs_fp8

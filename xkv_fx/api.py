@@ -264,6 +264,7 @@ def verify(
 ) -> Verification | tuple[Verification, ...]:
     """Measure a plan on held-out prompts, against plans of equal bytes: a uniform one in the model's dtype, and the
     best plan that stores all layers in one format, with every token where they all fit and equal capacities otherwise.
+    Bytes are counted in the dtype that the plan was solved for, if `solve` was given one, else in the model's.
 
     As in `calibrate`, the last `continuation` tokens of each prompt are fed as decode would, under the plan's own
     policy: on top of the capacities under `eviction="append"`, in place of other tokens under `"ring"` and `"scored"`.

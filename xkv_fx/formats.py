@@ -85,6 +85,16 @@ def pair_name(pair: LayerFormats | None) -> str:
     return keys if keys == values else f"{keys}/{values}"
 
 
+def pair_of_name(name: str) -> LayerFormats | None:
+    """The formats of keys and values that `pair_name` calls so, None for the model's dtype.
+
+    Raises:
+        BudgetError: an unknown name.
+    """
+    keys, _, values = name.partition("/")
+    return checked_pair((keys, values or keys), f"what is named {name!r:.100}")
+
+
 def checked_formats(formats: Any, layers: int) -> tuple[LayerFormats | None, ...] | None:
     """The formats of a plan in one normal form, so that plans that store the same way are equal.
 

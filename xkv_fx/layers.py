@@ -67,6 +67,12 @@ class LayerSpec:
         return capacity if self.sliding_window is None else min(capacity, self.sliding_window)
 
 
+def with_itemsize(layers: Sequence[LayerSpec], itemsize: int | None) -> tuple[LayerSpec, ...]:
+    """The layers as if the model ran in a dtype of so many bytes an element, so that bytes are counted as there; as
+    they are where that is None."""
+    return tuple(spec if itemsize is None else dataclasses.replace(spec, itemsize=itemsize) for spec in layers)
+
+
 class HasLayers(Protocol):
     """An object that has its layers, such as a transformed model."""
 

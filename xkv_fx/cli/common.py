@@ -17,7 +17,7 @@ from rich.table import Table
 
 import xkv_fx
 from xkv_fx.errors import BudgetError
-from xkv_fx.formats import pair_name
+from xkv_fx.formats import LayerFormats, pair_name, pair_of_name
 from xkv_fx.lowering.backends.table import BACKENDS
 from xkv_fx.sizes import as_text, number_or_word, share_of
 
@@ -134,6 +134,15 @@ def shares(text: str) -> tuple[float, ...]:
 def names(text: str) -> tuple[str, ...]:
     """Names separated by commas."""
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def pairs(text: str) -> tuple[LayerFormats, ...]:
+    """Formats of keys and values by their names, separated by commas; the model's dtype is left out.
+
+    Raises:
+        BudgetError: an unknown name.
+    """
+    return tuple(pair for pair in map(pair_of_name, names(text)) if pair is not None)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from xkv_fx.cli.common import (
     load,
     names,
     out_file,
+    pairs,
     progress,
     shares,
     show,
@@ -35,11 +36,23 @@ def eval_(
         list[Path] | None, typer.Option(help="Profiles and calibrations to solve plans from; may be given repeatedly.")
     ] = None,
     model: Model = "smollm2",
-    allocators: Annotated[str | None, typer.Option(help="Names between commas; by default each file's own.")] = None,
+    allocators: Annotated[
+        str | None,
+        typer.Option(help="Names between commas, joint for a calibration of formats; by default each file's own."),
+    ] = None,
     fractions: Annotated[
-        str, typer.Option(help="Shares of the full cache, such as 0.25 or 25%, between commas.")
+        str, typer.Option(help="Shares of the full cache's bytes, such as 0.25 or 25%, between commas.")
     ] = "0.125,0.25,0.384,0.5",
     scorers: Annotated[str, typer.Option(help="Further scorers, with uniform plans, between commas.")] = "",
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            help="Plans that store all layers alike, such as int8,int8/int4,int4; by default those calibrated."
+        ),
+    ] = None,
+    bytes_of: Annotated[
+        str, typer.Option(help="The dtype that bytes are counted in, whatever the model computes in.")
+    ] = "bfloat16",
     tasks: Annotated[
         str | None, typer.Option(help="Between commas; all by default. continuation compares distributions.")
     ] = None,
@@ -62,6 +75,7 @@ def eval_(
     json_: Json = False,
 ) -> None:
     """Put tasks to the full cache and to plans of equal bytes. Goes on where it was interrupted, if given --out."""
+    from xkv_fx.evaluation.dtypes import dtype_of
     from xkv_fx.evaluation.quality import command
     from xkv_fx.evaluation.quality.evaluate import EvaluationSettings
     from xkv_fx.evaluation.quality.parts import remove_parts
@@ -77,6 +91,8 @@ def eval_(
         scorers=names(scorers),
         quantized=None if quantized is None else names(quantized),
         settings=EvaluationSettings(named, names(forms), length, instances, seed),
+        formats=None if formats is None else pairs(formats),
+        dtype=dtype_of(bytes_of),
         backend=backend,
     )
     loaded, tokenizer = load(model)

@@ -31,10 +31,12 @@ from xkv_fx.errors import (
 from xkv_fx.evaluation.quality.answering import BudgetedReader
 from xkv_fx.evaluation.quality.candidates import (
     Candidate,
+    bits_per_element,
     candidates_of_bytes,
     candidates_of_fractions,
     candidates_of_plans,
     check_equal_bytes,
+    formats_of,
 )
 from xkv_fx.evaluation.quality.evaluate import EvaluationSettings, evaluate
 from xkv_fx.evaluation.quality.parts import remove_parts
@@ -42,6 +44,8 @@ from xkv_fx.evaluation.quality.quantized import QUANTIZED, Quantized, cache_byte
 from xkv_fx.evaluation.quality.results import CONTINUATION_TASK, FULL, Evaluation, Row, smallest_sizes
 from xkv_fx.evaluation.quality.shared_prefill import Recorder, can_record
 from xkv_fx.evaluation.texts import source_code
+from xkv_fx.layers import with_itemsize
+from xkv_fx.planning.solve.constraints import full_bytes
 
 VOCABULARY = 500
 LENGTH = 160
@@ -196,7 +200,7 @@ def test_plans_of_a_size_take_equal_bytes(ready: Ready, found: Evaluation) -> No
     assert rows(found)["uniform", "25.0%"].kv_bytes == found.full_bytes // 4
     plans = ready.plans(0.25, scorers=("snapkv", "h2o", "streaming"))
     assert [plan.policy.scorer for plan in plans] == ["snapkv", "h2o", "streaming"]
-    check_equal_bytes(plans, ready.llm.layers, 10)
+    check_equal_bytes(plans, ready.llm.layers, LENGTH)
 
 
 def test_unequal_bytes_are_refused(ready: Ready) -> None:
@@ -207,7 +211,7 @@ def test_unequal_bytes_are_refused(ready: Ready) -> None:
         ready.llm.layers, {"a": Budgets((30, 10)), "b": Budgets((30, 10), Policy(eviction="append"))}
     )
     with pytest.raises(BudgetError, match=r"b \(snapkv, append\)"):
-        check_equal_bytes(mixed, ready.llm.layers, 8)
+        check_equal_bytes(mixed, ready.llm.layers, LENGTH)
 
 
 @pytest.mark.usefixtures("_captured_once")
@@ -219,7 +223,7 @@ def test_a_profile_and_a_calibration_are_solved_by_their_own_allocators(ready: R
     )
     plans = ready.plans(0.3, measured=measured)
     assert [plan.name for plan in plans] == ["xkv", "calibrated", "uniform"]
-    check_equal_bytes(plans, ready.llm.layers, 0)
+    check_equal_bytes(plans, ready.llm.layers, LENGTH)
     named = ready.plans(0.3, measured=measured, allocators=("uniform", "maxmin", "calibrated"))
     assert [plan.name for plan in named] == ["maxmin", "calibrated", "uniform"]
     with pytest.raises(BudgetError, match="'calibrated' needs"):
@@ -228,7 +232,67 @@ def test_a_profile_and_a_calibration_are_solved_by_their_own_allocators(ready: R
         ready.plans(0.3, allocators=("xkv",))
     of_bytes = candidates_of_bytes(ready.llm.layers, LENGTH, {"fp8 bytes": 40_000, "too large": 10**9}, measured)
     assert [plan.size for plan in of_bytes] == ["fp8 bytes"] * 3
-    check_equal_bytes(of_bytes, ready.llm.layers, 0)
+    check_equal_bytes(of_bytes, ready.llm.layers, LENGTH)
+
+
+INT8, INT4 = ("int8", "int8"), ("int4", "int4")
+
+
+@pytest.mark.usefixtures("_captured_once")
+def test_formats_alone_capacities_alone_and_both_take_equal_bytes_of_bfloat16(ready: Ready) -> None:
+    prompts = [random_ids(1, 60, seed=seed) for seed in range(2)]
+    measured = (
+        xkv_fx.calibrate(ready.model, prompts, continuation=8, formats=("model", "int8", "int4")),
+        xkv_fx.calibrate(ready.model, prompts, continuation=8),
+    )
+    counted = with_itemsize(ready.llm.layers, 2)
+    pairs = formats_of(measured)
+    plans = ready.plans(0.6, 0.95, measured=measured, formats=pairs, dtype=torch.bfloat16)
+    names = ["joint", "calibrated", "uniform", "all int8", "all int8/int4", "all int4"]
+    assert [(plan.name, plan.size) for plan in plans] == [(name, size) for size in ("60.0%", "95.0%") for name in names]
+    check_equal_bytes(plans, counted, LENGTH)
+    full = full_bytes(counted, LENGTH)
+    assert full == 2 * LENGTH * 2 * (8 + 8) * 2, "layers, tokens, heads, head sizes, bytes"
+    taken = {(plan.name, plan.size): plan.budgets.kv_bytes(counted) / full for plan in plans}
+    found = {(plan.name, plan.size): plan.budgets for plan in plans}
+    assert taken["uniform", "60.0%"] == 0.6
+    assert found["joint", "60.0%"].capacities == (LENGTH, LENGTH)
+    assert taken["joint", "60.0%"] == (0.5 + 0.625) / 2, "a layer in int4 and one in int8/int4; no other step fits"
+    assert 0.59 < taken["all int8", "60.0%"] <= 0.6
+    assert found["all int8", "60.0%"].capacities == (128, 128), "12 bytes instead of 16 an 8 elements"
+    assert found["all int4", "60.0%"].capacities == (LENGTH, LENGTH), "nothing is evicted, whatever is left"
+    assert taken["all int4", "60.0%"] == 0.5
+    assert found["joint", "60.0%"].formats is not None
+    assert bits_per_element(found["all int8", "60.0%"], counted) == 12
+    assert bits_per_element(found["uniform", "60.0%"], counted) == 16
+    with pytest.raises(BudgetError, match="'joint' needs a calibration of formats"):
+        ready.plans(0.6, measured=measured[1:], allocators=("joint",))
+    both = ready.plans(0.6, measured=measured, allocators=("joint", "calibrated"))
+    assert [plan.name for plan in both] == ["joint", "calibrated", "uniform"]
+
+
+def test_a_plan_that_takes_less_must_hold_everything(ready: Ready) -> None:
+    counted = with_itemsize(ready.llm.layers, 2)
+    plans = [
+        Candidate("half", "a", Budgets.uniform(2, LENGTH // 2)),
+        Candidate("int4", "a", Budgets((70, 70), formats=(INT4, INT4))),
+    ]
+    with pytest.raises(BudgetError, match=r"half \(snapkv, ring\) 10,240, int4 \(snapkv, ring\) 4,480"):
+        check_equal_bytes(plans, counted, LENGTH)
+    check_equal_bytes(plans, counted, 70)
+
+
+def test_bytes_are_counted_in_another_dtype_than_the_model_computes_in(ready: Ready) -> None:
+    plans = ready.plans(0.5, formats=(INT8,), dtype=torch.bfloat16)
+    short = dataclasses.replace(SETTINGS, tasks=("needle_single",), forms=("inside",), count=1)
+    evaluation = ready.evaluate(plans, short, quantized=FP8, dtype=torch.bfloat16)
+    assert evaluation.dtype == "bfloat16"
+    assert evaluation.full_bytes == 2 * LENGTH * 64
+    taken = {row.name: row.kv_bytes for row in evaluation.rows}
+    assert taken["uniform"] == 2 * (LENGTH // 2) * 64
+    assert taken["all int8"] == LENGTH * 64 // 48 * 48
+    if FP8:
+        assert taken["fp8"] < taken["full"] / 2 + 1000, "one byte an element, and scales"
 
 
 @needs_fp8
@@ -387,7 +451,7 @@ def test_bad_settings_are_refused(ready: Ready, changes: dict[str, Any], message
 
 @pytest.mark.parametrize("fraction", [0.0, 1.5, float("nan")])
 def test_a_fraction_is_a_share(ready: Ready, fraction: float) -> None:
-    with pytest.raises(BudgetError, match="a fraction must be above 0 and at most 1"):
+    with pytest.raises(BudgetError, match="fraction must be above 0 and at most 1"):
         ready.plans(fraction)
 
 

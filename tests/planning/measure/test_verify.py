@@ -115,6 +115,18 @@ def test_a_plan_beside_the_best_single_format_at_equal_bytes() -> None:
     assert report.uniform_plan(budgets).formats is None
 
 
+def test_bytes_are_those_of_the_dtype_that_a_plan_was_solved_for() -> None:
+    """A calibration and its verification may compute in float32 for a model that is served in bfloat16."""
+    calibration = xkv_fx.calibrate(model(), PROMPTS, policy=APPEND, continuation=NEW, formats=("model", "int8"))
+    plan = xkv_fx.solve(calibration, kv_bytes=3000, dtype=torch.bfloat16)
+    report = xkv_fx.verify(model(), plan, PROMPTS, continuation=NEW)
+    taken = plan.kv_bytes(captured("llama", 2, 1).layers, dtype=torch.bfloat16)
+    assert 3000 - 64 < taken <= 3000
+    assert sum(report.uniform) == taken // 64, "2 heads x (8 + 8) elements of 2 bytes"
+    assert report.single is not None
+    assert report.single.capacities == (34, 34), "2,992 bytes hold all tokens in int8/int4"
+
+
 def test_a_single_format_keeps_equal_capacities_where_not_every_token_fits() -> None:
     layers = (LayerSpec(4, 2, 64, 64, 2), LayerSpec(4, 2, 64, 64, 2, sliding_window=8))
     plan = Budgets((40, 20), APPEND, Provenance(context=1000))

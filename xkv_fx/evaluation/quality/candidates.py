@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import xkv_fx
+from xkv_fx.budgets import Plan, Provenance
 from xkv_fx.errors import BudgetError
-from xkv_fx.layers import LayerSpec
+from xkv_fx.formats import LayerFormats, pair_name
+from xkv_fx.layers import HasItemSize, LayerSpec, with_itemsize
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.profile_data import Profile
 from xkv_fx.planning.measure.verify import uniform_like
-from xkv_fx.planning.solve.constraints import whole_tokens
+from xkv_fx.planning.solve.constraints import bytes_of_fraction, full_bytes
 from xkv_fx.planning.solve.plan import uniform_within_bytes
 from xkv_fx.policy import Policy
 from xkv_fx.public_budgets import Budgets
 
-UNIFORM = "uniform"
+UNIFORM, CALIBRATED = "uniform", "calibrated"
+JOINT = "joint"
+"""Capacities and formats together, from a calibration of formats."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +53,20 @@ class Entry:
     budgets: Budgets | None
 
 
+def identity_of(budgets: Plan) -> dict[str, Any]:
+    """All of a plan that decides what it answers: everything but how it was made, as JSON's types."""
+    return {name: value for name, value in budgets.to_dict().items() if name != "provenance"}
+
+
 def label_of(fraction: float) -> str:
     """What a share of the full cache is called."""
     return f"{fraction:.1%}"
+
+
+def bits_per_element(budgets: Plan, layers: Sequence[LayerSpec]) -> float:
+    """Bits that an element of a kept key or value takes on average, scales and zeros counted."""
+    elements = dataclasses.replace(budgets, formats=None).kv_bytes(with_itemsize(layers, 1))
+    return 8 * budgets.kv_bytes(layers) / elements
 
 
 def candidates_of_fractions(
@@ -59,24 +76,25 @@ def candidates_of_fractions(
     measured: Sequence[Profile | Calibration] = (),
     allocators: Sequence[str] | None = None,
     scorers: Sequence[str] = (),
+    formats: Sequence[LayerFormats] = (),
+    dtype: HasItemSize | None = None,
 ) -> tuple[Candidate, ...]:
-    """For each share of layers x context: what the allocators make of each profile or calibration, and a uniform plan
-    for each policy of theirs and each further scorer.
+    """For each share of the bytes of a full cache: what the allocators make of each profile or calibration, and for
+    each policy of theirs and each further scorer a uniform plan and one for each of `formats` in all layers.
 
     Args:
-        allocators: names; each is used for those that can be solved by it. By default each one's own.
+        allocators: names; each is used for those that can be solved by it, `"joint"` for calibrations of formats. By
+            default each one's own.
         scorers: names of scorers to add uniform plans for, under the eviction of what was measured.
+        formats: of keys and values.
+        dtype: that bytes are counted in; the model's own by default.
 
     Raises:
         BudgetError: a fraction out of range, or an allocator that none of `measured` can be solved by.
     """
-    found: list[Candidate] = []
-    for fraction in fractions:
-        size, total = label_of(fraction), _tokens(fraction, layers, context)
-        found += _solved(measured, allocators, size, context, total_tokens=total)
-        capacities = tuple(total // len(layers) + (layer < total % len(layers)) for layer in range(len(layers)))
-        found += [Candidate(UNIFORM, size, Budgets(capacities, policy)) for policy in _policies(measured, scorers)]
-    return tuple(found)
+    counted = _counted(layers, dtype)
+    sizes = {label_of(fraction): bytes_of_fraction(fraction, counted, context) for fraction in fractions}
+    return _of_bytes(layers, context, sizes, measured, allocators, scorers, formats, dtype)
 
 
 def candidates_of_bytes(
@@ -86,19 +104,71 @@ def candidates_of_bytes(
     measured: Sequence[Profile | Calibration] = (),
     allocators: Sequence[str] | None = None,
     scorers: Sequence[str] = (),
+    formats: Sequence[LayerFormats] = (),
+    dtype: HasItemSize | None = None,
 ) -> tuple[Candidate, ...]:
     """As `candidates_of_fractions`, for named sizes in bytes; one that is above the full cache's is left out."""
-    full_bytes = sum(spec.slot_bytes() * spec.effective_capacity(context) for spec in layers)
-    found: list[Candidate] = []
+    most = full_bytes(_counted(layers, dtype), context)
+    smaller = {size: kv_bytes for size, kv_bytes in sizes.items() if kv_bytes < most}
+    return _of_bytes(layers, context, smaller, measured, allocators, scorers, formats, dtype)
+
+
+def _of_bytes(
+    layers: Sequence[LayerSpec],
+    context: int,
+    sizes: Mapping[str, int],
+    measured: Sequence[Profile | Calibration],
+    allocators: Sequence[str] | None,
+    scorers: Sequence[str],
+    formats: Sequence[LayerFormats],
+    dtype: HasItemSize | None,
+) -> tuple[Candidate, ...]:
+    counted, found = _counted(layers, dtype), list[Candidate]()
     for size, kv_bytes in sizes.items():
-        if kv_bytes >= full_bytes:
-            continue
-        found += _solved(measured, allocators, size, context, kv_bytes=kv_bytes)
-        even = uniform_within_bytes(layers, context, kv_bytes)
-        found += [
-            Candidate(UNIFORM, size, Budgets(tuple(even.tolist()), policy)) for policy in _policies(measured, scorers)
-        ]
+        solved = []
+        for source, name in _solvable(measured, allocators):
+            allocator = None if name == JOINT else name
+            budgets = xkv_fx.solve(source, kv_bytes=kv_bytes, context=context, allocator=allocator, dtype=dtype)
+            solved.append(Candidate(name or own_name(source), size, budgets))
+        found += solved
+        for policy in _policies(measured, scorers):
+            even = _alike(Budgets.uniform(len(layers), 1, policy), counted, context, kv_bytes, None)
+            found.append(Candidate(UNIFORM, size, even))
+            like = next((of.budgets for of in solved if of.policy == policy and of.budgets.formats), even)
+            for pair in formats:
+                if sum(spec.slot_bytes(formats=pair) for spec in counted) <= kv_bytes:  # else not a slot each
+                    alike = _alike(like, counted, context, kv_bytes, pair)
+                    found.append(Candidate(name_of_format(pair), size, alike))
     return tuple(found)
+
+
+def name_of_format(pair: LayerFormats) -> str:
+    """What a plan is called that stores all layers so."""
+    return f"all {pair_name(pair)}"
+
+
+def is_of_one_format(name: str) -> bool:
+    """Whether `name_of_format` gave that name."""
+    return name.startswith("all ")
+
+
+def formats_of(measured: Iterable[Profile | Calibration]) -> tuple[LayerFormats, ...]:
+    """The formats that calibrations measured, besides the model's dtype."""
+    calibrations = (source for source in measured if isinstance(source, Calibration))
+    return tuple(dict.fromkeys(pair for source in calibrations for pair in source.pairs if pair is not None))
+
+
+def _alike(
+    like: Budgets, layers: Sequence[LayerSpec], context: int, kv_bytes: int, pair: LayerFormats | None
+) -> Budgets:
+    """The largest plan of at most so many bytes whose layers hold equally much in one format, otherwise as `like`."""
+    capacities = tuple(uniform_within_bytes(layers, context, kv_bytes, pair).tolist())
+    provenance = Provenance(model=like.provenance.model, allocator=UNIFORM, context=context)
+    return dataclasses.replace(like, capacities=capacities, formats=(pair,) * len(layers), provenance=provenance)
+
+
+def _counted(layers: Sequence[LayerSpec], dtype: HasItemSize | None) -> tuple[LayerSpec, ...]:
+    return with_itemsize(layers, None if dtype is None else dtype.itemsize)
 
 
 def candidates_of_plans(
@@ -119,50 +189,48 @@ def candidates_of_plans(
     return tuple(found)
 
 
-def check_equal_bytes(candidates: Sequence[Candidate], layers: Sequence[LayerSpec], new_tokens: int) -> None:
-    """Check that the plans of each size take the same bytes, to within one slot where layers' slots differ in size.
+def check_equal_bytes(candidates: Sequence[Candidate], layers: Sequence[LayerSpec], context: int) -> None:
+    """Check that the plans of each size take the same bytes: to within one slot where slots differ in size; a plan that
+    holds all of `context` tokens may take less.
+
+    Room for appended tokens comes on top, so that plans that append are not compared with others.
 
     Args:
-        new_tokens: room that is set aside for generated tokens, under `eviction="append"`.
+        layers: with the bytes of an element that are counted.
 
     Raises:
         BudgetError: they do not.
     """
-    slots = {spec.slot_bytes() for spec in layers}
-    tolerance = max(slots) if len(slots) > 1 else 0
-    sizes: dict[str, dict[str, int]] = {}
-    for candidate in candidates:
-        taken = candidate.budgets.kv_bytes(layers, max_new_tokens=new_tokens)
-        named = f"{candidate.name} ({candidate.policy.scorer}, {candidate.policy.eviction})"
-        sizes.setdefault(candidate.size, {})[named] = taken
-    for size, taken_by in sizes.items():
-        if max(taken_by.values()) - min(taken_by.values()) > tolerance:
-            listed = ", ".join(f"{name} {taken:,}" for name, taken in taken_by.items())
+    for size in dict.fromkeys(candidate.size for candidate in candidates):
+        group = [candidate for candidate in candidates if candidate.size == size]
+        taken = {candidate: candidate.budgets.kv_bytes(layers) for candidate in group}
+        slots = {
+            spec.slot_bytes(formats=pair)
+            for candidate in group
+            for spec, pair in zip(layers, candidate.budgets.layer_formats, strict=True)
+        }
+        tolerance = max(slots) if len(slots) > 1 else 0
+        least = max(taken.values()) - tolerance
+        full = [spec.effective_capacity(context) for spec in layers]
+        same = all(
+            kv_bytes >= least or all(map(operator.ge, candidate.budgets.slots(layers), full))
+            for candidate, kv_bytes in taken.items()
+        )
+        if not same or len({candidate.policy.eviction == "append" for candidate in group}) > 1:
+            listed = ", ".join(
+                f"{of.name} ({of.policy.scorer}, {of.policy.eviction}) {kv_bytes:,}" for of, kv_bytes in taken.items()
+            )
             raise BudgetError(
-                f"plans are compared at equal bytes, but those of the size {size!r} take different ones: {listed}"
+                f"plans are compared at equal bytes, but those of the size {size!r} take different ones (under "
+                f"eviction='append' new tokens take more besides): {listed}"
             )
 
 
-def _tokens(fraction: float, layers: Sequence[LayerSpec], context: int) -> int:
-    if not 0 < fraction <= 1:
-        raise BudgetError(f"a fraction must be above 0 and at most 1; got {fraction!r}")
-    return whole_tokens(fraction, len(layers), context)
-
-
-def _solved(
-    measured: Sequence[Profile | Calibration],
-    allocators: Sequence[str] | None,
-    size: str,
-    context: int,
-    total_tokens: int | None = None,
-    kv_bytes: int | None = None,
-) -> list[Candidate]:
-    """What the allocators make of each source that they can read, under one of the two constraints."""
-    found = []
-    for source, name in _solvable(measured, allocators):
-        budgets = xkv_fx.solve(source, total_tokens=total_tokens, kv_bytes=kv_bytes, context=context, allocator=name)
-        found.append(Candidate(budgets.provenance.allocator or name or "", size, budgets))
-    return found
+def own_name(source: Profile | Calibration) -> str:
+    """What the plan of a source is called where no allocator is named."""
+    if isinstance(source, Profile):
+        return "xkv"
+    return CALIBRATED if source.formats is None else JOINT
 
 
 def _solvable(
@@ -171,12 +239,20 @@ def _solvable(
     """Each source with each of the allocators that can read it; uniform is added elsewhere."""
     if allocators is None:
         return [(source, None) for source in measured]
+    joint = [source for source in measured if isinstance(source, Calibration) and source.formats is not None]
     found: list[tuple[Profile | Calibration, str | None]] = []
     for name in allocators:
         if name == UNIFORM:
             continue
+        if name == JOINT:
+            if not joint:
+                raise BudgetError(f"the allocator {JOINT!r} needs a calibration of formats")
+            found += [(source, JOINT) for source in joint]
+            continue
         errors = []
         for source in measured:
+            if source in joint:
+                continue
             try:
                 xkv_fx.solve(source, total_tokens=len(source.layers), allocator=name)
             except BudgetError as error:

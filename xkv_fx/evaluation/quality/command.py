@@ -7,14 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from xkv_fx.errors import BudgetError
 from xkv_fx.evaluation.pictures import draw_evaluation
 from xkv_fx.evaluation.quality.candidates import (
+    JOINT,
+    UNIFORM,
     Candidate,
     candidates_of_bytes,
     candidates_of_fractions,
     candidates_of_plans,
+    formats_of,
     label_of,
+    own_name,
 )
 from xkv_fx.evaluation.quality.evaluate import EvaluationSettings, evaluate
 from xkv_fx.evaluation.quality.quantized import QUANTIZED, planned_bytes, quantized
@@ -23,8 +29,9 @@ from xkv_fx.evaluation.quality.smallest import smallest_shares
 from xkv_fx.evaluation.tasks import NEEDLES, check_task
 from xkv_fx.evaluation.texts import cut_prompts, source_code
 from xkv_fx.files import write_json
+from xkv_fx.formats import LayerFormats
 from xkv_fx.hf.capture import layers_of_model
-from xkv_fx.layers import LayerSpec
+from xkv_fx.layers import LayerSpec, with_itemsize
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.profile_data import Profile
 from xkv_fx.planning.measure.team import Progress
@@ -44,6 +51,8 @@ class Request:
         scorers: further ones, with uniform plans.
         quantized: names of transformers' quantized caches, which must be installed; None for those that are.
         settings: of the tasks.
+        formats: that all layers store in, one plan for each; None for those that `measured` has.
+        dtype: that bytes are counted in.
         backend: as in `xkv_fx.transform`.
     """
 
@@ -54,6 +63,8 @@ class Request:
     scorers: tuple[str, ...]
     quantized: tuple[str, ...] | None
     settings: EvaluationSettings
+    formats: tuple[LayerFormats, ...] | None
+    dtype: torch.dtype
     backend: str = "eager"
 
 
@@ -78,13 +89,24 @@ def run(
     there = tuple(name for name in asked if name not in missing)
 
     layers = layers_of_model(model)
-    common = (request.measured, request.allocators, request.scorers)
+    formats = formats_of(request.measured) if request.formats is None else request.formats
+    common = (request.measured, request.allocators, request.scorers, formats, request.dtype)
     candidates = list(candidates_of_fractions(layers, settings.length, request.fractions, *common))
-    sizes = {f"{name} bytes": planned_bytes(name, model, layers, settings.length, 1) for name in there}
+    sizes = {f"{name} bytes": planned_bytes(name, model, layers, settings.length, 1, request.dtype) for name in there}
     if request.fractions:
         candidates += candidates_of_bytes(layers, settings.length, sizes, *common)
-    candidates += _given(layers, plans, candidates)
-    found = evaluate(model, tokenizer, candidates, settings, there, request.backend, resume=resume, progress=progress)
+    candidates += _given(with_itemsize(layers, request.dtype.itemsize), plans, candidates)
+    found = evaluate(
+        model,
+        tokenizer,
+        candidates,
+        settings,
+        there,
+        request.backend,
+        dtype=request.dtype,
+        resume=resume,
+        progress=progress,
+    )
     return dataclasses.replace(found, not_installed=missing)
 
 
@@ -131,17 +153,17 @@ def smallest(
     Returns:
         plain data: `needles` by form and plan, `kl` by plan, None where nothing is small enough.
     """
-    ways: dict[str, tuple[Profile | Calibration, str]] = {}
+    ways: dict[str, tuple[Profile | Calibration, str | None]] = {}
     for source in request.measured:
-        ways.setdefault("uniform", (source, "uniform"))
-        ways["calibrated" if isinstance(source, Calibration) else "xkv"] = (
-            source,
-            "calibrated" if isinstance(source, Calibration) else "xkv",
-        )
+        if own_name(source) != JOINT:
+            ways.setdefault(UNIFORM, (source, UNIFORM))
+        ways[own_name(source)] = (source, None)
     by_kl: dict[str, float | None] = {}
     if ways:
         stretches = cut_prompts(tokenizer, source_code(), prompts, request.settings.length + VERIFY_CONTINUATION)
-        by_kl = smallest_shares(model, ways, stretches, kl, request.settings.length, progress=progress)
+        by_kl = smallest_shares(
+            model, ways, stretches, kl, request.settings.length, progress=progress, dtype=request.dtype
+        )
     return {
         "needles_within_a_point": smallest_sizes(evaluation, NEEDLES),
         "kl_bound": kl,

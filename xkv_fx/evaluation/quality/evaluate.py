@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import xkv_fx
@@ -32,7 +33,9 @@ from xkv_fx.evaluation.quality.shared_prefill import Recorded, Recorder, can_rec
 from xkv_fx.evaluation.tasks import Instance, make_instances
 from xkv_fx.evaluation.texts import cut_prompts, source_code
 from xkv_fx.hf.capture import layers_of_model
+from xkv_fx.layers import with_itemsize
 from xkv_fx.planning.measure.team import Progress
+from xkv_fx.planning.solve.constraints import full_bytes
 from xkv_fx.policy import Policy
 from xkv_fx.public_budgets import Budgets
 
@@ -93,6 +96,7 @@ def evaluate(
     resume: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     llm: Any = None,
+    dtype: torch.dtype | None = None,
 ) -> Evaluation:
     """Ask everything of the full cache, of every plan, and of transformers' quantized caches.
 
@@ -105,6 +109,7 @@ def evaluate(
         resume: a folder for what was measured so far, a file for each plan, task and form.
         progress: called as `progress(done, total)`, counting examples times plans.
         llm: the model, transformed for one row already; it is captured here when None.
+        dtype: that bytes are counted in, whatever the model computes in; the model's own by default.
 
     Raises:
         PromptError: an unknown task or form, or a length that is too short for a task or too long for the model.
@@ -123,18 +128,19 @@ def evaluate(
         raise PromptError(f"prompts and answers of {longest} tokens are more than the model's {limit} positions")
     everyone = (Candidate(FULL, FULL, Budgets.full(len(llm.layers), longest)), *candidates)
     _check_names(everyone)
-    check_equal_bytes(candidates, llm.layers, room)
+    counted = with_itemsize(llm.layers, (dtype or llm.dtype).itemsize)
+    check_equal_bytes(candidates, counted, settings.length)
     for candidate in candidates:
         candidate.budgets.check_layers(llm.layers, llm.program.graphs.captured.fingerprint)
 
-    asked = _Asked(model, tokenizer, llm, room, longest)
+    asked = _Asked(model, tokenizer, llm, room, longest, dtype or llm.dtype)
     captured = llm.program.graphs.captured
-    parts = None if resume is None else Parts(resume, captured, settings.length, settings.seed, room)
+    parts = None if resume is None else Parts(resume, captured, settings.length, settings.seed, room, dtype)
     entries = [Entry(candidate.name, candidate.size, candidate.budgets) for candidate in everyone]
     entries += [Entry(name, name, None) for name in quantized]
     for entry in entries:
         if entry.budgets is None:
-            quantized_reader(entry.name, model)  # says what is not installed before anything is run
+            quantized_reader(entry.name, model, asked.dtype)  # says what is not installed before anything is run
 
     jobs = [(task, form) for task in settings.tasks for form in settings.forms_of(task)]
     steps = sum(len(entries) * len(examples[task]) for task, _ in jobs)
@@ -161,31 +167,44 @@ def evaluate(
         rows += [row for row in found.values() if row is not None]
     return Evaluation(
         model=captured.fingerprint,
-        dtype=str(llm.dtype).removeprefix("torch."),
+        dtype=str(dtype or llm.dtype).removeprefix("torch."),
         settings=dataclasses.asdict(settings),
         plans=everyone,
         rows=tuple(rows),
-        full_bytes=sum(spec.slot_bytes(llm.dtype) for spec in llm.layers) * settings.length,
+        full_bytes=full_bytes(counted, settings.length),
     )
 
 
 class _Asked:
     """The model under every plan that was needed so far."""
 
-    def __init__(self, model: Any, tokenizer: Any, llm: Any, room: int, longest: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, llm: Any, room: int, longest: int, dtype: torch.dtype) -> None:
         self.model, self.tokenizer, self.llm = model, tokenizer, llm
-        self.room, self.longest = room, longest
+        self.room, self.longest, self.dtype = room, longest, dtype
         self.ends = end_tokens(llm)
         self.reader = functools.cache(self._reader)
         self.recorder = functools.cache(self._recorder)
 
     def _reader(self, entry: Entry) -> BudgetedReader | TransformersReader:
         if entry.budgets is None:
-            return quantized_reader(entry.name, self.model)
+            return quantized_reader(entry.name, self.model, self.dtype)
         if entry.budgets == self.llm.budgets:  # the full cache, built already
             return BudgetedReader(self.llm)
         # All plans get the same room, on top of what they were solved for.
         return BudgetedReader(self.llm.with_budgets(entry.budgets, max_new_tokens=self.room, over_limit=True))
+
+    def kv_bytes(self, entry: Entry, reader: Reader) -> int:
+        """Bytes that an entry takes, in the dtype that they are counted in.
+
+        Raises:
+            BudgetError: a session does not allocate what its plan says.
+        """
+        if entry.budgets is None:
+            return reader.kv_bytes
+        planned = functools.partial(entry.budgets.kv_bytes, self.llm, max_new_tokens=self.room)
+        if reader.kv_bytes != planned(dtype=self.llm.dtype):
+            raise BudgetError(f"the plan {entry.name!r} of the size {entry.size!r} does not allocate the bytes it says")
+        return int(planned(dtype=self.dtype))
 
     def _recorder(self, policy: Policy) -> Recorder:
         return Recorder(self.llm, policy, self.longest)
@@ -218,13 +237,13 @@ def _measure(
             if reference is not None:
                 own = forced(reader, logits, instance.question)
                 values = compare(reference, own, instance.question[0].to(own.device))
-                measured[entry].add(values, "", reader)
+                measured[entry].add(values, "", asked.kv_bytes(entry, reader))
             else:
                 if form == AFTER:
                     logits = reader.read(instance.question.to(asked.llm.device))
                 tokens = answer(reader, logits, instance.new_tokens, asked.ends)
                 text = str(asked.tokenizer.decode(tokens))
-                measured[entry].add({"score": instance.score(text)}, text, reader)
+                measured[entry].add({"score": instance.score(text)}, text, asked.kv_bytes(entry, reader))
             count()
     return {entry: found.row(entry, task, form) for entry, found in measured.items()}
 
@@ -254,11 +273,11 @@ class _Measured:
         self.texts: list[str] = []
         self.kv_bytes = 0
 
-    def add(self, values: Mapping[str, float], text: str, reader: Reader) -> None:
+    def add(self, values: Mapping[str, float], text: str, kv_bytes: int) -> None:
         for name, value in values.items():
             self.values.setdefault(name, []).append(value)
         self.texts.append(text)
-        self.kv_bytes = max(self.kv_bytes, reader.kv_bytes)
+        self.kv_bytes = max(self.kv_bytes, kv_bytes)
 
     def row(self, entry: Entry, task: str, form: str) -> Row:
         policy = None if entry.budgets is None else entry.budgets.policy

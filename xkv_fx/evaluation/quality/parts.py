@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import FileFormatError, ModelMismatchError
-from xkv_fx.evaluation.quality.candidates import Entry
+from xkv_fx.evaluation.quality.candidates import Entry, identity_of
 from xkv_fx.evaluation.quality.results import CONTINUATION_TASK, FULL, Row
 from xkv_fx.evaluation.tasks import Instance
 from xkv_fx.fields import DOCUMENT, NUMBER, OBJECT, TEXT, Fields, check_fields, list_of, whole
@@ -34,6 +36,7 @@ class Parts:
         captured: the model.
         length, seed: what decided the examples.
         room: for generated tokens.
+        dtype: that bytes are counted in; the model's own by default.
 
     Raises:
         ModelMismatchError: a folder of another model.
@@ -41,9 +44,15 @@ class Parts:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], captured: CapturedModel, length: int, seed: int, room: int
+        self,
+        folder: str | os.PathLike[str],
+        captured: CapturedModel,
+        length: int,
+        seed: int,
+        room: int,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.folder, self.room = Path(folder), room
+        self.folder, self.room, self.counted_in = Path(folder), room, str(dtype or captured.dtype)
         self.base = [captured.fingerprint, str(captured.dtype), digest_of_weights(captured)]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_run({"model": self.base, "length": length, "seed": seed})
@@ -74,11 +83,8 @@ class Parts:
     def _path(self, entry: Entry, task: str, form: str, made: Sequence[Instance]) -> Path:
         plan: list[Any] = [entry.name]
         if entry.budgets is not None and entry.name != FULL:  # how much more room than needed that has is no matter
-            appended = self.room if entry.budgets.policy.eviction == "append" else 0
-            plan = [list(entry.budgets.capacities), entry.budgets.policy.to_dict(), appended]
-            if entry.budgets.formats is not None:
-                plan.append(entry.budgets.formats)
-        described = json.dumps([VERSION, self.base, plan, task, form], sort_keys=True)
+            plan = [identity_of(entry.budgets), self.room if entry.budgets.policy.eviction == "append" else 0]
+        described = json.dumps([VERSION, self.base, self.counted_in, plan, task, form], sort_keys=True)
         digest = hashlib.sha256(described.encode())
         for instance in made:
             digest.update(json.dumps([instance.answers, instance.new_tokens, instance.context.shape[1]]).encode())

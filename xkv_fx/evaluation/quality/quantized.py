@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Iterable
 from typing import Any
@@ -99,22 +100,33 @@ def quantized(name: str) -> Quantized:
     return QUANTIZED[name]
 
 
-def quantized_reader(name: str, model: Any) -> TransformersReader:
+def quantized_reader(name: str, model: Any, dtype: torch.dtype) -> TransformersReader:
     """The model itself, with the quantized cache of that name.
+
+    Args:
+        dtype: as in `cache_bytes`.
 
     Raises:
         BackendError, UnsupportedModelError: see `quantized` and `Quantized.new_cache`.
     """
     kind = quantized(name)
-    return TransformersReader(model, lambda: kind.new_cache(model.config), cache_bytes)
+    counted = functools.partial(cache_bytes, computed_in=model.dtype, counted_in=dtype)
+    return TransformersReader(model, lambda: kind.new_cache(model.config), counted)
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes of every tensor that the layers of a transformers cache hold, scales and offsets included."""
+def cache_bytes(cache: Any, computed_in: torch.dtype | None = None, counted_in: torch.dtype | None = None) -> int:
+    """Bytes of every tensor that the layers of a transformers cache hold, scales and offsets included.
+
+    Args:
+        computed_in, counted_in: tensors of the first dtype, the model's, are counted as if they were of the second.
+    """
     storages = {}
     for layer in cache.layers:
         for tensor in _tensors(vars(layer).values()):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            nbytes = tensor.untyped_storage().nbytes()
+            if counted_in is not None and tensor.dtype == computed_in and tensor.dim():  # not a lone float32 scale
+                nbytes = nbytes * counted_in.itemsize // tensor.dtype.itemsize
+            storages[tensor.untyped_storage().data_ptr()] = nbytes
     return sum(storages.values())
 
 
@@ -132,10 +144,15 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
             yield from _tensors(value)
 
 
-def planned_bytes(name: str, model: Any, layers: Iterable[Any], prompt: int, new_tokens: int) -> int:
+def planned_bytes(
+    name: str, model: Any, layers: Iterable[Any], prompt: int, new_tokens: int, dtype: torch.dtype | None = None
+) -> int:
     """Bytes that the cache takes once a prompt was read at once and so many tokens were decoded.
 
     Found by filling one with random keys and values of the model's shapes.
+
+    Args:
+        dtype: as `counted_in` of `cache_bytes`.
 
     Raises:
         BackendError: see `Quantized.new_cache`.
@@ -150,4 +167,4 @@ def planned_bytes(name: str, model: Any, layers: Iterable[Any], prompt: int, new
                 for dim in (spec.key_dim, spec.value_dim)
             )
             cache.update(k, v, index)
-    return cache_bytes(cache)
+    return cache_bytes(cache, model.dtype, dtype)

@@ -11,15 +11,19 @@ from torch import Tensor
 
 import xkv_fx
 from xkv_fx.errors import BudgetError
+from xkv_fx.evaluation.quality.held_out import measure_held_out
+from xkv_fx.hf.capture import capture
+from xkv_fx.layers import HasItemSize, with_itemsize
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.profile_data import Profile
 from xkv_fx.planning.measure.team import Progress
 from xkv_fx.planning.measure.verify import VERIFY_CONTINUATION
+from xkv_fx.planning.solve.constraints import bytes_of_fraction
 from xkv_fx.public_budgets import Budgets
 
 # Totals that are tried for each allocator in one round; each round leaves one gap between two of them.
 _TRIED = 6
-Ways = Mapping[str, tuple[Profile | Calibration, str]]
+Ways = Mapping[str, tuple[Profile | Calibration, str | None]]
 
 
 def smallest_shares(
@@ -31,19 +35,21 @@ def smallest_shares(
     continuation: int = VERIFY_CONTINUATION,
     rounds: int = 2,
     progress: Progress | None = None,
+    dtype: HasItemSize | None = None,
 ) -> dict[str, float | None]:
-    """For each way the smallest fraction of layers x context whose held-out mean KL is at most `kl`.
+    """For each way the smallest fraction of a full cache's bytes whose held-out mean KL is at most `kl`.
 
     All ways share one prefill of each prompt, and each round tries six totals of each. As in `xkv_fx.fit_quality`, that
     more tokens never raise the KL is taken for granted between the plans tried.
 
     Args:
         model: a transformers causal language model.
-        ways: names, each with what to solve from and the allocator; all of one policy.
+        ways: names, each with what to solve from and the allocator, None for its own; all of one policy.
         prompts: int64 `[1, S + continuation]`, which nothing was measured from before.
         kl: nats.
         context: tokens of prompt; S of the longest prompt by default.
         rounds: two find the fraction to within 2 %, three to within 0.3 %.
+        dtype: that bytes are counted in; the model's own by default.
 
     Returns:
         a fraction, or None where even full capacities stray further (generated tokens then push out others).
@@ -55,6 +61,7 @@ def smallest_shares(
         raise BudgetError(f"give at least one way, one round and a kl above 0; got {len(ways)}, {rounds}, {kl!r}")
     context = max(ids.shape[1] for ids in prompts) - continuation if context is None else context
     low, high = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 1.0)
+    captured = capture(model, decode=False)
     open_ways, found = set(ways), dict[str, float | None]()
     for turn in range(rounds):
         if not open_ways:
@@ -66,17 +73,19 @@ def smallest_shares(
             fractions = np.linspace(low[name], high[name], _TRIED + 2)[1:].tolist()
             for fraction in fractions if turn == 0 else fractions[:-1]:
                 tried.append((name, fraction))
-                plans.append(xkv_fx.solve(source, fraction=fraction, context=context, allocator=allocator))
+                layers = with_itemsize(source.layers, None if dtype is None else dtype.itemsize)
+                kv_bytes = bytes_of_fraction(fraction, layers, context)
+                plans.append(xkv_fx.solve(source, kv_bytes=kv_bytes, context=context, allocator=allocator, dtype=dtype))
 
         def report(done: int, total: int, before: int = turn * len(prompts)) -> None:
             if progress is not None:
                 progress(before + done, rounds * len(prompts))
 
-        reports = xkv_fx.verify(model, tuple(plans), prompts, continuation=continuation, progress=report)
+        measured = measure_held_out(captured, plans, prompts, continuation, progress=report).kl.mean(0)
         for name in sorted(open_ways):
             means = [
-                (fraction, float(np.mean(report.kl)))
-                for (owner, fraction), report in zip(tried, reports, strict=True)
+                (fraction, float(mean))
+                for (owner, fraction), mean in zip(tried, measured, strict=True)
                 if owner == name
             ]
             enough = [fraction for fraction, mean in means if mean <= kl]

@@ -8,11 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from xkv_fx.errors import BackendError, BudgetError
+from xkv_fx.evaluation.dtypes import dtype_of
 from xkv_fx.hf.capture import layers_of_model
 from xkv_fx.hf.models import load_model
 from xkv_fx.public_budgets import Budgets
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def model_and_plan(
@@ -25,15 +24,14 @@ def model_and_plan(
         BudgetError: a fraction out of range.
         UnsupportedModelError: no model of that name.
     """
-    if dtype not in DTYPES:
-        raise BackendError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    computed_in = dtype_of(dtype)
     if device not in ("cpu", "cuda"):
         raise BackendError(f"unknown device {device!r}; choose cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise BackendError("this torch sees no CUDA device; leave --device out to run on the CPU")
     if not 0 < fraction <= 1:
         raise BudgetError(f"fraction must be above 0 and at most 1; got {fraction}")
-    model, _ = load_model(name, getattr(torch, dtype), device)
+    model, _ = load_model(name, computed_in, device)
     if plan is not None:
         return model, Budgets.load(plan)
     return model, Budgets.uniform(len(layers_of_model(model)), max(1, round(fraction * context)))

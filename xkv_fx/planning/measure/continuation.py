@@ -65,6 +65,19 @@ def cut_model(captured: CapturedModel, scorer: Scorer | None = None) -> CutModel
 
 
 @dataclasses.dataclass(frozen=True)
+class Strayed:
+    """How far plans stray from the full cache, for each of T continuation tokens, once it has been fed.
+
+    Attributes:
+        kl: KL(full || plan) of the next-token distributions, nats, float64 `[plans, T]`.
+        agree: whether both prefer the same next token, bool `[plans, T]`.
+    """
+
+    kl: Tensor
+    agree: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class FullRun:
     """A prompt of S tokens and its continuation of T, run with the full cache.
 
@@ -116,22 +129,25 @@ class FullRun:
         return self._stored[key]
 
     def divergence(self, plans: Sequence[LayerPlans]) -> Tensor:
-        """KL divergence of the next-token distributions under each plan from those of the full cache.
+        """As `compare`, the KL divergence alone."""
+        return self.compare(plans).kl
+
+    def compare(self, plans: Sequence[LayerPlans]) -> Strayed:
+        """How far the next-token distributions under each plan are from those of the full cache.
 
         A layer with formats stores what survives the prompt in them, and each token of the continuation before it is
         attended to; the prompt itself is attended to as it is.
-
-        Returns:
-            nats, float64 `[plans, T]`: one for each continuation token, once it has been fed.
         """
         order = sorted(range(len(plans)), key=lambda row: self._first_cut(plans[row]))
         at_once = max(1, _TOKENS_AT_ONCE // self.tokens)
-        result = torch.empty(len(plans), self.tokens, dtype=torch.float64)
+        kl = torch.empty(len(plans), self.tokens, dtype=torch.float64)
+        agree = torch.empty(len(plans), self.tokens, dtype=torch.bool)
         for start in range(0, len(plans), at_once):
             part = order[start : start + at_once]
-            result[part] = self._divergence([plans[row] for row in part]).cpu()
+            found = self._compare_together([plans[row] for row in part])
+            kl[part], agree[part] = found.kl.cpu(), found.agree.cpu()
             self._forget()
-        return result
+        return Strayed(kl, agree)
 
     def _forget(self) -> None:
         """Let go of what cut layers hold, which would add up to many caches."""
@@ -140,8 +156,8 @@ class FullRun:
             del self._held[key]
 
     @torch.no_grad()
-    def _divergence(self, plans: Sequence[LayerPlans]) -> Tensor:
-        """As `divergence`, of plans in the order of their first layers that are not full. A plan joins the batch in
+    def _compare_together(self, plans: Sequence[LayerPlans]) -> Strayed:
+        """As `compare`, of plans in the order of their first layers that are not full. A plan joins the batch in
         that layer; before, it is the full run."""
         attentions = len(self.layers)
         starts = [min(self._first_cut(plan), attentions - 1) for plan in plans]
@@ -170,7 +186,7 @@ class FullRun:
                     for value, part in zip(segment.outputs, made, strict=True)
                     if value.size is None and value.length_dim is not None
                 }
-        return self._compare(segment, live, len(plans))
+        return self._compare_logits(segment, live, len(plans))
 
     def _first_cut(self, plan: LayerPlans) -> int:
         """The first attention whose layer does not hold everything; the number of attentions if there is none."""
@@ -195,11 +211,11 @@ class FullRun:
             return full
         return full.repeat([rows if dim == value.length_dim else 1 for dim in range(full.dim())])
 
-    def _compare(self, segment: Segment, live: dict[str, Tensor], rows: int) -> Tensor:
+    def _compare_logits(self, segment: Segment, live: dict[str, Tensor], rows: int) -> Strayed:
         """The last segment, a few plans at a time, since logits are large."""
-        reference = torch.log_softmax(self.logits.float(), -1)
+        reference, preferred = torch.log_softmax(self.logits.float(), -1), self.logits.argmax(-1)
         at_once = max(1, _LOGIT_BYTES // (reference.numel() * 4))
-        results = []
+        kl, agree = [], []
         for start in range(0, rows, at_once):
             part = range(start, min(start + at_once, rows))
             inputs = []
@@ -209,9 +225,10 @@ class FullRun:
                 else:
                     span = len(part) * self.tokens
                     inputs.append(live[value.name].narrow(value.length_dim, part.start * self.tokens, span))
-            logits = _logits(self.model, segment, segment.module(*inputs))
-            results.append(kl_divergence(reference, logits.view(len(part), self.tokens, -1)))
-        return torch.cat(results)
+            logits = _logits(self.model, segment, segment.module(*inputs)).view(len(part), self.tokens, -1)
+            kl.append(kl_divergence(reference, logits))
+            agree.append(logits.argmax(-1) == preferred)
+        return Strayed(torch.cat(kl), torch.cat(agree))
 
 
 @torch.no_grad()

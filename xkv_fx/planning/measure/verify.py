@@ -16,7 +16,7 @@ from xkv_fx.budgets import AnyPlan, Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, PromptError
 from xkv_fx.formats import LayerFormats, pair_name
-from xkv_fx.layers import LayerSpec
+from xkv_fx.layers import LayerSpec, with_itemsize
 from xkv_fx.planning.data.calibration_data import check_storable
 from xkv_fx.planning.measure.bootstrap import Estimate, ratio_of_means
 from xkv_fx.planning.measure.calibrate import check_measurable, check_prompt, cut_checked
@@ -201,8 +201,9 @@ def verify_plans(
     for plan in plans:
         plan.check_layers(captured.layers, captured.fingerprint)
     longest = max((ids.shape[1] - continuation for ids in prompts), default=0)
-    even = [uniform_like(plan, captured.layers) for plan in plans]
-    single = [single_formats_like(plan, captured.layers, longest) for plan in plans]
+    counted = [counted_layers(plan, captured.layers) for plan in plans]
+    even = [uniform_like(plan, layers) for plan, layers in zip(plans, counted, strict=True)]
+    single = [single_formats_like(plan, layers, longest) for plan, layers in zip(plans, counted, strict=True)]
     alike = itertools.chain.from_iterable(of_plan.values() for of_plan in single)
     measured = {_stored(plan): plan for plan in (*plans, *even, *alike)}
     kl = divergence_of_plans(captured, tuple(measured.values()), prompts, continuation, progress).mean(2)
@@ -280,6 +281,13 @@ def _one_policy(plans: Sequence[Plan]) -> Policy:
     if len(policies) != 1:
         raise BudgetError(f"plans that are measured together must have one policy; got {len(policies)}")
     return policies.pop()
+
+
+def counted_layers(budgets: Plan, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """The layers with the bytes of an element that the plan was solved for, as its constraint says: a plan for a
+    bfloat16 model may be measured in float32, and its bytes are still those of bfloat16."""
+    itemsize = (budgets.provenance.constraint or {}).get("itemsize")
+    return with_itemsize(layers, None if itemsize is None else int(itemsize))
 
 
 def uniform_like(budgets: AnyPlan, layers: Sequence[LayerSpec]) -> AnyPlan:
