@@ -92,7 +92,7 @@ def test_a_transformed_model_is_no_assistant(pair: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
 def test_continuous_batching_is_refused(name: str, pair: tuple[Any, Any]) -> None:
-    with pytest.raises(BackendError, match=r"use generate\(\) with up to batch_size prompts"):
+    with pytest.raises(BackendError, match=r"generate_many\(\) keeps the rows of this model busy"):
         getattr(pair[1], name)([[3, 4]])
 
 
