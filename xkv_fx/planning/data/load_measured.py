@@ -14,6 +14,8 @@ from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.measured_file import reading
 from xkv_fx.planning.data.profile_data import Profile
 
+MEASURED = (profile_data.FORMAT, calibration_data.FORMAT)
+
 
 def load_measured(path: str | os.PathLike[str]) -> Profile | Calibration:
     """A profile or a calibration, whichever the file says that it is.
@@ -24,7 +26,7 @@ def load_measured(path: str | os.PathLike[str]) -> Profile | Calibration:
     """
     with reading(path, calibration_data.FORMAT, "Measure again."):
         kind = kind_of_file(path)
-        if kind not in (profile_data.FORMAT, calibration_data.FORMAT):
+        if kind not in MEASURED:
             check_safetensors_size(path, profile_data.MAX_PROFILE_BYTES)
             with safetensors.safe_open(os.fspath(path), framework="np"):
                 raise FileFormatError("neither a profile nor a calibration")
