@@ -139,7 +139,7 @@ def test_the_whole_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     for name in ("calibration-append", "calibration-formats-ring"):
         assert (tmp_path / f"{name}.safetensors").is_file()
 
-    monkeypatch.setattr("xkv_fx.calibrate", None)
+    monkeypatch.setattr(sources, "measure_calibration", None)
     monkeypatch.setattr(held_out, "run_full", None)
     given = [str(path) for path in tmp_path.glob("calibration-*.safetensors")]
     again = run(tmp_path, "--measured", *given)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ from xkv_fx.evaluation.quality.candidates import (
     identity_of,
     is_of_one_format,
 )
-from xkv_fx.evaluation.quality.held_out import measure_held_out
-from xkv_fx.evaluation.quality.sources import CALIBRATED_ON, Wanted, sources_for, split_prompts
+from xkv_fx.evaluation.quality.held_out import HeldOut, measure_held_out
+from xkv_fx.evaluation.quality.sources import CALIBRATED_ON, Wanted, reporter, sources_for, split_prompts
 from xkv_fx.files import write_json
 from xkv_fx.hf.capture import capture
 from xkv_fx.hf.models import load_model
@@ -101,24 +101,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plans: list[Candidate] = []
         seconds: dict[str, dict[str, float]] = {}
         for eviction in options.evictions:
-            sources, seconds[eviction] = sources_for(model, eviction, calibration_prompts, wanted, bars)
+            sources, seconds[eviction] = sources_for(captured, eviction, calibration_prompts, wanted, bars)
             plans += candidates_of_fractions(
                 captured.layers, options.context, options.fractions, sources, wanted.allocators,
                 formats=formats_of(sources), dtype=dtype,
             )  # fmt: skip
-        task = bars.add_task("held-out prompts", total=None)
         measured = measure_held_out(
             captured,
             [plan.budgets for plan in plans],
             list(itertools.chain.from_iterable(held_out.values())),
             options.continuation,
             options.out / "held_out",
-            lambda done, total: bars.update(task, completed=done, total=total),
+            reporter(bars, "held-out prompts"),
         )
     counted = with_itemsize(captured.layers, dtype.itemsize)
-    lines = lines_of(plans, held_out, measured.kl, measured.agreement, counted, options.context)
+    lines = lines_of(plans, held_out, measured, counted, options.context)
     results = {
-        "settings": {name: _plain(value) for name, value in vars(options).items()},
+        "settings": {name: plain(value) for name, value in vars(options).items()},
         "calibrated_on": CALIBRATED_ON,
         "calibration_seconds": seconds,
         "full_bytes": full_bytes(counted, options.context),
@@ -151,27 +150,27 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """An option as JSON's types."""
     if isinstance(value, list):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     return str(value) if isinstance(value, Path) else value
 
 
 def lines_of(
     plans: Sequence[Candidate],
-    prompts: dict[str, list[Tensor]],
-    kl: NDArray[np.float64],
-    agreement: NDArray[np.float64],
+    prompts: Mapping[str, Sequence[Tensor]],
+    measured: HeldOut,
     layers: Sequence[LayerSpec],
     context: int,
+    apart: bool = True,
 ) -> tuple[Line, ...]:
-    """What was measured, float64 `[prompts, plans]`, by kind of prompt and plan."""
-    found, start = [], 0
+    """What was measured of each plan on each kind of prompt; on all kinds together where they are not kept `apart`."""
+    kinds = [kind for kind, of_kind in prompts.items() for _ in of_kind] if apart else [EVERYTHING] * len(measured.kl)
     full = full_bytes(layers, context)
-    for kind, of_kind in prompts.items():
-        rows = slice(start, start + len(of_kind))
-        start += len(of_kind)
+    found = []
+    for kind in dict.fromkeys(kinds):
+        rows = [row for row, of_row in enumerate(kinds) if of_row == kind]
         for at, plan in enumerate(plans):
             found.append(
                 Line(
@@ -182,8 +181,8 @@ def lines_of(
                     identity_of(plan.budgets),
                     plan.budgets.kv_bytes(layers) / full,
                     bits_per_element(plan.budgets, layers),
-                    tuple(kl[rows, at].tolist()),
-                    tuple(agreement[rows, at].tolist()),
+                    tuple(measured.kl[rows, at].tolist()),
+                    tuple(measured.agreement[rows, at].tolist()),
                 )
             )
     return tuple(found)

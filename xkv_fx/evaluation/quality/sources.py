@@ -12,13 +12,14 @@ import numpy as np
 from rich.progress import Progress as Bars
 from torch import Tensor
 
-import xkv_fx
+from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError
 from xkv_fx.evaluation.quality.candidates import CALIBRATED, JOINT, UNIFORM
 from xkv_fx.evaluation.texts import KINDS, cut_prompts
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.profile_data import Profile
-from xkv_fx.planning.measure.calibrate import CALIBRATE_CONTINUATION
+from xkv_fx.planning.measure.calibrate import CALIBRATE_CONTINUATION, measure_calibration
+from xkv_fx.planning.measure.profile import measure_profile
 from xkv_fx.planning.measure.team import Progress
 from xkv_fx.policy import Policy
 
@@ -60,12 +61,19 @@ def split_prompts(
     return calibration, stretches
 
 
+def reporter(bars: Bars, what: str) -> Progress:
+    """A progress callback that moves a bar of its own."""
+    task = bars.add_task(what, total=None)
+    return lambda done, total: bars.update(task, completed=done, total=total)
+
+
 def sources_for(
-    model: Any, eviction: str, prompts: Sequence[Tensor], wanted: Wanted, bars: Bars
+    captured: CapturedModel, eviction: str, prompts: Sequence[Tensor], wanted: Wanted, bars: Bars
 ) -> tuple[tuple[Profile | Calibration, ...], dict[str, float]]:
     """What the wanted allocators read, under one eviction; and how many seconds each measurement took.
 
     Args:
+        captured: a model captured for one row.
         prompts: int64 `[1, S]` of at least `wanted.context` and the calibration's continuation.
 
     Raises:
@@ -79,19 +87,17 @@ def sources_for(
     seconds: dict[str, float] = {}
 
     def measured(name: str, measure: Callable[[Progress], Profile | Calibration]) -> None:
-        task = bars.add_task(f"{eviction}: {name}", total=None)
         started = time.perf_counter()
-        source = measure(lambda done, total: bars.update(task, completed=done, total=total))
+        source = measure(reporter(bars, f"{eviction}: {name}"))
         seconds[name] = time.perf_counter() - started
         source.save(wanted.out / f"{name}-{eviction}.safetensors")
         found.append(source)
 
     def calibrated(formats: tuple[str, ...] | None) -> Callable[[Progress], Calibration]:
-        return lambda progress: xkv_fx.calibrate(
-            model,
+        return lambda progress: measure_calibration(
+            captured,
             [ids[:, : wanted.context + CALIBRATE_CONTINUATION] for ids in prompts],
-            policy=policy,
-            continuation=CALIBRATE_CONTINUATION,
+            policy,
             progress=progress,
             resume=wanted.out / "calibrated",
             formats=formats,
@@ -101,7 +107,7 @@ def sources_for(
     calibrations = [source for source in found if isinstance(source, Calibration)]
     if not has_profile and set(wanted.allocators) - {UNIFORM, CALIBRATED, JOINT}:
         whole = [ids[:, : wanted.context] for ids in prompts]
-        measured("profile", lambda p: xkv_fx.profile(model, whole, policy=policy, statistics=STATISTICS, progress=p))
+        measured("profile", lambda progress: measure_profile(captured, whole, policy, progress, STATISTICS))
     if CALIBRATED in wanted.allocators and all(source.formats is not None for source in calibrations):
         measured("calibration", calibrated(None))
     if JOINT in wanted.allocators and all(source.formats is None for source in calibrations):
