@@ -34,6 +34,7 @@ from xkv_fx.runtime.scorers import (
     KeyNorm,
     PromptView,
     Random,
+    Reconstruction,
     Scorer,
     SnapKV,
     Streaming,
@@ -657,7 +658,7 @@ def test_value_norm_refuses_bases_that_cannot_be_weighted() -> None:
 def test_value_norm_takes_every_scorer_that_is_never_negative() -> None:
     q, k, v = random_qkv((4, 2), 12, DIMS)
     length = torch.tensor([12, 5])
-    for name in set(scorer_names()) - {"value_norm", "key_norm", "key_diff", "expected_attention"}:
+    for name in set(scorer_names()) - {"value_norm", "key_norm", "key_diff", "expected_attention", "reconstruction"}:
         plain = score_tokens(q, k, v, length, None, SCALE, make_scorer(name, {}))
         weighted = score_tokens(q, k, v, length, None, SCALE, ValueNorm(name))
         there = (torch.arange(12) < length[:, None])[:, None].expand_as(plain)
@@ -701,7 +702,8 @@ def test_values_that_were_not_asked_for_are_refused() -> None:
 def test_all_are_registered_and_listed() -> None:
     kinds = {
         "expected_attention": ExpectedAttention, "h2o": H2O, "key_diff": KeyDiff, "key_norm": KeyNorm,
-        "random": Random, "snapkv": SnapKV, "streaming": Streaming, "tova": TOVA, "value_norm": ValueNorm,
+        "random": Random, "reconstruction": Reconstruction, "snapkv": SnapKV, "streaming": Streaming, "tova": TOVA,
+        "value_norm": ValueNorm,
     }  # fmt: skip
     assert set(kinds) <= set(scorer_names())
     for name, kind in kinds.items():

@@ -27,6 +27,7 @@ from xkv_fx.errors import EngineError, FileFormatError, XkvError
 from xkv_fx.fields import DOCUMENT, LIST, OBJECT, TEXT, Field, check_fields, list_of, or_null, whole
 from xkv_fx.files import read_sealed_json, write_sealed_json
 from xkv_fx.layers import LayerSpec, layer_specs
+from xkv_fx.runtime.scorers import reading_of, scorer_of
 from xkv_fx.runtime.slots import slot_plans
 from xkv_fx.runtime.state import GRAPH_KINDS, CachePlan, GraphKind
 
@@ -94,7 +95,8 @@ class Manifest:
         """
         slots = slot_plans(self.budgets, self.layers, self.room)
         device = torch.device(self.machine.device)
-        return CachePlan(self.layers, slots, self.batch_size, DTYPES[self.dtype], device, self.budgets.formats)
+        reading, formats = reading_of(scorer_of(self.budgets.policy)), self.budgets.formats
+        return CachePlan(self.layers, slots, self.batch_size, DTYPES[self.dtype], device, formats, reading)
 
     def package_key(self, kind: GraphKind) -> str:
         """SHA-256 of all that a package was compiled for; the package holds it too."""

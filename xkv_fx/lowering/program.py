@@ -32,7 +32,7 @@ from xkv_fx.passes.pipeline import (
     run_stepwise,
 )
 from xkv_fx.runtime.autocast import refuse_autocast
-from xkv_fx.runtime.scorers import Scorer, scorer_of
+from xkv_fx.runtime.scorers import Scorer, reading_of, scorer_of
 from xkv_fx.runtime.slots import SlotPlan, slot_plans
 from xkv_fx.runtime.state import CachePlan, GraphKind
 
@@ -114,7 +114,9 @@ def compile_program(
     scorer = captured.scorer_of(budgets.policy)
     slots = slot_plans(budgets, captured.layers, max_new_tokens)
     _check_reach(captured, budgets, slots)
-    plan = CachePlan(captured.layers, slots, captured.rows, captured.dtype, captured.device, budgets.formats)
+    plan = CachePlan(
+        captured.layers, slots, captured.rows, captured.dtype, captured.device, budgets.formats, reading_of(scorer)
+    )
     if not over_limit:
         check_limit(budgets, plan, max_new_tokens)
     return CompiledProgram(Graphs(captured, plan, scorer), backend)

@@ -6,10 +6,11 @@ import dataclasses
 import time
 from typing import ClassVar
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from xkv_fx.errors import PassError
 from xkv_fx.passes.tools.graph import open_sizes
+from xkv_fx.passes.tools.roles import role_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,11 @@ class PassRecord:
     changed: int
     note: str = ""
     seconds: float = dataclasses.field(default=0.0, compare=False)
+
+
+def _is_needed(node: Node) -> bool:
+    """Whether a node stays although nothing reads it: a later pass may look for its role."""
+    return node.is_impure() or role_of(node) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +59,7 @@ class GraphPass:
         record = self.run(module)
         if fixed := sorted(before - open_sizes(module.graph)):
             raise PassError(f"the pass {self.name!r} fixed dimension {fixed[0][1]} of the input {fixed[0][0]!r}")
-        module.graph.eliminate_dead_code()
+        module.graph.eliminate_dead_code(_is_needed)
         module.graph.lint()
         return dataclasses.replace(record, seconds=time.perf_counter() - started)
 

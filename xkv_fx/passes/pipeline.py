@@ -20,8 +20,9 @@ from xkv_fx.passes.measure.score_outputs import ScoreOutputs
 from xkv_fx.passes.prepare.clean_graph import CleanGraph
 from xkv_fx.passes.prepare.compact_padding import CompactPadding
 from xkv_fx.passes.prepare.expand_latents import ExpandLatents
+from xkv_fx.passes.prepare.read_again import ReadAgain
 from xkv_fx.passes.prepare.select_last_logits import SelectLastLogits
-from xkv_fx.runtime.scorers import Scorer
+from xkv_fx.runtime.scorers import Scorer, reading_of
 from xkv_fx.runtime.state import CachePlan
 
 
@@ -38,6 +39,7 @@ def prefill_pipeline(plan: CachePlan, scorer: Scorer, all_logits: bool = False) 
     return (
         CleanGraph(),
         CompactPadding(restore_order=all_logits),
+        *_read_again(scorer),
         *(() if all_logits else (SelectLastLogits(),)),
         InsertPrefillCache(plan, scorer),
         *((ExpandLatents(),) if any_latent(plan.layers) else ()),
@@ -50,10 +52,16 @@ def extend_pipeline(plan: CachePlan, scorer: Scorer, all_logits: bool = False) -
     return (
         CleanGraph(),
         CompactPadding(restore_order=all_logits),
+        *_read_again(scorer),
         *(() if all_logits else (SelectLastLogits(),)),
         InsertExtendCache(plan, scorer),
         CheckCache(plan, "extend"),
     )
+
+
+def _read_again(scorer: Scorer) -> tuple[GraphPass, ...]:
+    reading = reading_of(scorer)
+    return () if reading is None else (ReadAgain(reading),)
 
 
 def decode_pipeline(plan: CachePlan) -> tuple[GraphPass, ...]:

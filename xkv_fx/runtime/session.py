@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xkv_fx.errors import CapacityError, PromptError, SessionError
 from xkv_fx.runtime.history import History, Transcript
+from xkv_fx.runtime.reading import Reading
 from xkv_fx.runtime.state import CachePlan, GraphKind, State
 
 Graph = Callable[..., Tensor]
@@ -56,6 +57,7 @@ class Feeding:
         ids, position_ids: int64 `[rows, S]`.
         valid: bool `[rows, S]`, False for padding.
         after: what the rows will have been fed then.
+        twice: what the graph takes instead where prompts are read again: ids, positions and mask of both readings.
     """
 
     kind: GraphKind
@@ -63,11 +65,12 @@ class Feeding:
     position_ids: Tensor
     valid: Tensor
     after: History
+    twice: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """What the graph takes in front of the state."""
-        return (self.ids, self.position_ids, self.valid)
+        return (self.ids, self.position_ids, self.valid) if self.twice is None else self.twice
 
 
 class Session:
@@ -119,11 +122,30 @@ class Session:
                 more tokens than the model has positions.
             CapacityError: more tokens than the plan holds, under a policy that may not evict.
         """
+        reading = self.program.plan.reading
+        if reading is not None and ids.dim() == 2 and ids.shape[1] > reading.chunk:
+            return self._feed_in_chunks(reading.chunk, ids, position_ids, valid, all_logits)
         feeding = self.begin_feed(ids, position_ids, valid)
         graph = self.program.prefill(all_logits) if feeding.kind == "prefill" else self.program.extend(all_logits)
         logits = graph(*feeding.inputs, *self.state.tensors)
         self.end_feed(feeding)
-        return logits
+        return logits[:, : ids.shape[1]] if all_logits else logits
+
+    def _feed_in_chunks(
+        self, chunk: int, ids: Tensor, position_ids: Tensor | None, valid: Tensor | None, all_logits: bool
+    ) -> Tensor:
+        """As `feed`, in pieces of `chunk` columns; nothing is fed where the whole could not be."""
+        self._check_feed(ids, position_ids, valid)
+        parts: list[Tensor] = []
+        for start in range(0, ids.shape[1], chunk):
+            part = slice(start, start + chunk)
+            positions = None if position_ids is None else position_ids[:, part]
+            present = None if valid is None else valid[:, part]
+            logits = self.feed(ids[:, part], positions, present, all_logits)
+            if not all_logits and parts and present is not None:  # a row may have ended in an earlier piece
+                logits = torch.where(present.any(1)[:, None, None], logits, parts.pop())
+            parts.append(logits)
+        return torch.cat(parts, 1) if all_logits else parts[-1]
 
     def begin_feed(self, ids: Tensor, position_ids: Tensor | None = None, valid: Tensor | None = None) -> Feeding:
         """What a graph must be given to feed these tokens; the arguments and errors are those of `feed`.
@@ -131,17 +153,28 @@ class Session:
         For whoever runs the graph in parts: behind it, `end_feed` is called with what this returns. Nothing else may be
         fed in between.
         """
+        valid, after = self._check_feed(ids, position_ids, valid)
+        if position_ids is None:
+            position_ids = (self.counts["seen"][:, None] + valid.long().cumsum(1) - 1).clamp(min=0)
+        kind: GraphKind = "extend" if any(self.seen) else "prefill"
+        twice = None if self.program.plan.reading is None else self._read_twice(self.program.plan.reading, ids, valid)
+        return Feeding(kind, ids.contiguous(), position_ids.contiguous(), valid.contiguous(), after, twice)
+
+    def _check_feed(self, ids: Tensor, position_ids: Tensor | None, valid: Tensor | None) -> tuple[Tensor, History]:
+        """The padding mask, and what the rows will have been fed; the errors are those of `feed`."""
         self._check_ids(ids, position_ids)
         refuse_unknown_tokens(ids, self.program.known_tokens)
         if valid is None:
             valid = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
         added = self._check_valid(valid, ids)
         after = self.history.after_prompt(added, ids.shape[1])
-        self._check_room(max(after.seen))
-        if position_ids is None:
-            position_ids = (self.counts["seen"][:, None] + valid.long().cumsum(1) - 1).clamp(min=0)
-        kind: GraphKind = "extend" if any(self.seen) else "prefill"
-        return Feeding(kind, ids.contiguous(), position_ids.contiguous(), valid.contiguous(), after)
+        self._check_prompt(after, added)
+        return valid, after
+
+    def _read_twice(self, reading: Reading, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a graph that reads again takes; the second reading stands behind the first one."""
+        ids, valid = reading.twice(ids, valid)
+        return ids, (self.counts["seen"][:, None] + valid.long().cumsum(1) - 1).clamp(min=0), valid
 
     def end_feed(self, feeding: Feeding) -> None:
         """Note what was fed, once its graph has run."""
@@ -278,7 +311,7 @@ class Session:
             self._check_shape(valid, ids)
         added = [ids.shape[1]] * ids.shape[0] if valid is None else valid.sum(1).tolist()
         after = self.history.after_prompt(added, ids.shape[1])
-        self._check_room(max(after.seen))
+        self._check_prompt(after, added)
         self._check_steps(after, wanted - 1, wanted)
 
     def check_steps(self, wanted: int) -> None:
@@ -351,6 +384,20 @@ class Session:
         if valid.shape != ids.shape or valid.dtype != torch.bool:
             raise PromptError(
                 f"valid must be bool of the ids' shape {list(ids.shape)}; got {valid.dtype} of {list(valid.shape)}"
+            )
+
+    def _check_prompt(self, after: History, added: Sequence[int]) -> None:
+        """Check that rows may be fed so many tokens, after which they will have been fed `after`."""
+        self._check_room(max(after.seen))
+        reading, limit = self.program.plan.reading, self.program.max_positions
+        if reading is None or limit is None:
+            return
+        again = (seen + reading.gap + min(new, reading.chunk) for seen, new in zip(after.seen, added, strict=True))
+        last = max(again)
+        if last > limit:
+            raise PromptError(
+                f"the second reading of these tokens would end at position {last}, and the model has {limit}; feed "
+                "shorter pieces: set the scorer's option chunk, or prefill_chunk_size"
             )
 
     def _check_room(self, longest: int) -> None:

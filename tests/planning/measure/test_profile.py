@@ -22,7 +22,7 @@ from xkv_fx.planning.measure.profile import sample_prompts
 from xkv_fx.runtime.scorers import scorer_names
 
 PROMPTS = [random_ids(1, length, seed=length)[0] for length in (30, 7, 45, 2)]
-MEASURES_ATTENTION = {"h2o", "snapkv", "tova"}
+MEASURES_ATTENTION = {"h2o", "reconstruction", "snapkv", "tova"}
 POLICIES = {
     "default": Policy(),
     "others": Policy(scorer_options={"observation_window": 3, "kernel": 1}, recent=4, sinks=2),
@@ -208,7 +208,8 @@ def test_a_policy_of_another_type_is_refused(policy: Any) -> None:
 @pytest.mark.parametrize("scorer", sorted(set(scorer_names()) - MEASURES_ATTENTION))
 def test_scores_that_are_no_attention_mass_are_refused(scorer: str) -> None:
     with pytest.raises(
-        BudgetError, match=f"scores of '{scorer}' are not attention mass.*choose one of h2o, snapkv, tova"
+        BudgetError,
+        match=f"scores of '{scorer}' are not attention mass.*choose one of h2o, reconstruction, snapkv, tova",
     ):
         xkv_fx.profile(model(), PROMPTS[:1], policy=Policy(scorer))
 

@@ -66,6 +66,7 @@ class CutModel:
         sink_logits: the sink logits of each attention that has some, by the attention's place among `sites`.
         future_positions: how many positions the means of `rotations` are taken over; None where nobody asked for them.
         rotations: how the queries of each attention are rotated. What they are before is among the segments' outputs.
+        max_positions: that the model has; None for any number.
     """
 
     sites: tuple[AttentionSite, ...]
@@ -75,6 +76,7 @@ class CutModel:
     sink_logits: dict[int, Tensor]
     future_positions: int | None = None
     rotations: tuple[QueryRotation, ...] = ()
+    max_positions: int | None = None
 
     @functools.cached_property
     def needed_from(self) -> tuple[frozenset[str], ...]:

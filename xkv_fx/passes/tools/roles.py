@@ -44,6 +44,17 @@ def with_role(graph: Graph, role: str) -> Node:
     return found
 
 
+def take_role(graph: Graph, role: str) -> Node:
+    """The node of that role, which loses it.
+
+    Raises:
+        PassError: as `with_role`.
+    """
+    node = with_role(graph, role)
+    del node.meta[_ROLE]
+    return node
+
+
 def nodes_by_role(graph: Graph) -> dict[str, Node]:
     """Every node that has a role, keyed by the role."""
     return {role: node for node in graph.nodes if (role := role_of(node)) is not None}

@@ -25,8 +25,9 @@ from xkv_fx.passes.pipeline import run_pipeline
 from xkv_fx.passes.prepare.clean_graph import CleanGraph
 from xkv_fx.planning.measure.divergence import kl_divergence
 from xkv_fx.planning.measure.held import Held, HeldScored, LayerRun, as_stored, attend, hold, hold_all
+from xkv_fx.planning.measure.second_reading import scores_of_second_reading
 from xkv_fx.runtime.attention import causal_attention
-from xkv_fx.runtime.scorers import Scorer, future_positions, score_tokens
+from xkv_fx.runtime.scorers import Scorer, future_positions, reading_of, score_tokens
 from xkv_fx.runtime.slots import SlotPlan, slot_plans
 
 # Tokens of all plans together in one pass: enough to keep the matrix products busy.
@@ -61,7 +62,8 @@ def cut_model(captured: CapturedModel, scorer: Scorer | None = None) -> CutModel
         UnsupportedModelError: see `cut_at_attention`.
     """
     module = run_pipeline(captured.graph("prompt"), (CleanGraph(),)).module
-    return cut_at_attention(module, None if scorer is None else future_positions(scorer))
+    cut = cut_at_attention(module, None if scorer is None else future_positions(scorer))
+    return dataclasses.replace(cut, max_positions=captured.max_positions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +253,8 @@ def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) ->
         raise PromptError(f"a prompt of {total} tokens leaves none before its continuation of {continuation}")
     positions = torch.arange(total, device=ids.device)[None]
     length = torch.full((1,), prompt, dtype=torch.int64, device=ids.device)
+    reading = reading_of(scorer)
+    read = {} if reading is None else scores_of_second_reading(model, scorer, reading, ids[:, :prompt])
     before_rotation = _before_rotation(model, scorer, length)
     live = dict(zip(model.inputs, (ids, positions), strict=True))
     values = {name: value[:, prompt:] for name, value in live.items()}
@@ -272,7 +276,7 @@ def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) ->
         form = dataclasses.replace(site.form, sink_logits=model.sink_logits.get(index))
         owner = owners.get(site.index)
         if owner is None:
-            scores = score_tokens(
+            scores = read[site.index] if read else score_tokens(
                 q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt], length, None, form.scale, scorer,
                 form.sliding_window, form.softcap, form.sink_logits, **before_rotation(index, live),
             )  # fmt: skip

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, PromptError
 from xkv_fx.passes.pipeline import profile_pipeline, run_pipeline
 from xkv_fx.planning.data.curves import retention_curve
 from xkv_fx.planning.data.profile_data import Profile
+from xkv_fx.planning.measure.continuation import cut_model
 from xkv_fx.planning.measure.prompts import check_tokens
+from xkv_fx.planning.measure.second_reading import scores_of_second_reading
 from xkv_fx.planning.measure.team import ALONE, Arrays, Progress, Team
 from xkv_fx.planning.measure.weights import digest_of_weights
 from xkv_fx.policy import Policy
-from xkv_fx.runtime.scorers import Scorer, check_measures_attention, scorer_of
+from xkv_fx.runtime.scorers import Scorer, check_measures_attention, reading_of, scorer_of
+
+Measure = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def sample_prompts(prompts: Sequence[Tensor], sampling: float) -> tuple[Tensor, ...]:
@@ -74,26 +77,23 @@ def measure_profile(
             model does not have.
     """
 
-    def prepare() -> tuple[list[Tensor], GraphModule]:
+    def prepare() -> tuple[list[Tensor], Measure]:
         team.check_whole(captured)
         profiling_scorer(policy)
         scorer = captured.scorer_of(policy)
         if statistics and captured.shard.size > 1:
             raise BudgetError("statistics are of all heads, and each process of this model has some; leave them out")
         rows = [_check_prompt(index, prompt, captured) for index, prompt in enumerate(prompts)]
-        passes = profile_pipeline(scorer, tuple(statistics), captured.layers)
-        return rows, run_pipeline(captured.graph("prompt"), passes).module
+        return rows, _measuring(captured, scorer, tuple(statistics))
 
-    rows, graph = team.together(prepare)
+    rows, run = team.together(prepare)
     described = [captured.fingerprint, str(captured.dtype), policy.to_dict(), list(statistics)]
     team.check_same(lambda: (json.dumps(described), digest_of_weights(captured), *rows))
     layers = len(captured.layers)
 
     def measure(prompt: int) -> Arrays:
         ids = rows[prompt]
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        with torch.no_grad():
-            measured = graph(ids, positions, torch.ones_like(ids, dtype=torch.bool))
+        measured = run(ids)
         scores = [captured.shard.all_heads(layer)[0].cpu().numpy() for layer in measured[:layers]]
         curves = [retention_curve(layer, policy) for layer in scores]
         more = torch.cat(measured[layers:]).view(len(statistics), layers) if statistics else torch.empty(0, layers)
@@ -104,6 +104,29 @@ def measure_profile(
     means = {name: tuple(more[:, index].mean(0).tolist()) for index, name in enumerate(statistics)}
     curves = tuple(result["curves"] for result in found)
     return Profile(curves, policy, captured.layers, captured.fingerprint, means)
+
+
+def _measuring(captured: CapturedModel, scorer: Scorer, statistics: tuple[str, ...]) -> Measure:
+    """What gives the scores of every layer, and then each statistic of every layer, for token ids `[1, S]`.
+
+    Raises:
+        BudgetError: statistics of a scorer that reads prompts again.
+    """
+    reading = reading_of(scorer)
+    if reading is not None:
+        if statistics:
+            raise BudgetError(f"{', '.join(statistics)} are of prompts that are read once; leave statistics out")
+        model = cut_model(captured, scorer)
+        return lambda ids: tuple(scores_of_second_reading(model, scorer, reading, ids).values())
+    graph = run_pipeline(captured.graph("prompt"), profile_pipeline(scorer, statistics, captured.layers)).module
+
+    def run(ids: Tensor) -> tuple[Tensor, ...]:
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        with torch.no_grad():
+            measured: tuple[Tensor, ...] = graph(ids, positions, torch.ones_like(ids, dtype=torch.bool))
+        return measured
+
+    return run
 
 
 def _check_prompt(index: int, ids: Tensor, captured: CapturedModel) -> Tensor:

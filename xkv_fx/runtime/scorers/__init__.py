@@ -8,6 +8,7 @@ key_norm            small keys first                            arXiv 2406.11430
 key_diff            keys unlike the others first                KeyDiff, arXiv 2504.15364
 streaming           the first tokens, then the newest           StreamingLLM, arXiv 2309.17453
 value_norm          another score times the value's norm        VATP, arXiv 2406.12335
+reconstruction      attention when the text is read again       KVzip, arXiv 2505.23416
 random              chance, as a baseline
 """
 
@@ -18,6 +19,7 @@ from xkv_fx.runtime.scorers.base import (
     check_measures_attention,
     future_positions,
     make_scorer,
+    reading_of,
     register_scorer,
     rescore_coded_tokens,
     rescore_tokens,
@@ -31,6 +33,7 @@ from xkv_fx.runtime.scorers.key_diff import KeyDiff
 from xkv_fx.runtime.scorers.key_norm import KeyNorm
 from xkv_fx.runtime.scorers.prompt import PromptView
 from xkv_fx.runtime.scorers.random import Random
+from xkv_fx.runtime.scorers.reconstruction import Reconstruction
 from xkv_fx.runtime.scorers.snapkv import SnapKV
 from xkv_fx.runtime.scorers.streaming import Streaming
 from xkv_fx.runtime.scorers.tova import TOVA
@@ -44,6 +47,7 @@ __all__ = [
     "KeyNorm",
     "PromptView",
     "Random",
+    "Reconstruction",
     "Scorer",
     "SnapKV",
     "Streaming",
@@ -52,6 +56,7 @@ __all__ = [
     "check_measures_attention",
     "future_positions",
     "make_scorer",
+    "reading_of",
     "register_scorer",
     "rescore_coded_tokens",
     "rescore_tokens",

@@ -16,6 +16,7 @@ from xkv_fx.runtime.attention import values_of
 from xkv_fx.runtime.coded import Stored
 from xkv_fx.runtime.form import AttentionForm
 from xkv_fx.runtime.graph_calls import named_call
+from xkv_fx.runtime.reading import Reading
 from xkv_fx.runtime.scorers.prompt import PromptView
 from xkv_fx.runtime.slots import SlotPlan
 
@@ -42,6 +43,10 @@ class Scorer(Protocol):
     their positions rotated them, and how positions to come will rotate them: `PromptView.unrotated_queries` and
     `PromptView.rotation`. It has a field `future_positions`, the number of positions that `rotation` is the mean over.
     Models whose rotation cannot be told from the rest of their graph are refused.
+
+    A class may have a property `reading`, a `Reading`. Such a scorer is given the new tokens twice, in the columns of
+    `q` and `k`: `length` counts those of the first reading. What its slots were scored stays with them and comes back
+    as `PromptView.old_scores`.
     """
 
     paper: ClassVar[str]
@@ -120,6 +125,11 @@ def scorer_of(policy: Policy) -> Scorer:
         check_measures_attention(
             policy.scorer, scorer, "eviction='scored' would add the attention of decoded tokens to them"
         )
+        if reading_of(scorer) is not None:
+            raise BudgetError(
+                f"the scorer {policy.scorer!r} reads prompts again, and its scores are not those that "
+                "eviction='scored' adds attention to; choose eviction='ring' or 'append'"
+            )
     return scorer
 
 
@@ -158,6 +168,12 @@ def check_independent_heads(name: str, scorer: Scorer) -> None:
         f"has some of the heads; choose one of {', '.join(able)}, or set independent_heads = True on a scorer's class "
         "where it is true"
     )
+
+
+def reading_of(scorer: Scorer) -> Reading | None:
+    """How prompts are fed to a scorer that reads them again; None for one that does not."""
+    reading: Reading | None = getattr(scorer, "reading", None)
+    return reading
 
 
 def future_positions(scorer: Scorer) -> int | None:
@@ -217,11 +233,14 @@ def rescore_tokens(
     slopes: Tensor | None = None,
     unrotated: Tensor | None = None,
     rotation: Tensor | None = None,
+    held_scores: Tensor | None = None,
 ) -> Tensor:
     """Scores of a layer's slots and of the new tokens together, float32 `[rows, kv_heads, slots + S]`."""
     form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes)
-    held = k_cache, values_of(k_cache, v_cache), plan.ordinals(positions, seen, base)
-    return _run(scorer, PromptView(q, k, v, length, form, seen, *held, unrotated, rotation))
+    ordinals = plan.ordinals(positions, seen, base)
+    held = k_cache, values_of(k_cache, v_cache), ordinals
+    kept = _scores_kept(held_scores, positions, ordinals)
+    return _run(scorer, PromptView(q, k, v, length, form, seen, *held, unrotated, rotation, kept))
 
 
 def rescore_coded_tokens(
@@ -247,13 +266,20 @@ def rescore_coded_tokens(
     slopes: Tensor | None = None,
     unrotated: Tensor | None = None,
     rotation: Tensor | None = None,
+    held_scores: Tensor | None = None,
 ) -> Tensor:
     """As `rescore_tokens` over slots of fewer bits: what was stored is what is scored; see `coded_ops`."""
     form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes)
     buffers, bits = (k_cache, k_scales, v_cache, v_scales), (key_bits, value_bits)
     keys, values = Stored.pair(buffers, bits, (k.shape[-1], v.shape[-1]))
     ordinals = plan.ordinals(positions, seen, base)
-    return _run(scorer, PromptView(q, k, v, length, form, seen, keys, values, ordinals, unrotated, rotation))
+    kept = _scores_kept(held_scores, positions, ordinals)
+    return _run(scorer, PromptView(q, k, v, length, form, seen, keys, values, ordinals, unrotated, rotation, kept))
+
+
+def _scores_kept(scores: Tensor | None, positions: Tensor, ordinals: Tensor) -> Tensor | None:
+    """Scores of the tokens that a prompt or turn left in the slots; 0 for those that decode wrote since."""
+    return None if scores is None else scores.masked_fill(ordinals != positions, 0.0)
 
 
 def scoring_call(

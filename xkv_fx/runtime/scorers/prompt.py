@@ -31,6 +31,8 @@ class PromptView:
         old_ordinals: int64 `[rows, kv_heads, slots]`, -1 for a free slot; None in a fresh prefill.
         unrotated: `[rows, query_heads, S, dim]`, the queries before their positions rotated them; None for a scorer
             that does not need them.
+        old_scores: float32 `[rows, kv_heads, slots]`, what the slots' tokens were scored when they were chosen, 0 for
+            those that came since; None where scores are not kept.
         rotation: `[rows, dim, key_dim]`, or `[rows, query_heads, dim, key_dim]` where heads differ (queries of an MLA
             latent), what queries are multiplied by from the right to rotate them: the mean over each row's next
             positions. None where positions do not rotate the queries.
@@ -47,6 +49,7 @@ class PromptView:
     old_ordinals: Tensor | None = None
     unrotated: Tensor | None = None
     rotation: Tensor | None = None
+    old_scores: Tensor | None = None
 
     @property
     def scale(self) -> float:
@@ -136,6 +139,43 @@ class PromptView:
         """
         which = torch.arange(start, stop, device=self.q.device).expand(self.q.shape[0], -1)
         return self._attention(self.q[:, :, start:stop], which, stop)
+
+    def attention_from(self, columns: Tensor, exists: Tensor) -> Tensor:
+        """Attention probabilities of queries that come behind the new tokens, over the slots and all columns up to
+        each; sliding windows are left out of account.
+
+        Args:
+            columns: int64 `[rows, count]`, where each row's queries stand.
+            exists: bool `[rows, count]`, False for one that is padding.
+
+        Returns:
+            float32 `[rows, kv_heads, group, count, N]`; 0 for queries that do not exist, and for all columns that are
+            no new tokens, which have their share of a query's attention, though.
+        """
+        last = self.q.shape[2] - 1
+        index = columns.clamp(max=last)[:, None, :, None].expand(-1, self.q.shape[1], -1, self.q.shape[3])
+        queries = self.q.gather(2, index)
+        logits = group_logits(queries, self.k, self.scale, self.softcap)
+        column = torch.arange(last + 1, device=self.q.device)
+        key = (self.seen[:, None] + column)[:, None].expand(-1, self.k.shape[1], -1)
+        reach = (column <= columns[:, :, None])[:, None].expand(-1, self.k.shape[1], -1, -1)
+        if self.old_k is not None and self.old_ordinals is not None:
+            logits = torch.cat((self._logits_of_slots(queries, self.old_k), logits), -1)
+            key = torch.cat((self.old_ordinals, key), 2)
+            held = (self.old_ordinals != EMPTY)[:, :, None].expand(-1, -1, columns.shape[1], -1)
+            reach = torch.cat((held, reach), 3)
+        if self.slopes is not None:
+            query = (self.seen[:, None] + columns)[:, None, :, None]
+            logits = logits + distance_bias(self.slopes, query - key[:, :, None]).view(*logits.shape)
+        weights = self.weights_of(logits, reach & exists[:, None, :, None])
+        return weights * self.there[:, :, None, None]
+
+    def with_kept_scores(self, scores: Tensor) -> Tensor:
+        """The larger one of each slot's score and the one that it was kept by."""
+        if self.old_scores is None:
+            return scores
+        slots = self.old_scores.shape[2]
+        return torch.cat((torch.maximum(scores[:, :, :slots], self.old_scores), scores[:, :, slots:]), 2)
 
     def _attention(self, queries: Tensor, which: Tensor, new: int) -> Tensor:
         """Attention of `queries` over the slots and the first `new` new tokens; row r's query i is its new token

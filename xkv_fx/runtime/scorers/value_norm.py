@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xkv_fx.errors import BudgetError
 from xkv_fx.files import is_int
-from xkv_fx.runtime.scorers.base import make_scorer, register_scorer
+from xkv_fx.runtime.scorers.base import make_scorer, reading_of, register_scorer
 from xkv_fx.runtime.scorers.prompt import PromptView
 
 _NEVER_NEGATIVE = frozenset({"h2o", "random", "snapkv", "streaming", "tova"})
@@ -54,6 +54,11 @@ class ValueNorm:
             raise BudgetError(
                 f"the scores of {self.base!r} cannot be weighted: they are made from unrotated queries, which are not "
                 "handed on; expected_attention weights by values itself"
+            )
+        if reading_of(scorer) is not None:
+            raise BudgetError(
+                f"the scores of {self.base!r} cannot be weighted: a slot keeps the score that it was chosen by, and "
+                "would be weighted again in every turn"
             )
         if self.base not in _NEVER_NEGATIVE and not getattr(scorer, "never_negative", False):
             raise BudgetError(

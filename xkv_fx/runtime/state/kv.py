@@ -41,7 +41,8 @@ class CacheOps:
 @dataclasses.dataclass(frozen=True)
 class KVState(LayerState):
     """`k` and `v`, `[rows, kv_heads, slots, ...]`; `positions`, the ordinal that each slot held when it was last
-    written by prefill (under `"scored"` by decode too); and under `"scored"` `scores`, the attention of each slot.
+    written by prefill (under `"scored"` by decode too); and `scores`, under `"scored"` the attention of each slot, with
+    `keeps_scores` what it was kept by.
 
     Attributes:
         index: place among the layers that own a cache.
@@ -49,6 +50,7 @@ class KVState(LayerState):
         slots: how the slots are used.
         rows: batch rows.
         dtype: of keys and values.
+        keeps_scores: whether what survivors were chosen by stays with them, for a scorer that reads prompts again.
     """
 
     kind: ClassVar[str] = "keys and values"
@@ -57,6 +59,7 @@ class KVState(LayerState):
     slots: SlotPlan
     rows: int
     dtype: torch.dtype
+    keeps_scores: bool = dataclasses.field(default=False, kw_only=True)
 
     ops: ClassVar[CacheOps] = CacheOps("decode_attention", "decode_scored", "extend_attention", "keep")
     rescore: ClassVar[Any] = staticmethod(rescore_tokens)
@@ -69,7 +72,7 @@ class KVState(LayerState):
     @functools.cached_property
     def buffers(self) -> tuple[Buffer, ...]:
         kept = [*self._stored, self._buffer("positions", self._shape, torch.int32, reset="count")]
-        if self.slots.eviction == "scored":
+        if self.slots.eviction == "scored" or self.keeps_scores:
             kept.append(self._buffer("scores", self._shape, torch.float32))
         return tuple(kept)
 
@@ -149,10 +152,11 @@ class KVState(LayerState):
             self.rescore, build.scorer, self.slots.slots, plan=self.slots, sliding_window=form.sliding_window,
             softcap=form.softcap, **self._numbers,
         )  # fmt: skip
+        kept = {"held_scores": held["scores"]} if self.keeps_scores else {}
         scores = build.emit(
             score, attention.q, attention.k, attention.v, build.length, counts["seen"], counts["base"],
             *self._kv(build), held["positions"], form.scale, sink_logits=form.sink_logits, slopes=form.slopes,
-            **build.scorer_inputs(attention), name=f"scores_{attention.index}",
+            **kept, **build.scorer_inputs(attention), name=f"scores_{attention.index}",
         )  # fmt: skip
         self._keep(build, attention, scores, fresh=False)
 

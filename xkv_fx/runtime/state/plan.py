@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 
 from xkv_fx.errors import BudgetError
 from xkv_fx.formats import LayerFormats
 from xkv_fx.layers import LayerSpec
+from xkv_fx.runtime.reading import Reading
 from xkv_fx.runtime.slots import SlotPlan
 from xkv_fx.runtime.state.base import Buffer, LayerState
 from xkv_fx.runtime.state.coded import CodedState
@@ -33,6 +35,7 @@ class CachePlan:
         dtype: of keys and values.
         device: where the tensors live.
         formats: of the keys and values of each layer; None where they are in the model's dtype.
+        reading: how prompts are read again; None for a scorer that reads them once.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -41,6 +44,7 @@ class CachePlan:
     dtype: torch.dtype
     device: torch.device
     formats: tuple[LayerFormats | None, ...] | None = None
+    reading: Reading | None = None
 
     @functools.cached_property
     def caches(self) -> tuple[KVState, ...]:
@@ -51,7 +55,8 @@ class CachePlan:
 
     def _cache(self, index: int, spec: LayerSpec, slots: SlotPlan, formats: LayerFormats | None) -> KVState:
         kind = next(kind for kind in CACHE_KINDS if kind.serves(spec, formats))
-        options = {} if formats is None else {"formats": formats}
+        options: dict[str, Any] = {} if formats is None else {"formats": formats}
+        options["keeps_scores"] = self.reading is not None
         return kind(index, spec, slots, self.rows, self.dtype, **options)
 
     @functools.cached_property
