@@ -25,7 +25,6 @@ LEVELS = (
     ("errors",),
     ("files",),
     ("fields",),
-    ("file_kinds",),
     ("engine_settings", "formats", "policy", "sizes"),
     ("layers",),
     ("budgets",),

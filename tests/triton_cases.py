@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from runtime_inputs import random_qkv
 from torch import Tensor
 
-from xkv_fx.runtime.kernels.decode_triton import Launch, _split_size
+from xkv_fx.runtime.kernels.decode_triton import Launch, split_size
 
 xkv = torch.ops.xkv
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -235,6 +235,6 @@ def test_the_same_bits_every_time() -> None:
 
 @pytest.mark.parametrize(("slots", "splits"), [(1, 1), (16, 4), (17, 2), (100, 3), (1000, 7)])
 def test_splits_cover_every_slot_in_whole_blocks(slots: int, splits: int) -> None:
-    size = _split_size(slots, Launch(splits, 16))
+    size = split_size(slots, Launch(splits, 16))
     assert size % 16 == 0
     assert -(-slots // size) <= splits

@@ -17,7 +17,5 @@ def main() -> None:
     try:
         app()
     except (XkvError, OSError) as error:
-        missing = error.filename if isinstance(error, FileNotFoundError) else None
-        said = str(error) if missing is None else f"there is no file {missing}"
-        errors.print(f"error: {said}", style="red", markup=False, soft_wrap=True)
+        errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2)

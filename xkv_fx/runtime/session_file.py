@@ -14,10 +14,9 @@ from torch import Tensor
 
 from xkv_fx.errors import FileFormatError, SessionError
 from xkv_fx.fields import HEADER, TEXT, Fields, read_header, whole
-from xkv_fx.file_kinds import read_as
 from xkv_fx.files import check_safetensors_size, written_whole
 from xkv_fx.runtime.history import PADDING
-from xkv_fx.runtime.session import Program, Session
+from xkv_fx.runtime.session import Session
 from xkv_fx.runtime.state import CachePlan, State
 
 FORMAT = "xkv_fx.session"
@@ -44,20 +43,13 @@ def load_session(session: Session, path: str | os.PathLike[str]) -> None:
     Raises:
         SessionError: a session of another model, budgets or batch size.
         FileFormatError: not a session file, damaged, cut off, or of a newer format.
-        MissingFileError: no such file.
     """
-    with read_as(path, FORMAT):
-        session.restore(*_read(session.program, path))
-
-
-def _read(program: Program, path: str | os.PathLike[str]) -> tuple[State, int, Tensor | None]:
-    """The state, the columns fed and their ids, all checked."""
-    plan = program.plan
+    plan = session.program.plan
     try:
         check_safetensors_size(path, sys.maxsize)
         with safetensors.safe_open(os.fspath(path), framework="pt") as file:
             header = read_header(file.metadata(), FORMAT, FORMAT_VERSION, _FIELDS, oldest=2)
-            if header["program"] != program.key:
+            if header["program"] != session.program.key:
                 raise SessionError(
                     f"{os.fspath(path)}: a session of another model, other budgets or another batch size; transform "
                     "with those that it was saved with"
@@ -77,7 +69,7 @@ def _read(program: Program, path: str | os.PathLike[str]) -> tuple[State, int, T
         raise FileFormatError(f"{os.fspath(path)}: not a whole safetensors file ({error}); was it cut off?") from error
     except FileFormatError as error:
         raise FileFormatError(f"{os.fspath(path)}: {error!s:.1000}") from error
-    return state, fed, ids
+    session.restore(state, fed, ids)
 
 
 def _digest(program: str, fed: int, tensors: tuple[Tensor, ...]) -> str:

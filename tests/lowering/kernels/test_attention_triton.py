@@ -5,39 +5,28 @@ from __future__ import annotations
 import importlib.util
 import logging
 import unittest
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from fake_gpu import (  # noqa: F401  (some are fixtures)
+    choose,
+    graph,
+    hopper,
+    masked,
+    mode,
+    needs_triton,
+    on_gpu,
+    targets,
+    triton_nodes,
+)
 from torch._functorch.aot_autograd import aot_export_module
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from xkv_fx.errors import BackendError
-from xkv_fx.lowering.kernels.table import choose_kernels, describe_choices
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 
 xkv = torch.ops.xkv
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-
-@pytest.fixture(autouse=True)
-def mode() -> Iterator[FakeTensorMode]:
-    with FakeTensorMode() as fake:
-        yield fake
-
-
-def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="cuda")
-
-
-def graph(attend: Callable[..., Any], *values: torch.Tensor) -> GraphModule:
-    module = make_fx(attend)(*values)
-    for node, value in zip(module.graph.nodes, values, strict=False):
-        node.meta["val"] = value
-    return module
 
 
 def layer(
@@ -52,22 +41,6 @@ def layer(
 def decode(*values: torch.Tensor) -> torch.Tensor:
     out: torch.Tensor = xkv.decode_attention(*values[:7], 0.1)
     return out
-
-
-def masked(slots: int = 1000, heads: int = 1, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
-    return [on_gpu(2, dtype=torch.int64), on_gpu(2, heads, 1, slots, dtype=dtype)]
-
-
-def choose(module: GraphModule) -> str:
-    return describe_choices(choose_kernels(module))
-
-
-def targets(module: GraphModule) -> list[Any]:
-    return [node.target for node in module.graph.nodes if node.op == "call_function"]
-
-
-def triton_nodes(module: GraphModule) -> list[Node]:
-    return [node for node in module.graph.nodes if "triton" in str(node.target)]
 
 
 @needs_triton
@@ -130,22 +103,6 @@ def test_without_triton_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BackendError, match="Triton is missing"):
         choose(graph(decode, *layer(), *masked()))
-
-
-class Hopper:
-    """All that torch asks Triton's driver when it reads off a kernel which of its arguments it changes."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.runtime import driver  # of a GPU that is not there
-
-    monkeypatch.setattr(driver, "_active", Hopper())
 
 
 def decode_by_kernel(*values: torch.Tensor) -> tuple[torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from xkv_fx.errors import BackendError, did_you_mean
+from xkv_fx.errors import BackendError
 
 if TYPE_CHECKING:
     from xkv_fx.lowering.backends.backend import Backend
@@ -25,7 +25,6 @@ def backend_of(name: str) -> Backend:
         BackendError: there is none.
     """
     if name not in BACKENDS:
-        meant = did_you_mean(name, BACKENDS)
-        raise BackendError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}{meant}")
+        raise BackendError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
     backend: Backend = importlib.import_module(_HOMES[name]).BACKEND
     return backend

@@ -1,4 +1,5 @@
-"""Decode attention on GPU by our Triton kernel, under eviction by score too."""
+"""Decode attention on GPU by our Triton kernels, under eviction by score too: one for slots in the model's dtype, one
+for slots of fewer bits."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from xkv_fx.errors import BackendError
-from xkv_fx.lowering.kernels.attention import ATTENTION, DECODE
+from xkv_fx.lowering.kernels import attention_coded_triton
+from xkv_fx.lowering.kernels.attention import ATTENTION, DECODE, DECODE_CODED, DECODE_CODED_SCORED
 from xkv_fx.lowering.kernels.kernel import Call, Kernel
 from xkv_fx.passes.tools.graph import call_instead
 from xkv_fx.passes.tools.inline import inline
@@ -29,7 +31,8 @@ def _accepts(call: Call) -> str | None:
     Raises:
         BackendError: Triton is missing.
     """
-    obstacle = _obstacle(_kernel(), call.values)
+    misfit = attention_coded_triton.obstacle if _coded(call) else _obstacle
+    obstacle = misfit(_kernel(), call.values)
     if obstacle is not None:
         _log.warning("%s is not served by the Triton kernel (%s); torch ops take its place", call.node.name, obstacle)
     return obstacle
@@ -37,12 +40,18 @@ def _accepts(call: Call) -> str | None:
 
 def _use(calls: Sequence[Call]) -> None:
     for call in calls:
-        given, values = call.given, call.values
-        given.update(_launch(_kernel(), values["k_cache"], values["v_cache"]))
-        given["count"] = _count(call.node, given["mask"])
+        given = call.given
+        launch, count = _launch(_kernel(), call.values), _count(call.node, given["mask"])
+        if _coded(call):
+            attention_coded_triton.use(call, launch, count)
+            continue
         plain = call.node.target is DECODE
         target = torch.ops.xkv.decode_attention_triton if plain else torch.ops.xkv.decode_scored_triton
-        call_instead(call.node, target.default, given)
+        call_instead(call.node, target.default, {**given, **launch, "count": count})
+
+
+def _coded(call: Call) -> bool:
+    return call.node.target in (DECODE_CODED, DECODE_CODED_SCORED)
 
 
 def _kernel() -> ModuleType:
@@ -93,14 +102,12 @@ def _last_valid(mask: Tensor) -> Tensor:
     return ((mask > float("-inf")) * place).amax((1, 2, 3))
 
 
-def _launch(kernel: ModuleType, k_cache: Tensor, v_cache: Tensor) -> dict[str, int]:
-    rows, kv_heads, slots, key_dim = k_cache.shape
+def _launch(kernel: ModuleType, values: dict[str, Any]) -> dict[str, int]:
+    k, v, (rows, kv_heads, slots) = values["k"], values["v"], values["k_cache"].shape[:3]
     processors = _PROCESSORS
     if torch.cuda.is_available():
-        processors = torch.cuda.get_device_properties(k_cache.device).multi_processor_count
-    return dataclasses.asdict(
-        kernel.plan_launch(rows, kv_heads, slots, key_dim, v_cache.shape[3], k_cache.dtype, processors)
-    )
+        processors = torch.cuda.get_device_properties(k.device).multi_processor_count
+    return dataclasses.asdict(kernel.plan_launch(rows, kv_heads, slots, k.shape[3], v.shape[3], k.dtype, processors))
 
 
 KERNEL = Kernel(ATTENTION, "Triton kernel", _accepts, _use, device="cuda")

@@ -54,7 +54,7 @@ def plan_launch(
     rows: int, kv_heads: int, slots: int, key_dim: int, value_dim: int, dtype: torch.dtype, processors: int
 ) -> Launch:
     """A layout for a GPU of so many multiprocessors, from shapes alone: no timing, the same on every run."""
-    widest = max(_padded(key_dim), _padded(value_dim)) * dtype.itemsize
+    widest = max(padded(key_dim), padded(value_dim)) * dtype.itemsize
     block = max(16, min(128, _TILE_BYTES // widest))
     wanted = -(-_PROGRAMS * processors // (rows * kv_heads))
     return Launch(max(1, min(wanted, slots // _LEAST_SLOTS)), block)
@@ -62,11 +62,11 @@ def plan_launch(
 
 def query_bytes(group: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> int:
     """What a query group, or its output if that is wider, takes in the kernel."""
-    return _rows(group) * max(_padded(key_dim), _padded(value_dim)) * dtype.itemsize
+    return padded_rows(group) * max(padded(key_dim), padded(value_dim)) * dtype.itemsize
 
 
 @triton.jit
-def _cap(x, softcap):
+def cap(x, softcap):
     """softcap * tanh(x / softcap); Triton has no tanh of its own."""
     shrunk = tl.exp(-2.0 * tl.abs(x) / softcap)
     size = softcap * (1.0 - shrunk) / (1.0 + shrunk)
@@ -119,7 +119,7 @@ def _attend(
     # The new token, from the arguments: the running softmax of the split that owns its slot starts with it.
     logit = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
     if CAPPED:
-        logit = _cap(logit, softcap)
+        logit = cap(logit, softcap)
     own = mask + (g * slots if BIASED else g * 0) + taken
     logit += tl.load(own, mask=is_query & mine, other=0.0).to(tl.float32)
     if SCORED:
@@ -150,7 +150,7 @@ def _attend(
             key = key.to(tl.float32)
         x = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         if CAPPED:
-            x = _cap(x, softcap)
+            x = cap(x, softcap)
         if BIASED:
             bias = mask + g[:, None] * slots + n[None, :]
             x += tl.load(bias, mask=is_query[:, None] & valid[None, :], other=0.0).to(tl.float32)
@@ -322,8 +322,8 @@ def _decode(
     rows, kv_heads, slots, key_dim = k_cache.shape
     value_dim, heads = v_cache.shape[3], q.shape[1]
     group, pairs = heads // kv_heads, rows * kv_heads
-    split_size = _split_size(slots, launch)
-    splits = -(-slots // split_size)
+    size = split_size(slots, launch)
+    splits = -(-slots // size)
     one_split = splits == 1 and scored is None
     q, k, v, mask = q.contiguous(), k.contiguous(), v.contiguous(), mask.contiguous()
     positions, scores, seen = (slot, slot, slot) if scored is None else scored
@@ -334,38 +334,65 @@ def _decode(
     lse = q if one_split else torch.empty((splits, rows * heads), **narrow)
     logits = q if scored is None else torch.empty((rows, heads, slots), **narrow)
     sinks = q if sink_logits is None else sink_logits
-    sizes = {"VALUE_DIM": value_dim, "VALUE_PAD": _padded(value_dim), "SINKS": sink_logits is not None}
+    sizes = {"VALUE_DIM": value_dim, "VALUE_PAD": padded(value_dim), "SINKS": sink_logits is not None}
     wrap_triton(_attend)[(pairs, splits)](
         q, k, v, k_cache, v_cache, slot, count, mask, positions, seen, sinks, parts, lse, logits, scale,
-        softcap or 1.0, kv_heads, slots, split_size, GROUP=group, KEY_DIM=key_dim, MASK_HEADS=mask.shape[1],
+        softcap or 1.0, kv_heads, slots, size, GROUP=group, KEY_DIM=key_dim, MASK_HEADS=mask.shape[1],
         BIASED=mask.shape[1] not in (1, kv_heads), SCORED=scored is not None, CAPPED=softcap is not None,
-        ONE_SPLIT=one_split, WIDEN=not isinstance(_attend, triton.JITFunction) and q.dtype == torch.bfloat16,
-        ROWS=_rows(group), KEY_PAD=_padded(key_dim), BLOCK=launch.block, **sizes,
+        ONE_SPLIT=one_split, WIDEN=interpreted(_attend) and q.dtype == torch.bfloat16,
+        ROWS=padded_rows(group), KEY_PAD=padded(key_dim), BLOCK=launch.block, **sizes,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    if one_split:
-        return out
-    whole_lse = torch.empty((rows * heads,), **narrow)
-    wrap_triton(_merge)[(rows * heads,)](
-        parts, lse, sinks, out, whole_lse, heads, splits, AT_ONCE=_MERGED_AT_ONCE, **sizes
-    )
-    if scored is not None:
-        wrap_triton(_add_scores)[(pairs, -(-slots // _SCORED_AT_ONCE))](
-            logits, whole_lse, slot, count, scores, kv_heads, slots, GROUP=group, ROWS=_rows(group),
-            BLOCK=_SCORED_AT_ONCE,
-        )  # fmt: skip
+    if not one_split:
+        kept = None if scored is None else scores
+        merge_parts(out, parts, lse, logits, slot, count, kept, sink_logits, kv_heads, slots)
     return out
 
 
-def _split_size(slots: int, launch: Launch) -> int:
+def merge_parts(
+    out: Tensor,
+    parts: Tensor,
+    lse: Tensor,
+    logits: Tensor,
+    slot: Tensor,
+    count: Tensor,
+    scores: Tensor | None,
+    sink_logits: Tensor | None,
+    kv_heads: int,
+    slots: int,
+) -> None:
+    """Fill `out` from the parts that splits left, and add to the scores, if there are any, what each slot was paid."""
+    rows, heads, _, value_dim = out.shape
+    group = heads // kv_heads
+    whole_lse = torch.empty((rows * heads,), dtype=torch.float32, device=out.device)
+    sinks = out if sink_logits is None else sink_logits
+    wrap_triton(_merge)[(rows * heads,)](
+        parts, lse, sinks, out, whole_lse, heads, parts.shape[0], AT_ONCE=_MERGED_AT_ONCE, VALUE_DIM=value_dim,
+        VALUE_PAD=padded(value_dim), SINKS=sink_logits is not None,
+    )  # fmt: skip
+    if scores is not None:
+        wrap_triton(_add_scores)[(rows * kv_heads, -(-slots // _SCORED_AT_ONCE))](
+            logits, whole_lse, slot, count, scores, kv_heads, slots, GROUP=group, ROWS=padded_rows(group),
+            BLOCK=_SCORED_AT_ONCE,
+        )  # fmt: skip
+
+
+def interpreted(kernel: Any) -> bool:
+    """Whether a kernel runs under Triton's interpreter."""
+    return not isinstance(kernel, triton.JITFunction)
+
+
+def split_size(slots: int, launch: Launch) -> int:
     """Slots of one split: whole blocks, so that no block is read by two programs."""
     blocks = -(-slots // launch.block)
     return -(-blocks // launch.splits) * launch.block
 
 
-def _padded(dims: int) -> int:
+def padded(dims: int) -> int:
+    """So many dimensions as tiles have: a power of two, and enough for a matrix product."""
     return max(_LEAST_DIMS, 1 << (dims - 1).bit_length())
 
 
-def _rows(group: int) -> int:
+def padded_rows(group: int) -> int:
+    """So many rows as the tile of a query group has."""
     return max(_LEAST_ROWS, 1 << (group - 1).bit_length())
