@@ -25,6 +25,7 @@ LEVELS = (
     ("errors",),
     ("files",),
     ("fields",),
+    ("file_kinds",),
     ("engine_settings", "formats", "policy", "sizes"),
     ("layers",),
     ("budgets",),

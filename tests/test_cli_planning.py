@@ -238,3 +238,39 @@ def test_fit(tmp_path: Path, text: Path) -> None:
     assert not plan.with_name("plan.json.parts").exists()
     told = json.loads(invoke("fit", "--out", plan, "--json", *options))
     assert told["candidates"] == found["candidates"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["profile", "--out", "x", "--prompts", "{no}"], "there is no file {no}"),
+        (["calibrate", "--out", "x", "--prompts", "{folder}"], "{folder} is a folder; give the name of a text file"),
+        (["verify", "plan.json", "--prompts", "{empty}"], "{empty} is empty; give a file with text in it"),
+        (["solve", "c", "--out", "x", "--fraction", "0.5", "--holdout", "{no}"], "there is no file {no}"),
+        (["fit", "--out", "x", "--memory", "1MB", "--prompts", "{no}"], "there is no file {no}"),
+        (["generate", "plan.json", "--prompt-file", "{no}"], "there is no file {no}"),
+        (["verify", "{no}", "--prompts", "{text}"], "there is no file {no}"),
+        (["export", "{no}", "--out", "{folder}"], "{folder} exists; remove it, or choose another folder"),
+        (["inspect", "{no}"], "there is no file {no}"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_paths_are_looked_at_before_a_model_is_loaded(
+    arguments: list[str], message: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_model(name: str) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr("xkv_fx.hf.models.load_model", load_model)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").touch()
+    paths = {"no": tmp_path / "nowhere", "folder": tmp_path, "empty": tmp_path / "empty", "text": text}
+    with pytest.raises(xkv_fx.XkvError, match=f"^{message.format(**paths)}"):
+        invoke(*(argument.format(**paths) for argument in arguments))
+
+
+def test_inspect_shows_what_was_measured(calibrated: Path) -> None:
+    said = invoke("inspect", calibrated)
+    assert said == f"{calibrated}\n{xkv_fx.Calibration.load(calibrated)}\n"
+    shown = json.loads(invoke("inspect", calibrated, "--json"))
+    assert (shown["calibration"], shown["prompts"], shown["policy"]["eviction"]) == (str(calibrated), 2, "append")

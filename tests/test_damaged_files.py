@@ -137,6 +137,7 @@ class NoGraphs:
     plan: CachePlan
     key: str = "1" * 64
     max_positions: int | None = None
+    known_tokens: int = 64
 
     def prefill(self, all_logits: bool) -> Any: ...
     def extend(self, all_logits: bool) -> Any: ...

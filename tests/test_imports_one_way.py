@@ -25,8 +25,8 @@ from import_graph import (
 
 MAY_IMPORT_TRANSFORMERS = {"hf", "compile_backend", "register_attention", "evaluation"}
 WITHOUT_TORCH = {
-    "errors", "files", "fields", "engine_settings", "formats", "layers", "policy", "budgets", "public_budgets",
-    "register_attention", "sizes",
+    "errors", "files", "fields", "engine_settings", "file_kinds", "formats", "layers", "policy", "budgets",
+    "public_budgets", "register_attention", "sizes",
 }  # fmt: skip
 
 

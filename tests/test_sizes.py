@@ -84,5 +84,5 @@ def test_on_a_command_line_numbers_need_no_unit(text: str, value: Any) -> None:
 
 def test_bytes_for_people() -> None:
     assert as_text(9_999) == "9,999 bytes"
-    assert as_text(2 * 10**9) == "2,000,000,000 bytes (2,000.0 MB)"
+    assert as_text(2 * 10**9) == "2,000,000,000 bytes (2.0 GB)"
     assert as_text(10**10) == "10,000,000,000 bytes (10.0 GB)"

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 from xkv_fx.engine_settings import engine_settings
 from xkv_fx.errors import BudgetError, FileFormatError, ModelMismatchError
 from xkv_fx.fields import ANYTHING, DOCUMENT, LIST, Fields, check_fields
+from xkv_fx.file_kinds import read_as
 from xkv_fx.files import check_format, is_finite, is_int, read_json, write_json
 from xkv_fx.formats import LayerFormats, checked_formats
 from xkv_fx.layers import HasItemSize, Layers, layers_of
@@ -331,9 +332,10 @@ class Plan:
 
         Raises:
             FileFormatError: not a plan, damaged, or of a newer format; the message names the file.
-            FileNotFoundError: no such file.
+            MissingFileError: no such file.
         """
-        data = read_json(path, FORMAT, FORMAT_VERSION)
+        with read_as(path, FORMAT):
+            data = read_json(path, FORMAT, FORMAT_VERSION)
         try:
             return cls.from_dict(data)
         except (FileFormatError, BudgetError) as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class XkvError(Exception):
     """Base class of every error that xkv_fx raises on purpose."""
@@ -13,6 +16,10 @@ class BudgetError(XkvError, ValueError):
 
 class FileFormatError(XkvError, ValueError):
     """A file that is not what it claims to be: damaged, cut off, of a newer format, or not ours."""
+
+
+class MissingFileError(XkvError, FileNotFoundError):
+    """A file that is to be read and is not there, or the missing folder of one that is to be written."""
 
 
 class ModelMismatchError(XkvError, ValueError):
@@ -45,6 +52,12 @@ class BackendError(XkvError):
 
 class EngineError(XkvError):
     """An engine's folder that does not fit this machine, this torch, or itself; or one that cannot be written."""
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known one that is nearest to it, if one is near."""
+    near = difflib.get_close_matches(str(name).lower(), list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def first_line(error: Exception) -> str:

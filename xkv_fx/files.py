@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from xkv_fx.errors import FileFormatError
+from xkv_fx.errors import FileFormatError, MissingFileError
 
 MAX_FILE_BYTES = 16 * 1024 * 1024
 SEAL = "sha256"
@@ -25,8 +25,13 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a path to write to; at the end, what is there replaces `path`, or `path` stays as it was.
 
     No half-written file is ever taken for a whole one.
+
+    Raises:
+        MissingFileError: the folder that it would be in does not exist.
     """
     target = Path(path)
+    if not target.parent.is_dir():
+        raise MissingFileError(f"{target} cannot be written: there is no folder {target.parent}; make it first")
     temporary = target.parent / f".{secrets.token_hex(8)}.part"  # unlike tempfile's, readable as the umask says
     try:
         yield temporary

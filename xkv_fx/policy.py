@@ -6,12 +6,21 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from xkv_fx.errors import BudgetError
+from xkv_fx.errors import BudgetError, did_you_mean
 from xkv_fx.fields import ANYTHING, check_fields, refuse_missing
 from xkv_fx.files import is_finite, is_int
 
 Eviction = Literal["ring", "scored", "append", "none"]
 EVICTIONS: tuple[str, ...] = get_args(Eviction)
+SCORERS = (
+    "expected_attention", "h2o", "key_diff", "key_norm", "random", "snapkv", "streaming", "tova", "value_norm",
+)  # fmt: skip
+"""The scorers that come with this package; a policy may name others, which must be registered where it is used."""
+
+
+def _letters(name: str) -> str:
+    """A name without capitals and separators: where only these differ, no other name was meant."""
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +39,8 @@ class Policy:
         sinks: how many of the first tokens are always kept, as long as a layer's sliding window reaches them.
 
     Raises:
-        BudgetError: an unknown eviction, a negative count, or an option that is not a finite number or a string.
+        BudgetError: an unknown eviction, a scorer misspelt like "snapKV", a negative count, or an option that is not a
+            finite number or a string.
     """
 
     scorer: str = "snapkv"
@@ -41,9 +51,12 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.eviction not in EVICTIONS:
-            raise BudgetError(f"unknown eviction {self.eviction!r}; choose one of {', '.join(EVICTIONS)}")
+            meant = did_you_mean(self.eviction, EVICTIONS)
+            raise BudgetError(f"unknown eviction {self.eviction!r}; choose one of {', '.join(EVICTIONS)}{meant}")
         if not isinstance(self.scorer, str) or not self.scorer:
             raise BudgetError(f"the scorer must be the name of a registered scorer, not {self.scorer!r}")
+        if self.scorer not in SCORERS and _letters(self.scorer) in map(_letters, SCORERS):
+            raise BudgetError(f"unknown scorer {self.scorer!r}{did_you_mean(self.scorer, SCORERS)}")
         if self.recent is not None and (not is_int(self.recent) or self.recent < 1):
             raise BudgetError(f"recent must be a whole number of at least 1, or None; got {self.recent!r}")
         if not is_int(self.sinks) or self.sinks < 0:

@@ -88,7 +88,7 @@ def number_or_word(text: str) -> float | str:
 def as_text(size: int) -> str:
     """A number of bytes for people: exact, with a larger unit beside it where that is easier to read."""
     for unit, factor in (("GB", 1000**3), ("MB", 1000**2), ("KB", 1000)):
-        if size >= 10 * factor:
+        if size >= max(factor, 10_000):
             return f"{size:,} bytes ({size / factor:,.1f} {unit})"
     return f"{size:,} bytes"
 

@@ -25,8 +25,9 @@ from tiny_models import VOCABULARY, random_ids
 from typer.testing import CliRunner
 
 import xkv_fx
-from xkv_fx import Budgets, Policy, cli
+from xkv_fx import Budgets, Policy, PromptError, cli
 from xkv_fx.engines.manifest import Manifest
+from xkv_fx.runtime.choose_tokens import token_chooser
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPACITIES = (12, 16)
@@ -454,3 +455,22 @@ def test_what_load_would_refuse_is_refused_before_anything_is_compiled(
     with pytest.raises(xkv_fx.EngineError, match=rf"{said}.*generation_config"):
         xkv_fx.export(made, tmp_path / "engine", target="aoti")
     assert not list(tmp_path.iterdir())
+
+
+def test_tokens_are_drawn_as_by_the_transformed_model(llm: Any, engine: xkv_fx.Engine) -> None:
+    ids = random_ids(2, 9)
+    options: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9}
+    drawn = engine.generate(ids, 6, **options, generator=torch.Generator().manual_seed(3))
+    session = llm.new_session()
+    first = token_chooser(**options, generator=(source := torch.Generator().manual_seed(3)))(
+        session.feed(ids, None, None, False)[:, -1]
+    )
+    expected = llm.decode_steps(5, session, first[:, None], **options, generator=source)
+    assert torch.equal(drawn[:, 9:], torch.cat((first[:, None], expected), 1))
+    assert torch.equal(engine.generate(ids, 6, do_sample=True, top_p=1e-9), engine.generate(ids, 6))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}], ids=str)
+def test_sampling_options_without_sampling_are_refused(engine: xkv_fx.Engine, options: dict[str, Any]) -> None:
+    with pytest.raises(PromptError, match="temperature, top_k and top_p are for sampling; give do_sample=True, too"):
+        engine.generate(random_ids(2, 3), 2, **options)

@@ -290,7 +290,10 @@ def test_what_cannot_be_captured_exactly_is_refused_by_name_and_left_as_it_was(c
         ("a-model", "expected a model, got str"),
         (LlamaConfig(), "expected a model, got LlamaConfig"),
         (LlamaForCausalLM, "expected a model, got type"),
-        (nn.Linear(2, 2), "Linear is not a transformers model"),
+        (
+            nn.Linear(2, 2),
+            "Linear is not a transformers model; a plain module of .input_ids, position_ids. is given to tra",
+        ),
     ],
     ids=["None", "str", "configuration", "class", "module"],
 )

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+import ready_models
 import torch
 import transformers
 from tiny_models import VOCABULARY, llama, random_ids
@@ -91,7 +92,7 @@ def test_a_transformed_model_is_no_assistant(pair: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
 def test_continuous_batching_is_refused(name: str, pair: tuple[Any, Any]) -> None:
-    with pytest.raises(BackendError, match=r"use generate\(\) with up to batch_size prompts"):
+    with pytest.raises(BackendError, match=r"generate_many\(\) keeps the rows of this model busy"):
         getattr(pair[1], name)([[3, 4]])
 
 
@@ -102,3 +103,25 @@ def test_a_checkpoint_that_names_a_kind_of_cache_is_taken() -> None:
     llm = xkv_fx.transform(model, Budgets.full(2, 64), backend="eager")
     assert torch.equal(generate(llm, {}), expected)
     assert model.generation_config.cache_implementation == "static"
+
+
+@pytest.mark.parametrize("token", [-1, 61, 10**9])
+def test_a_token_that_the_model_does_not_have_is_refused_before_anything_is_fed(token: int) -> None:
+    llm = ready_models.transformed(Budgets((8, 8)))
+    ids = random_ids(1, 6)
+    wrong = ids.clone()
+    wrong[0, 3] = token
+    session = llm.new_session()
+    for call in (
+        lambda: llm.generate(wrong, attention_mask=torch.ones_like(wrong), past_key_values=session, max_new_tokens=2),
+        lambda: llm(wrong, past_key_values=session),
+        lambda: session.feed(wrong, None, None, False),
+        lambda: session.step(wrong[:, 3:4], None),
+    ):
+        with pytest.raises(PromptError, match=f"the token {token} is none of the model's 61"):
+            call()
+    assert session.fed == 0
+    session.feed(ids, None, None, False)
+    with pytest.raises(PromptError, match=f"the token {token} is none"):
+        llm.decode_steps(2, session, wrong[:, 3:4])
+    assert session.fed == 6

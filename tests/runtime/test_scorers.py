@@ -16,7 +16,7 @@ from runtime_inputs import HEADS, before_rotation, random_qkv
 from torch import Tensor
 
 from xkv_fx.errors import BudgetError
-from xkv_fx.policy import Policy
+from xkv_fx.policy import SCORERS, Policy
 from xkv_fx.runtime.scorers import (
     PromptView,
     Scorer,
@@ -350,3 +350,16 @@ def test_extending_nothing_is_a_fresh_prompt() -> None:
     extended = rescore_tokens(q, k, v, length, none, none, k_cache, v_cache, positions, SCALE, SnapKV(), plan)
     there = torch.arange(14) < length[:, None, None]
     torch.testing.assert_close(extended[:, :, 5:].where(there, 0), fresh.where(there, 0))
+
+
+@pytest.mark.parametrize("name", ["snapKV", "SnapKV", "snap_kv", "H2O", "expected-attention", "TOVA"])
+def test_a_scorer_that_is_misspelt_is_refused_at_once(name: str) -> None:
+    meant = {"s": "snapkv", "h": "h2o", "e": "expected_attention", "t": "tova"}[name[0].lower()]
+    with pytest.raises(BudgetError, match=f"unknown scorer {name!r}; did you mean {meant!r}"):
+        Policy(scorer=name)
+    Policy(scorer="snapkv_of_mine")  # may be registered later
+
+
+def test_the_policy_knows_the_scorers_that_come_with_the_package() -> None:
+    ours = {name for name in scorer_names() if type(make_scorer(name, {})).__module__.startswith("xkv_fx.")}
+    assert ours == set(SCORERS)

@@ -37,6 +37,7 @@ class FakeProgram:
 
     plan: CachePlan
     max_positions: int | None = None
+    known_tokens: int = 2**31
     calls: list[Call] = dataclasses.field(default_factory=list)
 
     def prefill(self, all_logits: bool) -> Callable[..., Tensor]:

@@ -17,5 +17,7 @@ def main() -> None:
     try:
         app()
     except (XkvError, OSError) as error:
-        errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        missing = error.filename if isinstance(error, FileNotFoundError) else None
+        said = str(error) if missing is None else f"there is no file {missing}"
+        errors.print(f"error: {said}", style="red", markup=False, soft_wrap=True)
         sys.exit(2)

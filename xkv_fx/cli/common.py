@@ -16,13 +16,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 import xkv_fx
-from xkv_fx.errors import BudgetError
+from xkv_fx.errors import BudgetError, MissingFileError, PromptError
 from xkv_fx.formats import LayerFormats, pair_name, pair_of_name
 from xkv_fx.lowering.backends.table import BACKENDS
 from xkv_fx.sizes import as_text, number_or_word, share_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from xkv_fx.planning.data.calibration_data import Calibration
+    from xkv_fx.planning.data.profile_data import Profile
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Per-layer KV cache budgets: measure, solve, generate, inspect."
@@ -42,6 +45,22 @@ def _writable(path: Path | None) -> Path | None:
 def out_file(help: str) -> Any:
     """An option for a file that is written at the end: other paths are refused before anything is measured."""
     return typer.Option(help=help, callback=_writable)
+
+
+def _readable(given: Path | list[Path] | None) -> Path | list[Path] | None:
+    for path in [given] if isinstance(given, Path) else given or ():
+        if path.is_dir():
+            raise PromptError(f"{path} is a folder; give the name of a text file in it")
+        if not path.exists():
+            raise MissingFileError(f"there is no file {path}")
+        if path.is_file() and path.stat().st_size == 0:
+            raise PromptError(f"{path} is empty; give a file with text in it")
+    return given
+
+
+def text_file(help: str) -> Any:
+    """An option for files of text: what is not there is refused before a model is loaded."""
+    return typer.Option(help=help, callback=_readable)
 
 
 Model = Annotated[str, typer.Option(help="A model folder, a .gguf file, or the alias smollm2.")]
@@ -158,6 +177,23 @@ def show(result: dict[str, Any], as_json: bool) -> None:
         return
     for name, value in result.items():
         console.print(f"{name:16} {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def summary_of(measured: Profile | Calibration) -> dict[str, Any]:
+    return {
+        "model": measured.model,
+        "layers": len(measured.layers),
+        "prompts": len(measured.lengths),
+        "longest": measured.context_default,
+    }
+
+
+def show_measured(measured: Profile | Calibration, as_json: bool, path: Path) -> None:
+    if as_json:
+        kind = type(measured).__name__.lower()
+        print(json.dumps({kind: str(path), **summary_of(measured), "policy": measured.policy.to_dict()}))
+    else:
+        console.print(f"{path}\n{measured}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_plan(budgets: xkv_fx.Budgets, as_json: bool, path: Path) -> None:

@@ -25,17 +25,23 @@ from xkv_fx.cli.common import (
     read,
     show,
     show_plan,
+    summary_of,
+    text_file,
     warnings_as_lines,
 )
 from xkv_fx.errors import BudgetError
 from xkv_fx.formats import pair_name
-from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.load_measured import load_measured
-from xkv_fx.planning.data.profile_data import Profile
 from xkv_fx.sizes import number_or_word
 
-Texts = Annotated[list[Path], typer.Option(help="Text files, each of them a prompt; may be given repeatedly.")]
-Length = Annotated[int | None, typer.Option(help="Cut each text into prompts of so many tokens.", min=2)]
+Texts = Annotated[list[Path], text_file("Text files, each of them a prompt; may be given repeatedly.")]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        help="Split each text into prompts of so many tokens, without the rest; a shorter text is one prompt.",
+        min=2,
+    ),
+]
 Scorer = Annotated[str, typer.Option(help="How tokens are ranked.")]
 Recent = Annotated[int | None, typer.Option(help="Newest tokens always kept; min(64, C/4) by default.")]
 Sinks = Annotated[int, typer.Option(help="First tokens always kept.")]
@@ -78,7 +84,7 @@ def profile(
             )
         if is_first(group):
             measured.save(out)
-            show({"profile": str(out), **_summary(measured)}, json_)
+            show({"profile": str(out), **summary_of(measured)}, json_)
 
 
 @app.command()
@@ -128,16 +134,7 @@ def calibrate(
             measured.save(out)
             remove_parts(parts)
             points = {"grid": sorted(set(measured.grid)), "formats": [pair_name(pair) for pair in measured.pairs]}
-            show({"calibration": str(out), **_summary(measured), **points}, json_)
-
-
-def _summary(measured: Profile | Calibration) -> dict[str, Any]:
-    return {
-        "model": measured.model,
-        "layers": len(measured.layers),
-        "prompts": len(measured.lengths),
-        "longest": measured.context_default,
-    }
+            show({"calibration": str(out), **summary_of(measured), **points}, json_)
 
 
 @app.command()
@@ -166,7 +163,7 @@ def solve(
     multiple: Annotated[int, typer.Option(help="Round capacities to multiples of this.", min=1)] = 16,
     floor: Annotated[int, typer.Option(help="Fewest slots of a layer.", min=1)] = 1,
     holdout: Annotated[
-        list[Path] | None, typer.Option(help="Text files to measure the plan on, against others at equal bytes.")
+        list[Path] | None, text_file("Text files to measure the plan on, against others at equal bytes.")
     ] = None,
     fall_back: Annotated[
         bool, typer.Option(help="If the solved plan is not better, write the best that it was compared with.")

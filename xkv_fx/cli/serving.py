@@ -10,9 +10,24 @@ import typer
 from rich.table import Table
 
 import xkv_fx
-from xkv_fx.cli.common import BACKEND_NAMES, Json, Model, Plan, app, console, load, read, show, show_plan
+from xkv_fx.cli.common import (
+    BACKEND_NAMES,
+    Json,
+    Model,
+    Plan,
+    app,
+    console,
+    load,
+    read,
+    show,
+    show_measured,
+    show_plan,
+    text_file,
+)
 from xkv_fx.engines.targets import TARGETS
-from xkv_fx.errors import BudgetError, PromptError
+from xkv_fx.errors import BudgetError, EngineError, PromptError
+from xkv_fx.file_kinds import kind_of_file
+from xkv_fx.planning.data.load_measured import MEASURED, load_measured
 
 OverLimit = Annotated[bool, typer.Option("--over-limit", help="Allow more bytes than the plan was solved for.")]
 
@@ -22,7 +37,7 @@ def generate(
     plan: Annotated[Path | None, typer.Argument(help="A budgets file; none with --engine.")] = None,
     engine: Annotated[Path | None, typer.Option(help="A folder that xkv-fx export wrote, in place of a plan.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A text file with the prompt.")] = None,
+    prompt_file: Annotated[Path | None, text_file("A text file with the prompt.")] = None,
     model: Model = "smollm2",
     max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate.", min=1)] = 64,
     backend: Annotated[str, typer.Option(help=f"{BACKEND_NAMES}.")] = "inductor",
@@ -72,6 +87,7 @@ def export(
     json_: Json = False,
 ) -> None:
     """Write an engine: a folder that generates without transformers, the model's code, or a compiler."""
+    check_new_folder(out)
     budgets = xkv_fx.Budgets.load(plan)
     loaded, tokenizer = load(model)
     if target in TARGETS and "cpu" not in TARGETS[target].devices:
@@ -88,13 +104,22 @@ def export(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A budgets file, or an engine's folder.")], json_: Json = False
+    path: Annotated[Path, typer.Argument(help="A budgets file, a profile, a calibration, or an engine's folder.")],
+    json_: Json = False,
 ) -> None:
-    """Show a budgets file: capacities, policy, and how it was made; or an engine, and whether it would load here."""
+    """Show a plan and how it was made, what was measured, or an engine and whether it would load here."""
     if path.is_dir():
         show_engine(path, json_)
+    elif path.exists() and kind_of_file(path) in MEASURED:
+        show_measured(load_measured(path), json_, path)
     else:
         show_plan(xkv_fx.Budgets.load(path), json_, path)
+
+
+def check_new_folder(path: Path) -> None:
+    """Refuse, before anything is loaded, a folder that export would refuse."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise EngineError(f"{path} exists; remove it, or choose another folder")
 
 
 def show_engine(folder: Path, as_json: bool) -> None:

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class Cache(SessionCache):
     Raises:
         BudgetError: the plan does not fit the model's layers, a count is not a whole number of at least 1, or more
             would be allocated than the bytes that the plan was solved for.
-        FileFormatError, FileNotFoundError: see `Budgets.load`.
+        FileFormatError, MissingFileError: see `Budgets.load`.
         ModelMismatchError: the plan was made for another model.
         UnsupportedModelError: the model has no KV cache that can be planned.
     """
@@ -89,7 +89,8 @@ class Cache(SessionCache):
         )
         if not over_limit:
             check_limit(budgets, plan, max_new_tokens)
-        self._planned = _PlanOnly(plan, budgets, facts)
+        known_tokens = cast(Tensor, source.get_input_embeddings().weight).shape[0]
+        self._planned = _PlanOnly(plan, budgets, facts, known_tokens)
         super().__init__(self._planned)
         self.model: weakref.ref[nn.Module] = weakref.ref(source)
         self._register()
@@ -185,7 +186,7 @@ def plan_of(budgets: Any) -> Budgets:
 
     Raises:
         BudgetError: neither.
-        FileFormatError, FileNotFoundError: see `Budgets.load`.
+        FileFormatError, MissingFileError: see `Budgets.load`.
     """
     if isinstance(budgets, Plan):
         return budgets_of(budgets)
@@ -197,11 +198,12 @@ def plan_of(budgets: Any) -> Budgets:
 class _PlanOnly:
     """A `runtime.session.Program` whose graphs come from whichever compiled call is running."""
 
-    def __init__(self, plan: CachePlan, budgets: Budgets, facts: ModelFacts) -> None:
+    def __init__(self, plan: CachePlan, budgets: Budgets, facts: ModelFacts, known_tokens: int) -> None:
         self.plan = plan
         self.budgets = budgets
         self.facts = facts
         self.max_positions = facts.max_positions
+        self.known_tokens = known_tokens
         self.scorer = scorer_of(budgets.policy)
         self.key = program_key(facts.fingerprint, plan, self.scorer)
         self.used: dict[PlannedGraphs, None] = {}

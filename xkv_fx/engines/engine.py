@@ -21,8 +21,9 @@ from xkv_fx.errors import BackendError, EngineError, FileFormatError, PromptErro
 from xkv_fx.files import check_safetensors_size
 from xkv_fx.lowering.describe import describe_layers
 from xkv_fx.runtime.autocast import refuse_autocast
+from xkv_fx.runtime.choose_tokens import token_chooser
 from xkv_fx.runtime.decode_steps import generate_tokens
-from xkv_fx.runtime.session import Session
+from xkv_fx.runtime.session import Session, refuse_unknown_tokens
 from xkv_fx.runtime.state import CachePlan, GraphKind
 
 
@@ -62,10 +63,16 @@ class Engine:
         max_new_tokens: int,
         attention_mask: Tensor | None = None,
         session: Session | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Feed a prompt or a turn, and decode greedily after it.
+        """Feed a prompt or a turn, and decode after it.
 
-        Of the model's generation config, the end and padding tokens are used; its logits processors are not.
+        Of the model's generation config, the end and padding tokens are used; its sampling options and logits
+        processors are not.
 
         Args:
             ids: int64 `[batch, prompt]`, the new tokens.
@@ -73,6 +80,9 @@ class Engine:
             attention_mask: `[batch, prompt]`, 0 for padding before or after a row's tokens.
             session: one of this engine's, to go on with; a new one when None. The last token that is returned has not
                 been fed to it.
+            do_sample: draw from the distribution instead of taking the likeliest token.
+            temperature, top_k, top_p: of that distribution; refused without `do_sample`.
+            generator: of the random numbers.
 
         Returns:
             int64 `[batch, prompt + new]`. A row that has ended is filled up with the padding token.
@@ -82,6 +92,9 @@ class Engine:
             CapacityError: more tokens than the plan holds, under a policy that may not evict.
             SessionError: a session of another engine.
         """
+        if not do_sample and (temperature != 1.0 or top_k is not None or top_p is not None):
+            raise PromptError("temperature, top_k and top_p are for sampling; give do_sample=True, too")
+        choose = token_chooser(do_sample, temperature, top_k, generator, top_p)
         if session is None:
             session = self.new_session()
         session.check_owner(self._program)
@@ -90,6 +103,7 @@ class Engine:
             ids,
             max_new_tokens,
             attention_mask,
+            choose,
             end_tokens=self.manifest.end_tokens,
             pad_token=self.manifest.pad_token,
         )
@@ -125,6 +139,7 @@ class _EngineProgram:
         self.plan: CachePlan = manifest.plan
         self.key = manifest.program
         self.max_positions = manifest.max_positions
+        self.known_tokens = manifest.known_tokens
 
     def prefill(self, all_logits: bool) -> Callable[..., Tensor]:
         return self._prompt("prefill", all_logits)
@@ -161,10 +176,7 @@ class _EngineProgram:
     def _check_tokens(self, ids: Tensor) -> None:
         """Compiled code would read past the embedding, and takes no notice of autocast or a part of it."""
         refuse_autocast(ids.device)
-        low, high = (int(value) for value in ids.aminmax())
-        if low < 0 or high >= self._manifest.known_tokens:
-            wrong = low if low < 0 else high
-            raise PromptError(f"the token {wrong} is none of the model's {self._manifest.known_tokens}")
+        refuse_unknown_tokens(ids, self.known_tokens)
 
 
 def load_engine(folder: str | os.PathLike[str], trust: bool = False, plan_type: type[Plan] = Plan) -> Engine:

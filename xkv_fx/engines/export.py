@@ -9,11 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
 
 from xkv_fx.capture.export import UNBOUNDED
 from xkv_fx.engines.forms import forms_of
@@ -24,7 +22,7 @@ from xkv_fx.engines.trace import SHORTEST
 from xkv_fx.errors import BackendError, EngineError, UnsupportedModelError
 from xkv_fx.files import folder_written_whole
 from xkv_fx.lowering.budgeted import Budgeted
-from xkv_fx.passes.tools.graph import calls, placeholders
+from xkv_fx.passes.analyses.known_tokens import known_tokens
 from xkv_fx.runtime.state import GraphKind
 
 TOKENIZER = "tokenizer"
@@ -71,7 +69,7 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
                 batch_size=plan.rows,
                 dtype=str(plan.dtype).removeprefix("torch."),
                 vocabulary=graphs.captured.vocabulary,
-                known_tokens=_known_tokens(graphs.decode, graphs.captured.vocabulary),
+                known_tokens=known_tokens(graphs.decode, graphs.captured.vocabulary),
                 max_positions=graphs.captured.max_positions,
                 shortest=SHORTEST,
                 longest=longest,
@@ -125,17 +123,6 @@ class _Weights:
             self._names[what] = name
             self.tensors[name] = tensor
         return self._names[what]
-
-
-def _known_tokens(decode: GraphModule, vocabulary: int) -> int:
-    """How many token ids the embedding knows; the size of the logits where there is no embedding."""
-    ids = next(iter(placeholders(decode.graph).values()))
-    rows = [
-        int(node.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
-        for node in calls(decode, torch.ops.aten.embedding.default)
-        if node.args[1] is ids
-    ]
-    return min(rows, default=vocabulary)
 
 
 def _version() -> str:

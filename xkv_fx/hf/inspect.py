@@ -91,7 +91,8 @@ def _checked(model: Any) -> tuple[PreTrainedModel, tuple[ChangingRotary, ...]]:
     model = _adapted_model(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers model; its attention cannot be captured"
+            f"{type(model).__name__} is not a transformers model; a plain module of (input_ids, position_ids) is given "
+            "to transform with example_inputs=(input_ids, position_ids)"
         )
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder model; only decoders are supported")

@@ -120,6 +120,7 @@ class Budgeted(nn.Module):
         generator: torch.Generator | None = None,
         end_tokens: Collection[int] = (),
         pad_token: int = 0,
+        top_p: float | None = None,
     ) -> Tensor:
         """Decode `n` tokens a row behind what a session holds, without the work of `generate` between two tokens.
 
@@ -127,7 +128,7 @@ class Budgeted(nn.Module):
             session: one of this model's that has been fed a prompt.
             ids: int64 `[rows, 1]`, the token of each row that is fed first: the one chosen after the prompt.
             do_sample: draw from the distribution instead of taking the likeliest token.
-            temperature, top_k: of that distribution.
+            temperature, top_k, top_p: of that distribution.
             generator: of the random numbers.
             end_tokens: a row is over once it has one of these, and is filled up with `pad_token`; decoding ends when
                 all rows are over. Without any, nothing waits for the device.
@@ -145,7 +146,7 @@ class Budgeted(nn.Module):
         if not isinstance(inner, Session):
             raise SessionError(f"a {type(session).__name__} is no session; take one from llm.new_session()")
         inner.check_owner(self.program)
-        choose = token_chooser(do_sample, temperature, top_k, generator)
+        choose = token_chooser(do_sample, temperature, top_k, generator, top_p)
         return decode_steps(inner, ids, n, choose, end_tokens, pad_token)
 
     def describe(self) -> str:

@@ -34,6 +34,7 @@ class BudgetedModule(Budgeted):
         top_k: int | None = None,
         eos_token_id: int | None = None,
         generator: torch.Generator | None = None,
+        top_p: float | None = None,
     ) -> Tensor:
         """Feed a prompt or a turn, and decode behind it.
 
@@ -44,7 +45,7 @@ class BudgetedModule(Budgeted):
             session: one of this module's, to go on with; a new one when None. The last token that is returned has not
                 been fed to it.
             do_sample: draw from the distribution instead of taking the likeliest token.
-            temperature, top_k: of that distribution.
+            temperature, top_k, top_p: of that distribution.
             eos_token_id: a row is over once it has this token, and is filled up with it.
             generator: of the random numbers.
 
@@ -55,7 +56,7 @@ class BudgetedModule(Budgeted):
             PromptError: an argument out of its range, or as `Session.feed`.
             CapacityError, SessionError: as `Session.feed` and `Session.check_owner`.
         """
-        choose = token_chooser(do_sample, temperature, top_k, generator)
+        choose = token_chooser(do_sample, temperature, top_k, generator, top_p)
         if session is None:
             session = self.new_session()
         session.check_owner(self.program)

@@ -20,6 +20,7 @@ from xkv_fx.lowering.backends.table import backend_of
 from xkv_fx.lowering.describe import describe_layers, describe_passes, describe_plan, describe_shard
 from xkv_fx.lowering.in_parts import RunInParts
 from xkv_fx.lowering.limit import check_limit
+from xkv_fx.passes.analyses.known_tokens import known_tokens
 from xkv_fx.passes.base import GraphPass
 from xkv_fx.passes.pipeline import (
     PassStep,
@@ -158,6 +159,7 @@ class PromptProgram:
         self.graphs = graphs
         self.plan = graphs.plan
         self.max_positions = graphs.captured.max_positions
+        self.known_tokens = known_tokens(graphs.captured.prompt, graphs.captured.vocabulary)
         self.key = program_key(graphs.captured.fingerprint, self.plan, graphs.scorer, graphs.captured.shard)
         self._prompt = functools.cache(self._lower_prompt)
 

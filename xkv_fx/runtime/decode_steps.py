@@ -10,7 +10,7 @@ from torch import Tensor
 from xkv_fx.errors import PromptError
 from xkv_fx.files import is_int
 from xkv_fx.runtime.choose_tokens import Choose, likeliest
-from xkv_fx.runtime.session import Session, refuse_rows_of_padding
+from xkv_fx.runtime.session import Session, refuse_rows_of_padding, refuse_unknown_tokens
 
 
 def generate_tokens(
@@ -68,6 +68,7 @@ def decode_steps(
     """
     _check("n", n, end_tokens, pad_token)
     session.check_steps(n)
+    refuse_unknown_tokens(ids, session.program.known_tokens)
     return _decode(session.step(ids), session.step, n, choose, end_tokens, pad_token)
 
 

@@ -32,6 +32,11 @@ class Program(Protocol):
     def max_positions(self) -> int | None: ...
 
     @property
+    def known_tokens(self) -> int:
+        """Token ids below this are those that the model has."""
+        ...
+
+    @property
     def key(self) -> str:
         """Identifies model, plan and batch size; a saved session fits programs of the same key."""
         ...
@@ -113,7 +118,8 @@ class Session:
             logits `[rows, 1 or S, vocabulary]`.
 
         Raises:
-            PromptError: a wrong shape, no columns, padding between tokens, or more tokens than the model has positions.
+            PromptError: a wrong shape, no columns, a token that the model does not have, padding between tokens, or
+                more tokens than the model has positions.
             CapacityError: more tokens than the plan holds, under a policy that may not evict.
         """
         reading = self.program.plan.reading
@@ -157,6 +163,7 @@ class Session:
     def _check_feed(self, ids: Tensor, position_ids: Tensor | None, valid: Tensor | None) -> tuple[Tensor, History]:
         """The padding mask, and what the rows will have been fed; the errors are those of `feed`."""
         self._check_ids(ids, position_ids)
+        refuse_unknown_tokens(ids, self.program.known_tokens)
         if valid is None:
             valid = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
         added = self._check_valid(valid, ids)
@@ -188,6 +195,8 @@ class Session:
             as `feed`.
         """
         self._check_ids(ids, position_ids)
+        if ids.device.type == "cpu":  # elsewhere each step would wait for the device
+            refuse_unknown_tokens(ids, self.program.known_tokens)
         if ids.shape[1] != 1:
             raise PromptError(f"decode takes one token a row, not {ids.shape[1]}; feed a prompt or a turn instead")
         if self._steps_left < 1:
@@ -297,6 +306,7 @@ class Session:
             PromptError, CapacityError: the message says how many tokens can be generated.
         """
         self._check_ids(ids, None)
+        refuse_unknown_tokens(ids, self.program.known_tokens)
         if valid is not None:
             self._check_shape(valid, ids)
         added = [ids.shape[1]] * ids.shape[0] if valid is None else valid.sum(1).tolist()
@@ -424,6 +434,13 @@ def refuse_rows_of_padding(mask: Tensor | None) -> None:
     columns at all, is refused where it is fed."""
     if mask is not None and mask.shape[-1] > 0 and not bool((mask != 0).any(-1).all()):
         raise PromptError("a row of the prompt is nothing but padding; give every row at least one token")
+
+
+def refuse_unknown_tokens(ids: Tensor, known: int) -> None:
+    """Raise PromptError if one of the ids is not from 0 to `known` - 1: code would read past the embedding."""
+    low, high = (int(value) for value in ids.aminmax())
+    if low < 0 or high >= known:
+        raise PromptError(f"the token {low if low < 0 else high} is none of the model's {known}")
 
 
 def refuse_pickling() -> NoReturn:

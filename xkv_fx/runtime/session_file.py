@@ -14,9 +14,10 @@ from torch import Tensor
 
 from xkv_fx.errors import FileFormatError, SessionError
 from xkv_fx.fields import HEADER, TEXT, Fields, read_header, whole
+from xkv_fx.file_kinds import read_as
 from xkv_fx.files import check_safetensors_size, written_whole
 from xkv_fx.runtime.history import PADDING
-from xkv_fx.runtime.session import Session
+from xkv_fx.runtime.session import Program, Session
 from xkv_fx.runtime.state import CachePlan, State
 
 FORMAT = "xkv_fx.session"
@@ -43,13 +44,20 @@ def load_session(session: Session, path: str | os.PathLike[str]) -> None:
     Raises:
         SessionError: a session of another model, budgets or batch size.
         FileFormatError: not a session file, damaged, cut off, or of a newer format.
+        MissingFileError: no such file.
     """
-    plan = session.program.plan
+    with read_as(path, FORMAT):
+        session.restore(*_read(session.program, path))
+
+
+def _read(program: Program, path: str | os.PathLike[str]) -> tuple[State, int, Tensor | None]:
+    """The state, the columns fed and their ids, all checked."""
+    plan = program.plan
     try:
         check_safetensors_size(path, sys.maxsize)
         with safetensors.safe_open(os.fspath(path), framework="pt") as file:
             header = read_header(file.metadata(), FORMAT, FORMAT_VERSION, _FIELDS, oldest=2)
-            if header["program"] != session.program.key:
+            if header["program"] != program.key:
                 raise SessionError(
                     f"{os.fspath(path)}: a session of another model, other budgets or another batch size; transform "
                     "with those that it was saved with"
@@ -69,7 +77,7 @@ def load_session(session: Session, path: str | os.PathLike[str]) -> None:
         raise FileFormatError(f"{os.fspath(path)}: not a whole safetensors file ({error}); was it cut off?") from error
     except FileFormatError as error:
         raise FileFormatError(f"{os.fspath(path)}: {error!s:.1000}") from error
-    session.restore(state, fed, ids)
+    return state, fed, ids
 
 
 def _digest(program: str, fed: int, tensors: tuple[Tensor, ...]) -> str:

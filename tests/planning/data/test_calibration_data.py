@@ -353,3 +353,23 @@ def test_expected_kl_survives_the_plans_file(tmp_path: Path) -> None:
     budgets = xkv_fx.solve(made(), fraction=0.5)
     budgets.save(tmp_path / "plan.json")
     assert Budgets.load(tmp_path / "plan.json") == budgets
+
+
+def test_it_prints_as_short_tables() -> None:
+    said = str(made())
+    assert said.startswith("<calibration of ")
+    assert "stored as model\nlayer" in said
+    assert "array(" not in said + repr(made())
+    both = Calibration(
+        np.ones((1, 2, 5), np.float32), (0.25, 0.5, 0.25, 0.5, 1.0), (8,), 4, Policy(), (SPEC,) * 2, "a model",
+        (None, None, *(("int8", "int4"),) * 3),
+    )  # fmt: skip
+    lines = str(both).splitlines()
+    assert (
+        lines[0]
+        == "<calibration of a model: 2 layers, 1 prompts of up to 8 tokens, formats model, int8/int4, snapkv, ring>"
+    )
+    assert lines[2:4] == ["stored as model", "layer    25.0%    50.0%   100.0%"]
+    assert lines[4].split() == ["0", "1.0000", "1.0000", "0.0000"]
+    assert lines[6:8] == ["stored as int8/int4", "layer    25.0%    50.0%   100.0%"]
+    assert lines[8].split() == ["0", "1.0000", "1.0000", "1.0000"]

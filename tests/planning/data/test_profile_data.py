@@ -362,3 +362,15 @@ def test_sizes_are_limited_before_anything_is_read(tmp_path: Path, monkeypatch: 
     target.write_bytes((2**60).to_bytes(8, "little") + b"{}")
     with pytest.raises(FileFormatError, match="its header claims to be larger"):
         Profile.load(target)
+
+
+def test_it_prints_as_a_short_table() -> None:
+    layers = (LayerSpec(4, 2, 8, 8, 4),) * 40
+    curves = np.linspace(0, 1, 101, dtype=np.float32)[None].repeat(40, 0)
+    profile = Profile((curves,), Policy(), layers, "a model")
+    said = str(profile).splitlines()
+    assert said[0] == repr(profile) == "<profile of a model: 40 layers, 1 prompts of up to 100 tokens, snapkv, ring>"
+    assert said[2].split() == ["layer", "6.2%", "12.5%", "25.0%", "50.0%", "75.0%"]
+    assert said[3].split() == ["0", "0.0600", "0.1200", "0.2500", "0.5000", "0.7500"]
+    assert len(said) == 3 + 17, "the first and the last layers"
+    assert [line.split()[0] for line in said[3:]] == [*map(str, range(8)), "...", *map(str, range(32, 40))]

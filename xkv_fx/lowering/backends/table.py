@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from xkv_fx.errors import BackendError
+from xkv_fx.errors import BackendError, did_you_mean
 
 if TYPE_CHECKING:
     from xkv_fx.lowering.backends.backend import Backend
@@ -25,6 +25,7 @@ def backend_of(name: str) -> Backend:
         BackendError: there is none.
     """
     if name not in BACKENDS:
-        raise BackendError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+        meant = did_you_mean(name, BACKENDS)
+        raise BackendError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}{meant}")
     backend: Backend = importlib.import_module(_HOMES[name]).BACKEND
     return backend

@@ -21,6 +21,7 @@ from xkv_fx.fields import HEADER, LIST, NUMBER, OBJECT, TEXT, Fields, list_of, r
 from xkv_fx.files import check_safetensors_size, is_int, written_whole
 from xkv_fx.formats import LayerFormats, checked_pair, pair_name
 from xkv_fx.layers import LayerSpec, layer_specs
+from xkv_fx.planning.data.as_table import as_table
 from xkv_fx.planning.data.hull import gain_curve, kl_curve
 from xkv_fx.planning.data.measured_file import reading
 from xkv_fx.planning.data.profile_data import check_context
@@ -36,7 +37,7 @@ _FIELDS: Fields = {
 _SINCE: Mapping[int, Fields] = {2: {"formats": LIST}}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
     """Measured KL divergence to the full cache, for each layer alone at several capacities, and in several formats.
 
@@ -100,6 +101,21 @@ class Calibration:
 
     def __hash__(self) -> int:
         return hash((self.model, self.policy, self.layers, self.lengths))
+
+    def __repr__(self) -> str:
+        return (
+            f"<calibration of {self.model}: {len(self.layers)} layers, {len(self.lengths)} prompts of up to "
+            f"{self.context_default:,} tokens, formats {', '.join(map(pair_name, self.pairs))}, {self.policy.scorer}, "
+            f"{self.policy.eviction}>"
+        )
+
+    def __str__(self) -> str:
+        """A short table for each pair of formats: the mean KL of each layer at the shares that were measured."""
+        parts = [repr(self), "KL to the full cache in nats when one layer alone holds a share of the tokens"]
+        for pair in self.pairs:
+            shares, kl = self._points_of(pair)
+            parts += [f"stored as {pair_name(pair)}", as_table([f"{share:.1%}" for share in shares], kl)]
+        return "\n".join(parts)
 
     @property
     def context_default(self) -> int:
@@ -246,9 +262,9 @@ class Calibration:
 
         Raises:
             FileFormatError: not a calibration, damaged, cut off, or of a newer format; the message names the file.
-            FileNotFoundError: no such file.
+            MissingFileError: no such file.
         """
-        with reading(path, "Calibrate again."):
+        with reading(path, FORMAT, "Calibrate again."):
             check_safetensors_size(path, MAX_CALIBRATION_BYTES)
             with safetensors.safe_open(os.fspath(path), framework="np") as file:
                 header = read_header(file.metadata(), FORMAT, FORMAT_VERSION, _FIELDS, since=_SINCE)

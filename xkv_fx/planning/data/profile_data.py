@@ -21,6 +21,7 @@ from xkv_fx.errors import BudgetError, FileFormatError
 from xkv_fx.fields import HEADER, LIST, OBJECT, TEXT, Fields, read_header
 from xkv_fx.files import check_safetensors_size, is_int, written_whole
 from xkv_fx.layers import LayerSpec, layer_specs
+from xkv_fx.planning.data.as_table import as_table
 from xkv_fx.planning.data.curves import mean_retention, rescale
 from xkv_fx.planning.data.measured_file import reading
 from xkv_fx.policy import Policy
@@ -28,10 +29,11 @@ from xkv_fx.policy import Policy
 FORMAT = "xkv_fx.profile"
 FORMAT_VERSION = 1
 MAX_PROFILE_BYTES = 8 * 1024**3  # 190 prompts of 131,072 tokens in 80 layers
+_SHOWN = (0.0625, 0.125, 0.25, 0.5, 0.75)
 _FIELDS: Fields = {"sha256": TEXT, "model": TEXT, "policy": OBJECT, "layers": LIST, "layer_means": OBJECT}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Profile:
     """Retention curves of a model's layers, one set for each profiled prompt.
 
@@ -73,6 +75,19 @@ class Profile:
 
     def __hash__(self) -> int:
         return hash((self.model, self.policy, self.layers, self.lengths))
+
+    def __repr__(self) -> str:
+        return (
+            f"<profile of {self.model}: {len(self.layers)} layers, {len(self.curves)} prompts of up to "
+            f"{self.context_default:,} tokens, {self.policy.scorer}, {self.policy.eviction}>"
+        )
+
+    def __str__(self) -> str:
+        """A short table: what each layer keeps at some shares of the longest prompt, the mean over prompts."""
+        context = self.context_default
+        held = [max(1, round(share * context)) for share in _SHOWN]
+        table = as_table([f"{share:.1%}" for share in _SHOWN], self.mean_curve(context)[:, held])
+        return f"{self!r}\nattention mass that a layer keeps when it holds a share of the tokens\n{table}"
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -172,9 +187,9 @@ class Profile:
 
         Raises:
             FileFormatError: not a profile, damaged, cut off, or of a newer format; the message names the file.
-            FileNotFoundError: no such file.
+            MissingFileError: no such file.
         """
-        with reading(path, "Profile again."):
+        with reading(path, FORMAT, "Profile again."):
             check_safetensors_size(path, MAX_PROFILE_BYTES)
             with safetensors.safe_open(os.fspath(path), framework="np") as file:
                 header = read_header(file.metadata(), FORMAT, FORMAT_VERSION, _FIELDS)

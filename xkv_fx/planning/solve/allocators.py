@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from xkv_fx.errors import BudgetError
+from xkv_fx.errors import BudgetError, did_you_mean
 from xkv_fx.planning.data.curves import checked_curves, shape_of
 from xkv_fx.planning.solve.fill import Blocks, blocks_of_curves, capacities_for_total, fill, spread
 from xkv_fx.planning.solve.limits import Limits, make_limits
@@ -157,7 +157,8 @@ def allocator(name: str | Allocator) -> _Checked:
             raise BudgetError(f"an allocator is a registered name, or a callable with a name; got {name!r}")
         return _Checked(name.name, name)
     if name not in _allocators:
-        raise BudgetError(f"unknown allocator {name!r}; registered are {', '.join(allocator_names())}")
+        names = allocator_names()
+        raise BudgetError(f"unknown allocator {name!r}; registered are {', '.join(names)}{did_you_mean(name, names)}")
     return _allocators[name]
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from xkv_fx.errors import BudgetError
+from xkv_fx.errors import BudgetError, did_you_mean
 from xkv_fx.files import is_int
 from xkv_fx.policy import Policy
 from xkv_fx.runtime.attention import values_of
@@ -95,7 +95,8 @@ def make_scorer(name: str, options: Mapping[str, int | float | str]) -> Scorer:
     """
     factory = _scorers.get(name)
     if factory is None:
-        raise BudgetError(f"unknown scorer {name!r}; registered are {', '.join(scorer_names())}")
+        names = scorer_names()
+        raise BudgetError(f"unknown scorer {name!r}; registered are {', '.join(names)}{did_you_mean(name, names)}")
     known = {option: parameter.default for option, parameter in inspect.signature(factory).parameters.items()}
     unknown = sorted(set(options) - set(known))
     if unknown:
