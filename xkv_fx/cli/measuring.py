@@ -129,6 +129,9 @@ def bench(
     rounds: Annotated[int, typer.Option(help="How often the contestants take turns.", min=1)] = 5,
     new_tokens: Annotated[int, typer.Option(help="Tokens that each decodes in a round.", min=1)] = 8,
     only: Annotated[str | None, typer.Option(help="Contestants, between commas; all by default.")] = None,
+    formats: Annotated[
+        str, typer.Option(help="Also keep all tokens in each of these, such as int8,int8/int4,int4, between commas.")
+    ] = "",
     backend: Annotated[str, typer.Option(help=f"Of ours: {BACKEND_NAMES}.")] = "inductor",
     prefill: Annotated[
         bool | None,
@@ -162,6 +165,7 @@ def bench(
         pythons={engine: str(python) for engine, python in pythons.items() if python is not None},
         folder=str(folder),
         gguf=gguf,
+        formats=pairs(formats),
     )
     result = run_bench(loaded, settings, lambda what: errors.print(what, markup=False, highlight=False))
     if out is not None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from exhaustive import exhaustive
 from old_versions import needs_fp8
+from ready_models import transformed
 from tiny_models import llama
 from typer.testing import CliRunner
 
@@ -22,7 +23,7 @@ from xkv_fx.errors import BackendError, BudgetError
 from xkv_fx.evaluation import machine
 from xkv_fx.evaluation.quality.quantized import QUANTIZED
 from xkv_fx.evaluation.speed import bench, bench_command
-from xkv_fx.evaluation.speed.bench import NAMES, BenchSettings, run_bench
+from xkv_fx.evaluation.speed.bench import BenchSettings, run_bench
 from xkv_fx.evaluation.speed.bench_result import Bench, Run
 from xkv_fx.evaluation.speed.contestants import Ours, dynamic, sliding, static
 from xkv_fx.evaluation.speed.peers import run_peer
@@ -106,6 +107,42 @@ def test_ratios_come_from_the_run_itself(measured: Bench) -> None:
         floor = (weights + runs[name].kv_bytes) / found["machine"]["read_bytes_per_second"]  # type: ignore[operator]
         assert runs[name].floor_ms == pytest.approx(floor * 1e3)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_all_tokens_kept_in_fewer_bits_beside_our_full_cache() -> None:
+    pairs = (("int8", "int4"), ("int4", "int4"))
+    names = ("ours-all-int8/int4", "ours-all-int4", "ours-all-int4-equal-bytes")
+    settings = dataclasses.replace(SETTINGS, formats=pairs, only=("ours-full", *names), prefill=False)
+    found = run_bench(llama(2), settings)
+    runs = {run.name: run for run in found.runs}
+    assert set(runs) == {"ours-full", *names}
+    seen = 64 + SETTINGS.steps
+    heads = 2 * 2 * 2 * seen  # layers, heads, rows, tokens
+    assert runs["ours-full"].kv_bytes == heads * (8 + 8) * 4
+    assert runs["ours-all-int8/int4"].kv_bytes == heads * ((8 + 4) + (4 + 4))
+    assert runs["ours-all-int4"].kv_bytes == heads * 2 * (4 + 4)
+    equal = runs["ours-all-int4-equal-bytes"]
+    assert (equal.rows, equal.kv_bytes) == (2 * 4, runs["ours-full"].kv_bytes)
+    assert all(run.filled for run in found.runs)
+    full = runs["ours-full"]
+    ratios = found.ratios["tokens_per_second_to_ours_full"]
+    assert ratios == {name: runs[name].tokens_per_second / full.tokens_per_second for name in names}  # type: ignore[operator]
+    step = runs["ours-all-int4"].decode_p50_ms / full.decode_p50_ms  # type: ignore[operator]
+    notes = found.notes()
+    assert any(note.startswith("ours-all-int4, 2 rows,") and f"takes {step:.2f} times its" in note for note in notes)
+    assert any(
+        note.startswith("ours-all-int4-equal-bytes, 8 rows,") and note.endswith("our full cache of 2 rows")
+        for note in notes
+    )
+    with pytest.raises(BackendError, match="unknown contestants: ours-all-int8; choose from"):
+        run_bench(llama(2), dataclasses.replace(settings, only=("ours-all-int8",)))
+
+
+def test_filled_codes_are_numbers_in_every_format() -> None:
+    entry = Ours("ours", llama(2), transformed(Budgets((12, 20), formats=(("fp8", "int8"), ("int4", "fp8")))))
+    entry.fill(40)
+    assert all(int(entry.session.session.state[f"{part}_{layer}"].max()) > 100 for layer in range(2) for part in "kv")
+    assert torch.isfinite(entry.session.step(entry._ids, None)).all()
 
 
 def test_prompts_and_filled_caches_are_told_apart(measured: Bench) -> None:
@@ -226,7 +263,8 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setattr("xkv_fx.hf.models.locate", lambda name: (tmp_path, None))
     monkeypatch.setattr(bench_command, "load_model", lambda name, dtype, device: (llama(1).to(dtype), None))
     out = tmp_path / "bench.json"
-    options = ["bench", "--context", "30", "--rounds", "1", "--new-tokens", "1", "--only", "dynamic,openvino"]
+    options = ["bench", "--context", "30", "--rounds", "1", "--new-tokens", "1", "--formats", "int8/int4"]
+    options += ["--only", "dynamic,openvino"]
     result = CliRunner().invoke(app, [*options, "--dtype", "bfloat16", "--json", "--out", str(out)])
     assert result.exit_code == 0, result.output
     written = json.loads(out.read_text())
@@ -257,4 +295,4 @@ def test_the_machine_is_described_without_naming_it() -> None:
     found = machine.describe_machine(torch.device("cpu"))
     assert found["torch"] == torch.__version__
     assert not any(math.isnan(value) for value in found.values() if isinstance(value, float))
-    assert set(NAMES) >= set(IN_TURNS)
+    assert set(SETTINGS.known) >= set(IN_TURNS)

@@ -22,6 +22,7 @@ from xkv_fx.evaluation.speed.contestants import Contestant, Ours, dynamic, quant
 from xkv_fx.evaluation.speed.live_bytes import peak_bytes
 from xkv_fx.evaluation.speed.peers import PEERS, PeerRequest, run_peer
 from xkv_fx.evaluation.speed.weights import weight_bytes, with_int8_weights
+from xkv_fx.formats import LayerFormats, pair_name
 from xkv_fx.hf.capture import layers_of_model
 from xkv_fx.hf.generation import BudgetedLM
 from xkv_fx.public_budgets import Budgets
@@ -30,7 +31,8 @@ OURS = ("ours-full", "ours", "ours-int8", "ours-plain", "ours-equal-bytes")
 PLAIN = ("ours-plain", "static-plain")
 """Caches without budgets, filled to their last slot: ours of our plan's capacities, transformers' of the largest."""
 HERE = ("dynamic", "static", "static-plain", "sliding", *QUANTIZED, *OURS)
-NAMES = (*HERE, *PEERS)
+EQUAL_BYTES = "-equal-bytes"
+"""Ends the name of a contestant that takes as many rows as fit into the bytes of our full cache."""
 WARM_STEPS = 3
 TOKENS_WORTH_A_PREFILL = 8192
 """More tokens than this in all rows would take minutes on a CPU; caches are then filled directly, unless asked."""
@@ -45,11 +47,13 @@ class BenchSettings:
         rows: of the batch.
         budgets: the plan of `ours`.
         rounds, new_tokens: every contestant decodes `new_tokens` tokens in each of `rounds` rounds.
-        only: which of `NAMES`; all when empty.
+        only: which of `known`; all when empty.
         backend: of ours.
         prefill: feed a real prompt, or fill the caches directly; by the number of tokens when None.
         pythons: the interpreters that other engines live in, by name.
         folder, gguf: where the model is, for those.
+        formats: of keys and values; for each of them, two more contestants keep all tokens so: as many rows as the
+            others, and as many as fit into the bytes of our full cache.
     """
 
     context: int
@@ -63,10 +67,22 @@ class BenchSettings:
     pythons: Mapping[str, str] = dataclasses.field(default_factory=dict)
     folder: str = ""
     gguf: str | None = None
+    formats: tuple[LayerFormats, ...] = ()
+
+    @property
+    def of_formats(self) -> dict[str, LayerFormats]:
+        """The contestants that keep all tokens in fewer bits, by name."""
+        alike = {f"ours-all-{pair_name(pair)}": pair for pair in self.formats}
+        return alike | {f"{name}{EQUAL_BYTES}": pair for name, pair in alike.items()}
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The names of all contestants."""
+        return (*HERE, *self.of_formats, *PEERS)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for name in NAMES if not self.only or name in self.only)
+        return tuple(name for name in self.known if not self.only or name in self.only)
 
     @property
     def steps(self) -> int:
@@ -95,9 +111,9 @@ class BenchSettings:
             BudgetError: sizes out of range, a plan that does not fit, a batch that does not fit into memory.
             BackendError: unknown names.
         """
-        unknown = sorted(set(self.only) - set(NAMES))
+        unknown = sorted(set(self.only) - set(self.known))
         if unknown:
-            raise BackendError(f"unknown contestants: {', '.join(unknown)}; choose from {', '.join(NAMES)}")
+            raise BackendError(f"unknown contestants: {', '.join(unknown)}; choose from {', '.join(self.known)}")
         for name in ("context", "rows", "rounds", "new_tokens"):
             if getattr(self, name) < 1:
                 raise BudgetError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -134,6 +150,10 @@ class BenchSettings:
         most = Budgets.full(len(self.budgets.capacities), max(self.budgets.capacities))
         each |= {"static-plain": most.kv_bytes(model, batch_size=self.rows)}
         each |= {"ours-plain": kept, "ours-equal-bytes": full, **dict.fromkeys(QUANTIZED, 2 * full)}
+        each |= {
+            name: full if name.endswith(EQUAL_BYTES) else _full(self, model, pair).kv_bytes(model, batch_size=self.rows)
+            for name, pair in self.of_formats.items()
+        }
         return sum(each.get(name, 0) for name in self.names)
 
 
@@ -218,7 +238,7 @@ def _prepared(model: PreTrainedModel, name: str, make: Callable[[], Contestant],
     contestant = make()
     prefill = None
     # what is compared at a length of its own (a plain cache that is just full, more rows) is always filled
-    if settings.feeds_prompts and name not in (*PLAIN, "ours-equal-bytes"):
+    if settings.feeds_prompts and name not in PLAIN and not name.endswith(EQUAL_BYTES):
         ids = _prompt(model, contestant.rows, settings.context)
         contestant.prefill(ids)
         prefill = seconds(functools.partial(contestant.prefill, ids), model.device)
@@ -240,7 +260,9 @@ def _makers(model: PreTrainedModel, settings: BenchSettings) -> dict[str, Callab
 
     @functools.cache
     def transformed(batch: int) -> BudgetedLM:
-        return xkv_fx.transform(model, settings.budgets, batch_size=batch, backend=settings.backend)
+        return xkv_fx.transform(
+            model, settings.budgets, batch_size=batch, backend=settings.backend, over_limit=batch > rows
+        )
 
     def ours(name: str, budgets: Budgets) -> Contestant:
         if budgets == settings.budgets:
@@ -256,8 +278,17 @@ def _makers(model: PreTrainedModel, settings: BenchSettings) -> dict[str, Callab
         )
 
     def equal_bytes() -> Contestant:
-        more = full.kv_bytes(model, batch_size=rows) // settings.budgets.kv_bytes(model)
-        return Ours("ours-equal-bytes", model, transformed(max(more, 1)))
+        return Ours("ours-equal-bytes", model, transformed(rows_within(settings.budgets)))
+
+    def rows_within(budgets: Budgets) -> int:
+        return max(1, full.kv_bytes(model, batch_size=rows) // budgets.kv_bytes(model))
+
+    def in_formats(name: str, pair: LayerFormats) -> Contestant:
+        budgets = _full(settings, model, pair)
+        if not name.endswith(EQUAL_BYTES):
+            return Ours(name, model, transformed(rows).with_budgets(budgets))
+        more = rows_within(budgets)
+        return Ours(name, model, xkv_fx.transform(model, budgets, batch_size=more, backend=settings.backend))
 
     return {
         "dynamic": lambda: dynamic(model, rows),
@@ -270,11 +301,13 @@ def _makers(model: PreTrainedModel, settings: BenchSettings) -> dict[str, Callab
         "ours-int8": int8,
         "ours-plain": lambda: ours("ours-plain", plain),
         "ours-equal-bytes": equal_bytes,
+        **{name: functools.partial(in_formats, name, pair) for name, pair in settings.of_formats.items()},
     }
 
 
-def _full(settings: BenchSettings, model: PreTrainedModel) -> Budgets:
-    return Budgets.full(len(layers_of_model(model)), settings.context + settings.steps)
+def _full(settings: BenchSettings, model: PreTrainedModel, pair: LayerFormats | None = None) -> Budgets:
+    full = Budgets.full(len(layers_of_model(model)), settings.context + settings.steps)
+    return dataclasses.replace(full, formats=(pair,) * len(full.capacities))
 
 
 def _seen(name: str, settings: BenchSettings) -> int:

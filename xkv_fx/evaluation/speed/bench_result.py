@@ -78,7 +78,7 @@ class Bench:
 
         `tokens_per_second` over that of transformers' dynamic cache; `step_to_floor`; `budgets_to_plain`, the step of
         our budgets over one of a plain cache of equal capacity, ours (`ours-plain`) and transformers' static cache,
-        compiled (`static-plain`).
+        compiled (`static-plain`); `tokens_per_second_to_ours_full`, that of our other caches over that of our full one.
         """
         measured = [run for run in self.runs if run.skipped is None]
         base, ours = self.run("dynamic"), self.run("ours")
@@ -96,6 +96,13 @@ class Bench:
         if ours is not None and ours.decode_p50_ms and plain:
             ratios["budgets_to_plain"] = {
                 run.name: ours.decode_p50_ms / run.decode_p50_ms for run in plain if run.decode_p50_ms
+            }
+        full = self.run("ours-full")
+        if full is not None and full.tokens_per_second:
+            ratios["tokens_per_second_to_ours_full"] = {
+                run.name: run.tokens_per_second / full.tokens_per_second
+                for run in measured
+                if run.name.startswith("ours") and run is not full and run.tokens_per_second
             }
         return ratios
 
@@ -154,6 +161,16 @@ class Bench:
             notes.append("filled: keys and values are random numbers, not of a prompt; decoding takes the same time")
         for name, ratio in self.ratios.get("budgets_to_plain", {}).items():
             notes.append(f"a step of our budgets takes {ratio:.2f} times one of {name}, which holds as many")
+        full = self.run("ours-full")
+        for name, ratio in self.ratios.get("tokens_per_second_to_ours_full", {}).items():
+            run = self.run(name)
+            if full is None or run is None:
+                continue
+            step = f", and a step takes {1 / ratio:.2f} times its" if run.rows == full.rows else ""
+            notes.append(
+                f"{name}, {run.rows} rows, decodes {ratio:.2f} times the tokens/s of our full cache of {full.rows} rows"
+                f"{step}"
+            )
         return notes
 
     def draw(self, path: str | os.PathLike[str]) -> None:

@@ -153,13 +153,21 @@ def quantized(name: str, model: PreTrainedModel, rows: int) -> Transformers:
     return Transformers(name, model, rows, lambda: kind.new_cache(model.config), cache_bytes)
 
 
+# The codes below are numbers in every format; as a float of 8 bits, the next one is none.
+_CODES = 127
+
+
 def fill_session(session: SessionCache, tokens: int) -> None:
     """Make a session what it would be behind a prompt of so many tokens a row, keys and values being random."""
     inner = session.session
     generator = torch.Generator(inner.program.plan.device).manual_seed(0)
     inner.state.reset()
     for buffer, tensor in zip(inner.state.buffers, inner.state.tensors, strict=True):
-        if buffer.holds == "kv":
+        if buffer.holds != "kv":
+            continue
+        if buffer.dtype == torch.uint8:
+            tensor.random_(0, _CODES, generator=generator)
+        else:
             tensor.normal_(generator=generator)
     for count in inner.counts.values():
         count.fill_(tokens)
