@@ -466,6 +466,7 @@ def transform(
     check: bool = True,
     example_inputs: None = None,
     over_limit: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> BudgetedLM: ...
 
 
@@ -480,6 +481,7 @@ def transform(
     *,
     example_inputs: tuple[Tensor, Tensor],
     over_limit: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> BudgetedModule: ...
 
 
@@ -492,6 +494,7 @@ def transform(
     check: bool = True,
     example_inputs: tuple[Tensor, Tensor] | None = None,
     over_limit: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> BudgetedLM | BudgetedModule:
     """Compile a causal language model with a KV cache of exactly the planned size.
 
@@ -506,6 +509,7 @@ def transform(
         example_inputs: `(input_ids, position_ids)`, int64 `[rows, S]` each, for a plain module that is called with them
             and returns logits `[rows, S, vocabulary]`.
         over_limit: allow more bytes than the plan was solved for with `kv_bytes`, which is refused otherwise.
+        progress: called with what is done next, in words, at the start of each step that takes seconds.
 
     Returns:
         `xkv_fx.hf.generation.BudgetedLM`, with transformers' own `generate`; for a plain module
@@ -530,10 +534,15 @@ def transform(
     if not is_int(batch_size) or batch_size < 1:
         raise BudgetError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
     check_request(budgets, backend)  # before capture, which takes seconds
+    say = progress if progress is not None else lambda what: None
+    say("capturing the model")
+    compiling = "compiling decode" if backend == "inductor" else "building the graphs"
     if example_inputs is not None:
         plain = capture_module(model, example_inputs, rows=batch_size, check=check)
+        say(compiling)
         return BudgetedModule(budgets, compile_program(plain, budgets, backend, max_new_tokens, over_limit))
     captured = capture(model, rows=batch_size, check=check)
+    say(compiling)
     program = compile_program(captured, budgets, backend, max_new_tokens, over_limit)
     capture_row = functools.cache(lambda: capture(model, rows=1, check=check, decode=False))
     return BudgetedLM(model.config, model.generation_config, budgets, program, capture_row)

@@ -63,7 +63,6 @@ def text_file(help: str) -> Any:
     return typer.Option(help=help, callback=_readable)
 
 
-Model = Annotated[str, typer.Option(help="A model folder, a .gguf file, or the alias smollm2.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Plan = Annotated[Path, typer.Argument(help="A budgets file.")]
 BACKEND_NAMES = " or ".join(BACKENDS)
@@ -129,12 +128,6 @@ def warnings_as_lines() -> Iterator[None]:
         yield
     for warning in caught:
         errors.print(f"warning: {warning.message}", style="yellow", markup=False, soft_wrap=True)
-
-
-def load(name: str) -> tuple[Any, Any]:
-    from xkv_fx.hf.models import load_model
-
-    return load_model(name)
 
 
 def read(path: Path | None) -> str:

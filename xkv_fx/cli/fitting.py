@@ -13,17 +13,19 @@ from rich.progress import Progress
 from rich.table import Table
 
 import xkv_fx
-from xkv_fx.cli.common import Json, Model, app, console, errors, interruptible, load, names, out_file, show
+from xkv_fx.cli.common import Json, app, console, errors, interruptible, names, out_file, show
+from xkv_fx.cli.model_options import THE_MODEL, ModelOptions, with_model
 from xkv_fx.cli.planning import Length, Texts, token_rows
 from xkv_fx.files import write_json
 from xkv_fx.sizes import as_text
 
 
 @app.command()
+@with_model
 def fit(
     out: Annotated[Path, out_file("Where to write the budgets; each better plan replaces the one before.")],
     prompts: Texts,
-    model: Model = "smollm2",
+    model: ModelOptions = THE_MODEL,
     length: Length = None,
     memory: Annotated[
         str | None,
@@ -58,7 +60,7 @@ def fit(
     Every other prompt is held out to compare plans on. Goes on where it was interrupted.
     """
     parts = out.with_name(f"{out.name}.parts")
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = model.load()
     rows = token_rows(prompts, tokenizer, length)
     with interruptible(parts), steps() as advance:
         found = xkv_fx.fit(

@@ -11,12 +11,10 @@ import typer
 from xkv_fx.cli.common import (
     BACKEND_NAMES,
     Json,
-    Model,
     app,
     console,
     errors,
     interruptible,
-    load,
     names,
     out_file,
     pairs,
@@ -24,18 +22,20 @@ from xkv_fx.cli.common import (
     shares,
     show,
 )
+from xkv_fx.cli.model_options import THE_MODEL, ModelOptions, with_model
 from xkv_fx.files import write_json
 from xkv_fx.planning.data.load_measured import load_measured
-from xkv_fx.sizes import number_or_word, share_of
+from xkv_fx.sizes import check_share, number_or_word, share_of
 
 
 @app.command("eval")
+@with_model
 def eval_(
     plans: Annotated[list[Path] | None, typer.Option(help="Budgets files; may be given repeatedly.")] = None,
     measured: Annotated[
         list[Path] | None, typer.Option(help="Profiles and calibrations to solve plans from; may be given repeatedly.")
     ] = None,
-    model: Model = "smollm2",
+    model: ModelOptions = THE_MODEL,
     allocators: Annotated[
         str | None,
         typer.Option(help="Names between commas, joint for a calibration of formats; by default each file's own."),
@@ -95,7 +95,7 @@ def eval_(
         dtype=dtype_of(bytes_of),
         backend=backend,
     )
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = model.load()
     parts = None if out is None else out.with_name(f"{out.name}.parts")
     extra: dict[str, Any] = {}
     with interruptible(parts):
@@ -118,10 +118,9 @@ def eval_(
 
 
 @app.command()
+@with_model
 def bench(
-    model: Model = "smollm2",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    model: ModelOptions = THE_MODEL,
     context: Annotated[int, typer.Option(help="Tokens that every row has seen.", min=1)] = 4096,
     batch: Annotated[int, typer.Option(help="Rows.", min=1)] = 1,
     fraction: Annotated[str, typer.Option(help="Share of the context that every layer keeps, as 38.4%.")] = "0.384",
@@ -145,25 +144,24 @@ def bench(
 ) -> None:
     """Measure our decode beside transformers' caches and other engines, in turns."""
     from xkv_fx.evaluation.speed.bench import BenchSettings, run_bench
-    from xkv_fx.evaluation.speed.bench_command import model_and_plan
-    from xkv_fx.hf.models import locate
+    from xkv_fx.evaluation.speed.bench_command import place_of, plan_of
 
-    loaded, plan = model_and_plan(
-        model, dtype, device, budgets, share_of(number_or_word(fraction), "fraction"), context
-    )
-    folder, gguf = locate(model)
+    share = share_of(number_or_word(fraction), "fraction")
+    check_share(share, "fraction")
+    loaded, _ = model.load()
+    folder, gguf = place_of(model.model)
     pythons = {"kvpress": kvpress_python, "openvino": openvino_python}
     settings = BenchSettings(
         context,
         batch,
-        plan,
+        plan_of(loaded, budgets, share, context),
         rounds,
         new_tokens,
         only=names(only or ""),
         backend=backend,
         prefill=prefill,
         pythons={engine: str(python) for engine, python in pythons.items() if python is not None},
-        folder=str(folder),
+        folder=folder,
         gguf=gguf,
         formats=pairs(formats),
     )

@@ -10,14 +10,12 @@ import typer
 import xkv_fx
 from xkv_fx.cli.common import (
     Json,
-    Model,
     Plan,
     app,
     console,
     errors,
     interruptible,
     is_first,
-    load,
     names,
     out_file,
     processes,
@@ -29,6 +27,7 @@ from xkv_fx.cli.common import (
     text_file,
     warnings_as_lines,
 )
+from xkv_fx.cli.model_options import THE_MODEL, ModelOptions, with_model
 from xkv_fx.errors import BudgetError
 from xkv_fx.formats import pair_name
 from xkv_fx.planning.data.load_measured import load_measured
@@ -49,10 +48,11 @@ Continuation = Annotated[int, typer.Option(help="Last tokens of each prompt, fed
 
 
 @app.command()
+@with_model
 def profile(
     out: Annotated[Path, out_file("Where to write the profile.")],
     prompts: Texts,
-    model: Model = "smollm2",
+    model: ModelOptions = THE_MODEL,
     length: Length = None,
     sampling: Annotated[float, typer.Option(help="Share of the prompts to measure.")] = 1.0,
     statistics: Annotated[
@@ -70,7 +70,7 @@ def profile(
     """
     policy = xkv_fx.Policy(scorer=scorer, eviction=eviction, recent=recent, sinks=sinks)  # type: ignore[arg-type]
     with processes() as group:
-        loaded, tokenizer = load(model)
+        loaded, tokenizer = model.load()
         rows = token_rows(prompts, tokenizer, length)
         with progress("profile", shown=is_first(group)) as advance:
             measured = xkv_fx.profile(
@@ -88,10 +88,11 @@ def profile(
 
 
 @app.command()
+@with_model
 def calibrate(
     out: Annotated[Path, out_file("Where to write the calibration.")],
     prompts: Texts,
-    model: Model = "smollm2",
+    model: ModelOptions = THE_MODEL,
     length: Length = None,
     continuation: Continuation = 16,
     grid: Annotated[
@@ -116,7 +117,7 @@ def calibrate(
     policy = xkv_fx.Policy(scorer=scorer, eviction=eviction, recent=recent, sinks=sinks)  # type: ignore[arg-type]
     parts = out.with_name(f"{out.name}.parts")
     with processes() as group:
-        loaded, tokenizer = load(model)
+        loaded, tokenizer = model.load()
         rows = token_rows(prompts, tokenizer, None if length is None else length + continuation)
         with interruptible(parts), progress("calibrate", shown=is_first(group)) as advance:
             measured = xkv_fx.calibrate(
@@ -138,6 +139,7 @@ def calibrate(
 
 
 @app.command()
+@with_model
 def solve(
     measured: Annotated[Path, typer.Argument(help="A profile or a calibration.")],
     out: Annotated[Path, out_file("Where to write the budgets.")],
@@ -168,7 +170,7 @@ def solve(
     fall_back: Annotated[
         bool, typer.Option(help="If the solved plan is not better, write the best that it was compared with.")
     ] = False,
-    model: Model = "smollm2",
+    model: ModelOptions = THE_MODEL,
     length: Length = None,
     continuation: Continuation = 48,
     json_: Json = False,
@@ -215,10 +217,11 @@ def solve(
 
 
 @app.command()
+@with_model
 def verify(
     plan: Plan,
     prompts: Texts,
-    model: Model = "smollm2",
+    model: ModelOptions = THE_MODEL,
     length: Length = None,
     continuation: Continuation = 48,
     out: Annotated[Path | None, out_file("Write the plan with the result in it here.")] = None,
@@ -235,9 +238,9 @@ def verify(
 
 
 def _verify(
-    budgets: xkv_fx.Budgets, texts: list[Path], model: str, length: int | None, continuation: int
+    budgets: xkv_fx.Budgets, texts: list[Path], model: ModelOptions, length: int | None, continuation: int
 ) -> xkv_fx.Verification:
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = model.load()
     rows = token_rows(texts, tokenizer, None if length is None else length + continuation)
     with progress("verify") as advance:
         return xkv_fx.verify(loaded, budgets, rows, continuation=continuation, progress=advance)

@@ -13,17 +13,16 @@ import xkv_fx
 from xkv_fx.cli.common import (
     BACKEND_NAMES,
     Json,
-    Model,
     Plan,
     app,
     console,
-    load,
     read,
     show,
     show_measured,
     show_plan,
     text_file,
 )
+from xkv_fx.cli.model_options import THE_MODEL, ModelOptions, transform, with_model
 from xkv_fx.engines.targets import TARGETS
 from xkv_fx.errors import BudgetError, EngineError, PromptError
 from xkv_fx.file_kinds import kind_of_file
@@ -33,12 +32,13 @@ OverLimit = Annotated[bool, typer.Option("--over-limit", help="Allow more bytes 
 
 
 @app.command()
+@with_model
 def generate(
     plan: Annotated[Path | None, typer.Argument(help="A budgets file; none with --engine.")] = None,
     engine: Annotated[Path | None, typer.Option(help="A folder that xkv-fx export wrote, in place of a plan.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     prompt_file: Annotated[Path | None, text_file("A text file with the prompt.")] = None,
-    model: Model = "smollm2",
+    model: ModelOptions = THE_MODEL,
     max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate.", min=1)] = 64,
     backend: Annotated[str, typer.Option(help=f"{BACKEND_NAMES}.")] = "inductor",
     trust: Annotated[bool, typer.Option(help="Take an engine of the target pt2, which is read with pickle.")] = False,
@@ -59,9 +59,9 @@ def generate(
         output = llm.generate(ids["input_ids"], max_new_tokens)
     elif plan is not None and engine is None:
         budgets = xkv_fx.Budgets.load(plan)
-        loaded, tokenizer = load(model)
+        loaded, tokenizer = model.load()
         ids = tokenizer(text, return_tensors="pt")
-        llm = xkv_fx.transform(loaded, budgets, backend=backend, max_new_tokens=max_new_tokens, over_limit=over_limit)
+        llm = transform(loaded, budgets, backend=backend, max_new_tokens=max_new_tokens, over_limit=over_limit)
         output = llm.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False)
     else:
         raise BudgetError("give either a budgets file or --engine")
@@ -73,10 +73,11 @@ def generate(
 
 
 @app.command()
+@with_model
 def export(
     plan: Plan,
     out: Annotated[Path, typer.Option(help="The engine's folder, a new one.")],
-    model: Model = "smollm2",
+    model: ModelOptions = THE_MODEL,
     target: Annotated[
         str,
         typer.Option(help="; ".join(f"{name}: {target.summary}" for name, target in TARGETS.items()) + "."),
@@ -89,15 +90,14 @@ def export(
     """Write an engine: a folder that generates without transformers, the model's code, or a compiler."""
     check_new_folder(out)
     budgets = xkv_fx.Budgets.load(plan)
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = model.load()
     if target in TARGETS and "cpu" not in TARGETS[target].devices:
         import torch
 
         if torch.cuda.is_available():  # where there is none, export says so
             loaded.to("cuda")
-    llm = xkv_fx.transform(
-        loaded, budgets, batch_size, backend="eager", max_new_tokens=max_new_tokens, over_limit=over_limit
-    )
+    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "over_limit": over_limit}
+    llm = transform(loaded, budgets, backend="eager", **options)
     xkv_fx.export(llm, out, target=target, tokenizer=tokenizer)
     show_engine(out, json_)
 

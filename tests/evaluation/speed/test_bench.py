@@ -260,8 +260,8 @@ def test_quantized_caches_take_part_where_they_are_installed() -> None:
 
 
 def test_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("xkv_fx.hf.models.locate", lambda name: (tmp_path, None))
-    monkeypatch.setattr(bench_command, "load_model", lambda name, dtype, device: (llama(1).to(dtype), None))
+    monkeypatch.setattr(bench_command, "locate", lambda name: (tmp_path, None))
+    monkeypatch.setattr("xkv_fx.hf.models.load_model", lambda name, dtype: (llama(1).to(dtype), None))
     out = tmp_path / "bench.json"
     options = ["bench", "--context", "30", "--rounds", "1", "--new-tokens", "1", "--formats", "int8/int4"]
     options += ["--only", "dynamic,openvino"]
