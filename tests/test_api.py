@@ -165,7 +165,7 @@ def mamba() -> Any:
 def test_a_model_without_attention_that_can_be_captured(call: Callable[[Any], Any]) -> None:
     source = mamba()
     snapshot = Snapshot.of(source)
-    assert_refused(UnsupportedModelError, "MambaForCausalLM keeps another state", lambda: call(source))
+    assert_refused(UnsupportedModelError, "MambaForCausalLM has no attention", lambda: call(source))
     snapshot.assert_unchanged()
 
 

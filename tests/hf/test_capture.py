@@ -222,11 +222,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "Mamba": (
         lambda: build(MambaForCausalLM, MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2)),
-        "MambaForCausalLM keeps another state than keys and values",
+        "MambaForCausalLM has no attention: .* there is nothing to budget",
     ),
-    "hybrid": (
-        lambda: build(Lfm2ForCausalLM, Lfm2Config(**LLAMA, layer_types=["conv", "full_attention"])),
-        "Lfm2ForCausalLM has 2 layers but 1 attentions; models that mix in other kinds of layers",
+    "convolutions alone": (
+        lambda: build(Lfm2ForCausalLM, Lfm2Config(**LLAMA, layer_types=["conv", "conv"])),
+        "Lfm2ForCausalLM has no attention: .* there is nothing to budget",
     ),
     "bidirectional": (
         lambda: build(BertLMHeadModel, BertConfig(**SIZES, intermediate_size=48)),

@@ -14,6 +14,7 @@ from xkv_fx.capture.shared_weights import SharedWeights
 from xkv_fx.errors import PassError
 from xkv_fx.layers import LayerSpec
 from xkv_fx.policy import Policy
+from xkv_fx.runtime.recurrence import Recurrence
 from xkv_fx.runtime.scorers import Scorer, check_independent_heads, scorer_of
 
 
@@ -29,6 +30,7 @@ class CapturedModel:
         vocabulary: size of the logits' last dimension, which can only be read off the graph.
         facts: what is known about the model.
         weights: a record of the weights shared with the model, as captured; None where each call passes its own.
+        recurrences: the layers that mix tokens by a state of fixed size, in execution order; each a node of the graphs.
     """
 
     prompt: GraphModule
@@ -38,6 +40,7 @@ class CapturedModel:
     vocabulary: int
     facts: ModelFacts
     weights: SharedWeights | None = None
+    recurrences: tuple[Recurrence, ...] = ()
 
     @property
     def fingerprint(self) -> str:

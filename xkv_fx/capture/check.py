@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 
 from xkv_fx.errors import UnsupportedModelError
+from xkv_fx.runtime.recurrence import Recurrence
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Difference of logits, relative to their size, that is allowed between a model and its captured graph."""
@@ -86,9 +87,10 @@ def _continuation_error(
     if len(pieces) == 1:  # too short
         return 0.0
     history: dict[int, tuple[Tensor, Tensor]] = {}
+    states: dict[int, tuple[Tensor, ...]] = {}
     with torch.no_grad():
         logits = [
-            _Continuing(module, history).run(ids[:, start:stop].contiguous(), positions[:, start:stop].contiguous())
+            _Continuing(module, history, states).run(*(part[:, start:stop].contiguous() for part in (ids, positions)))
             for module, start, stop in pieces
         ]
     behind = pieces[0][2]
@@ -116,14 +118,23 @@ def _positions(ids: Tensor) -> Tensor:
 
 
 class _Continuing(Interpreter):
-    """Runs a graph, with each attention reaching all keys and values that it has been given so far."""
+    """Runs a graph, with each attention reaching all keys and values that it has been given so far, and each layer that
+    mixes tokens by a state going on from it, by its graph of one token where it is given one."""
 
-    def __init__(self, module: GraphModule, history: dict[int, tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        module: GraphModule,
+        history: dict[int, tuple[Tensor, Tensor]],
+        states: dict[int, tuple[Tensor, ...]],
+    ) -> None:
         super().__init__(module)
         self.history = history
+        self.states = states
         self.calls = 0
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(target, Recurrence):
+            return self._go_on(target, args)
         if target is not torch.ops.xkv.attention.default:
             return super().call_function(target, args, kwargs)
         q, k, v, *rest = args
@@ -135,3 +146,14 @@ class _Continuing(Interpreter):
         earlier = q.new_zeros(*q.shape[:2], k.shape[2] - q.shape[2], q.shape[3])
         attended = super().call_function(target, (torch.cat((earlier, q), 2), k, v, *rest), kwargs)
         return attended[:, :, -q.shape[2] :].contiguous()
+
+    def _go_on(self, layer: Recurrence, inputs: tuple[Tensor, ...]) -> Tensor:
+        held = self.states.get(layer.index)
+        if held is None:
+            out, self.states[layer.index] = layer.begin(inputs)
+        elif layer.step is not None and inputs[0].shape[1] == 1:
+            out, *now = layer.step(*inputs, *held)
+            self.states[layer.index] = tuple(now)
+        else:
+            out, self.states[layer.index] = layer.go_on(inputs, held)
+        return out

@@ -48,6 +48,22 @@ def export_graph(
     return exported, longest
 
 
+def export_step(module: nn.Module, inputs: tuple[Tensor, ...]) -> GraphModule:
+    """The graph of a module that takes tensors and returns a tuple of tensors, all sizes static; weights are shared.
+
+    Raises:
+        UnsupportedModelError: the module is random.
+    """
+    with torch.no_grad(), _as_ops_without_traces(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+        exported: Any = torch.export.export(module, inputs, strict=False).module(check_guards=False)
+    exported.graph.set_codegen(CodeGen())
+    _check_not_random(exported.graph)
+    CleanGraph()(exported)
+    return cast(GraphModule, exported)
+
+
 def uncleaned_graph(
     module: nn.Module, inputs: tuple[Tensor, Tensor], longest: int | None = None
 ) -> tuple[GraphModule, int | None]:

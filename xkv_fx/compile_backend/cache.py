@@ -27,6 +27,7 @@ from xkv_fx.hf.cache import SessionCache
 from xkv_fx.hf.capture import layers_of_source
 from xkv_fx.hf.inspect import read_model
 from xkv_fx.hf.recompile_limit import RAISE_LIMIT
+from xkv_fx.hf.recurrences import keeps_states
 from xkv_fx.hf.rotary import refuse_changing_rotary
 from xkv_fx.lowering.describe import describe_layers, describe_plan
 from xkv_fx.lowering.limit import check_limit
@@ -77,6 +78,11 @@ class Cache(SessionCache):
             raise BudgetError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
         source, facts = read_model(model)
         refuse_changing_rotary(facts.name, facts.rotary)
+        if keeps_states(source):
+            raise UnsupportedModelError(
+                f"{facts.name} has recurrent layers, whose states the backend 'xkv' does not carry along; use "
+                "xkv_fx.transform"
+            )
         if facts.shard != UNSHARDED:
             raise UnsupportedModelError(
                 f"{facts.name} is split among processes, which the backend 'xkv' does not take; use xkv_fx.transform"

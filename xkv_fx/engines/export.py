@@ -40,6 +40,11 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
             f"this model is split among {graphs.captured.shard.size} processes, and an engine runs in one; export what "
             "was made from the whole model"
         )
+    if plan.recurrent:
+        raise UnsupportedModelError(
+            f"this model has {len(plan.recurrent)} recurrent layers, whose states engines do not carry along yet; "
+            "llm.generate serves it"
+        )
     for form in forms.values():
         form.check_tools()
     if plan.device.type not in devices:

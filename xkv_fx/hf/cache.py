@@ -110,6 +110,11 @@ class SessionCache(Cache):
         return self.session.state.state_bytes
 
     @property
+    def other_state_bytes(self) -> int:
+        """Bytes allocated for recurrent and convolution states."""
+        return self.session.state.other_state_bytes
+
+    @property
     def tokens_seen(self) -> Tensor:
         """Valid tokens that each row has seen, int64 `[rows]`."""
         return self.session.counts["seen"].clone()

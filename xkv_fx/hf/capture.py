@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -26,17 +27,20 @@ from xkv_fx.capture.plain_module import PROBE_LENGTH
 from xkv_fx.capture.shared_weights import SharedWeights
 from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.hf.attention_entry import CAPTURED_NAME, NAME
-from xkv_fx.hf.inspect import TransformersFacts, read_model
+from xkv_fx.hf.inspect import TransformersFacts, nothing_to_budget, read_model
 from xkv_fx.hf.probe import logits_of, probe
+from xkv_fx.hf.recurrences import keeps_states, replace_recurrences, with_step
 from xkv_fx.hf.shadow import shadow
 from xkv_fx.hf.tensor_parallel import use_shards
 from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.analyses.find_attention import attention_sites, cached_layers
 from xkv_fx.passes.prepare.absorb_latents import AbsorbLatents
+from xkv_fx.passes.prepare.bind_recurrences import BindRecurrences
 from xkv_fx.passes.prepare.find_positions import FindPositions, position_limit
 from xkv_fx.passes.prepare.match_attention import MatchAttention
 from xkv_fx.passes.prepare.specialize import one_token_graph
 from xkv_fx.passes.tools.graph import output_node
+from xkv_fx.runtime.recurrence import Recurrence
 
 
 def capture(model: Any, rows: int = 1, check: bool = True, decode: bool = True) -> CapturedModel:
@@ -96,13 +100,17 @@ class _Twin:
 
     Attributes:
         layers: what its attentions cache; nothing where it writes its attention out.
+        recurrences: its layers that mix tokens by a state.
     """
 
     model: PreTrainedModel
     layers: tuple[LayerSpec, ...]
+    recurrences: tuple[Recurrence, ...] = ()
 
 
 def _twin_of(source: PreTrainedModel, facts: TransformersFacts) -> _Twin:
+    if keeps_states(source):
+        return _hybrid_twin(source, facts)
     try:
         twin = shadow(source, facts, NAME)
     except UnsupportedModelError:  # its attention cannot be replaced
@@ -110,9 +118,31 @@ def _twin_of(source: PreTrainedModel, facts: TransformersFacts) -> _Twin:
     attentions = probe(use_shards(twin, facts.shard), facts)
     if not attentions.count:
         return _unreplaced(source, facts)
-    _check_layer_count(facts, attentions.count)
+    _check_layer_count(facts, attentions.count, facts.hidden_layers)
     twin.set_attn_implementation(CAPTURED_NAME)  # its masks are known, and need not be made again
     return _Twin(twin, attentions.layers)
+
+
+def _hybrid_twin(source: PreTrainedModel, facts: TransformersFacts) -> _Twin:
+    """A shadow of a model some of whose layers mix tokens by a state instead of attention."""
+    if facts.shard != UNSHARDED:
+        raise UnsupportedModelError(
+            f"{facts.name} is split among processes and has recurrent layers, whose states are not split with them; "
+            "load it whole"
+        )
+    twin = shadow(source, facts, NAME)
+    recurrences = replace_recurrences(twin, facts)
+    attentions = probe(twin, facts)
+    if not recurrences.attentions:
+        raise nothing_to_budget(facts.name)
+    if not attentions.count:
+        raise UnsupportedModelError(
+            f"{facts.name} has recurrent layers, and attention that does not go through transformers' attention "
+            "interface; both together are not supported"
+        )
+    _check_layer_count(facts, attentions.count, recurrences.attentions)
+    twin.set_attn_implementation(CAPTURED_NAME)
+    return _Twin(twin, attentions.layers, recurrences.found)
 
 
 def _unreplaced(source: PreTrainedModel, facts: TransformersFacts) -> _Twin:
@@ -147,7 +177,10 @@ def _capture_twin(
     entry = _Entry(twin.model)
     with refusing(facts.name):
         written = not twin.layers
-        prompt, longest, rewritten = _prompt_graph(entry, (ids, positions), facts, facts.max_positions, written)
+        recurrences = tuple(with_step(layer, rows) if decode else layer for layer in twin.recurrences)
+        prompt, longest, rewritten = _prompt_graph(
+            entry, (ids, positions), facts, facts.max_positions, written, recurrences
+        )
         if longest is not None and not facts.ends_early and _placed_by_slopes(prompt, rows):
             with contextlib.suppress(UnsupportedModelError):  # a table of slopes has an end
                 unbounded = _prompt_graph(entry, (ids, positions), facts, None, written)
@@ -163,7 +196,8 @@ def _capture_twin(
                 token, _ = export_graph(entry, (ids[:, :1].clone(), positions[:, :1].clone()))
     sites = attention_sites(prompt)
     layers = cached_layers(sites)
-    _check_layer_count(facts, len(sites))
+    if not recurrences:
+        _check_layer_count(facts, len(sites), facts.hidden_layers)
     for found in (twin.layers or layers, layers if token is None else cached_layers(attention_sites(token))):
         if found != layers:
             raise UnsupportedModelError(
@@ -179,14 +213,20 @@ def _capture_twin(
     vocabulary = int(logits.shape[2])
     weights = SharedWeights(facts.name, dict(source.named_parameters()))
     facts = dataclasses.replace(facts, max_positions=longest)
-    return CapturedModel(prompt, token, layers, rows, vocabulary, facts, weights)
+    return CapturedModel(prompt, token, layers, rows, vocabulary, facts, weights, recurrences)
 
 
 def _prompt_graph(
-    entry: nn.Module, inputs: tuple[Tensor, Tensor], facts: TransformersFacts, longest: int | None, written: bool
+    entry: nn.Module,
+    inputs: tuple[Tensor, Tensor],
+    facts: TransformersFacts,
+    longest: int | None,
+    written: bool,
+    recurrences: Sequence[Recurrence] = (),
 ) -> tuple[GraphModule, int | None, bool]:
     """The prompt graph, the length up to which it matches the model, and whether it differs from what export gives."""
     prompt, longest = export_graph(entry, inputs, longest, alone=facts.shard == UNSHARDED)
+    BindRecurrences(recurrences)(prompt)
     return prompt, longest, _rewrite(prompt, inputs[0].shape[0], longest, written)
 
 
@@ -221,16 +261,20 @@ def _absorb_latents(prompt: GraphModule, token: GraphModule | None) -> tuple[Lay
     return cached[0]
 
 
-def _check_layer_count(facts: TransformersFacts, attentions: int) -> None:
-    """Fewer attentions than layers: the others hold some other state. More: each has a cache of its own."""
-    if facts.hidden_layers is None:
+def _check_layer_count(facts: TransformersFacts, attentions: int, layers: int | None) -> None:
+    """Fewer attentions than layers: the others hold some other state. More: each has a cache of its own.
+
+    Args:
+        layers: how many should attend.
+    """
+    if layers is None:
         raise UnsupportedModelError(
             f"{facts.name}: its configuration has no num_hidden_layers, so that nobody can tell whether it has layers "
             "besides its attentions, whose state is no KV cache"
         )
-    if attentions < facts.hidden_layers:
+    if attentions < layers:
         raise UnsupportedModelError(
-            f"{facts.name} has {facts.hidden_layers} layers but {attentions} attentions; models that mix in other "
+            f"{facts.name} has {layers} layers but {attentions} attentions; models that mix in other "
             "kinds of layers (recurrent, linear attention, convolution), whose state is no KV cache, are not supported"
         )
 

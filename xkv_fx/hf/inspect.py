@@ -34,6 +34,8 @@ _VOLATILE = {
 }
 
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+_BOTH_KINDS = {"hybrid", "hybrid_sliding"}
+"""Layers that attend and keep another state besides."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,7 @@ def _adapted_model(model: nn.Module) -> nn.Module:
 
 
 def _check_state(model: PreTrainedModel) -> None:
-    """A cache of keys and values is all that is kept of earlier tokens."""
+    """Nothing is kept of earlier tokens but keys and values, or the states of layers beside those that attend."""
     name = type(model).__name__
     for path, module in model.named_modules():
         if "indexer" in type(module).__name__.lower():
@@ -131,14 +133,24 @@ def _check_state(model: PreTrainedModel) -> None:
                 f"{name} cannot be captured: {path} ({type(module).__name__}) picks the keys of each query by what the "
                 "tokens are, from keys of its own that it keeps for all of them"
             )
+    kinds = layer_kinds(model)
+    attending = [kind for kind in kinds if kind in _ATTENTION_KINDS or kind in _BOTH_KINDS]
+    if getattr(model, "_is_stateful", False) and not attending:
+        raise nothing_to_budget(name)
+
+
+def layer_kinds(model: PreTrainedModel) -> Sequence[str]:
+    """What a model's configuration calls each of its layers; nothing where it does not tell them apart."""
     config = model.config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
-    others = sorted({kind for kind in kinds if kind not in _ATTENTION_KINDS})
-    if getattr(model, "_is_stateful", False) and (others or not kinds):
-        raise UnsupportedModelError(
-            f"{name} keeps another state than keys and values ({', '.join(others) or 'recurrent'}), which a KV cache "
-            "plan does not carry along; recurrent and hybrid models are not supported"
-        )
+    return getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+
+
+def nothing_to_budget(name: str) -> UnsupportedModelError:
+    """The error for a model without attention."""
+    return UnsupportedModelError(
+        f"{name} has no attention: all that it keeps of earlier tokens is a state of fixed size, so there is nothing "
+        "to budget"
+    )
 
 
 def _check_placement(model: PreTrainedModel) -> None:

@@ -83,6 +83,11 @@ class Budgeted(nn.Module):
         return self.program.plan.state_bytes
 
     @property
+    def other_state_bytes(self) -> int:
+        """Bytes of recurrent and convolution states that each session allocates; no budget changes them."""
+        return self.program.plan.other_state_bytes
+
+    @property
     def end_tokens(self) -> tuple[int, ...]:
         """Tokens that end a row when an engine of this model generates."""
         return ()

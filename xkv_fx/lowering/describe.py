@@ -24,7 +24,16 @@ def describe_plan(fingerprint: str, plan: CachePlan, scorer: Scorer, budgets: Pl
         f"rows          {plan.rows}",
         f"dtype         {plan.dtype} on {plan.device}",
         f"KV bytes      {plan.kv_bytes:,} a session, and {plan.state_bytes:,} for positions and counters",
+        *describe_recurrences(plan),
     ]
+
+
+def describe_recurrences(plan: CachePlan) -> list[str]:
+    """A line on the states of layers that keep no keys and values; nothing without any."""
+    if not plan.recurrent:
+        return []
+    count = len(plan.recurrent)
+    return [f"other state   {plan.other_state_bytes:,} bytes a session, in {count} recurrent layers; of fixed size"]
 
 
 def describe_shard(shard: Shard) -> list[str]:

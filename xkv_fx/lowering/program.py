@@ -114,8 +114,16 @@ def compile_program(
     scorer = captured.scorer_of(budgets.policy)
     slots = slot_plans(budgets, captured.layers, max_new_tokens)
     _check_reach(captured, budgets, slots)
+    recurrent = tuple(recurrence.parts for recurrence in captured.recurrences)
     plan = CachePlan(
-        captured.layers, slots, captured.rows, captured.dtype, captured.device, budgets.formats, reading_of(scorer)
+        captured.layers,
+        slots,
+        captured.rows,
+        captured.dtype,
+        captured.device,
+        budgets.formats,
+        reading_of(scorer),
+        recurrent,
     )
     if not over_limit:
         check_limit(budgets, plan, max_new_tokens)
@@ -231,5 +239,6 @@ def program_key(fingerprint: str, plan: CachePlan, scorer: Scorer, shard: Shard 
     """Identifies model, plan and batch size; a saved session fits programs of the same key."""
     part = () if shard.size == 1 else (shard.rank, shard.size)
     stored = () if plan.formats is None else (plan.formats,)
-    made_for = (fingerprint, plan.layers, plan.slots, plan.rows, plan.dtype, scorer, *part, *stored)
+    carried = (plan.recurrent,) if plan.recurrent else ()
+    made_for = (fingerprint, plan.layers, plan.slots, plan.rows, plan.dtype, scorer, *part, *stored, *carried)
     return hashlib.sha256(repr(made_for).encode()).hexdigest()

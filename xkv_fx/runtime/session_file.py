@@ -64,7 +64,7 @@ def _read(program: Program, path: str | os.PathLike[str]) -> tuple[State, int, T
                 )
             fed, with_ids = header["fed"], header["version"] > 2
             ids_bytes = plan.rows * fed * torch.int32.itemsize if with_ids else 0
-            check_safetensors_size(path, plan.kv_bytes + plan.state_bytes + ids_bytes + _HEADER_ROOM)
+            check_safetensors_size(path, plan.nbytes + ids_bytes + _HEADER_ROOM)
             if set(file.keys()) != {*plan.names(), *((_IDS,) if with_ids else ())}:
                 raise FileFormatError("its tensors are not those of a session")
             state = State(plan.states, tuple(file.get_tensor(name).to(plan.device) for name in plan.names()))

@@ -44,8 +44,8 @@ SAMPLE = (
     "phi",  # partial rotary embedding
 )
 REFUSED = {
-    "mamba": "keeps another state than keys and values",
-    "lfm2_moe": "models that mix in other kinds of layers",
+    "mamba": "there is nothing to budget",
+    "minimax": "uses cache of its own",
     "deepseek_v32": "picks the keys of each query by what the tokens are",
     "xlm": "mixes values that depend on the tokens",
     "doge": "adds a mask of its own",

@@ -9,8 +9,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from xkv_fx.errors import PassError
+from xkv_fx.passes.analyses.find_recurrence import recurrence_sites
 from xkv_fx.passes.base import GraphPass, PassRecord
-from xkv_fx.passes.tools.graph import arguments, calls
+from xkv_fx.passes.tools.graph import arguments, calls, changed_by
 from xkv_fx.passes.tools.roles import nodes_by_role
 from xkv_fx.runtime import coded_ops, ops  # noqa: F401  (register the ops)
 from xkv_fx.runtime.state import CACHE_KINDS, CachePlan, GraphKind
@@ -61,9 +62,22 @@ class CheckCache(GraphPass):
             if self.kind != "decode":
                 planned = cache.slots.capacity
                 self._expect(given["capacity"] == planned, f"capacity {planned} in layer {cache.index}", [node])
+        self._check_recurrences(module, inputs)
         masks = [node for node in module.graph.nodes if self.kind != "decode" and _is_pair_mask(node)]
         self._expect(not masks, "no mask over all pairs of tokens", masks)
         return PassRecord(self.name, len(writes), 0)
+
+    def _check_recurrences(self, module: GraphModule, inputs: dict[str, Node]) -> None:
+        """Every state is changed once, by what its layer leaves behind the tokens."""
+        plain = [site.node for site in recurrence_sites(module)]
+        self._expect(not plain, "no recurrent layer without its state", plain)
+        for state in self.plan.recurrences:
+            for buffer in state.buffers:
+                held = inputs.get(buffer.name)
+                what = f"one change of {buffer.name}, of the shape {list(buffer.shape)}"
+                fits = held is not None and tuple(held.meta["val"].shape) == buffer.shape
+                changing = [] if held is None else [user for user in held.users if _changes(user, held)]
+                self._expect(fits and len(changing) == 1, what, changing)
 
     def _expect(self, holds: bool, what: str, nodes: list[Node]) -> None:
         if not holds:
@@ -82,6 +96,11 @@ def _owners(attentions: list[Node], cached: tuple[str, ...]) -> list[Node]:
             owners.append(node)
         earlier.add(named["q"])
     return owners
+
+
+def _changes(user: Node, state: Node) -> bool:
+    """Whether a node changes a state in place; graphs of prompts do so in a call of the layer itself."""
+    return state in changed_by(user) or getattr(user.target, "changes_states", False)
 
 
 def _is_pair_mask(node: Node) -> bool:

@@ -9,12 +9,13 @@ from torch.fx import GraphModule, Node
 
 from xkv_fx.errors import PassError
 from xkv_fx.passes.analyses.find_attention import AttentionSite, attention_sites, cached_layers, check_borrowed
+from xkv_fx.passes.analyses.find_recurrence import RecurrenceSite, recurrence_sites
 from xkv_fx.passes.analyses.find_rotation import unrotated_inputs
-from xkv_fx.passes.tools.graph import add_input, emit
+from xkv_fx.passes.tools.graph import add_input, emit, splice
 from xkv_fx.passes.tools.inline import inline
 from xkv_fx.passes.tools.roles import LENGTH, find_role, give_role, with_role
 from xkv_fx.runtime.scorers import Scorer
-from xkv_fx.runtime.state import Attention, BorrowedState, CachePlan, LayerState
+from xkv_fx.runtime.state import Attention, BorrowedState, CachePlan, GraphKind, LayerState
 
 
 class GraphBuild:
@@ -27,7 +28,7 @@ class GraphBuild:
         states: of the plan.
 
     Raises:
-        PassError: the graph's attentions are not the planned layers.
+        PassError: the graph's attentions, or the layers that mix tokens by a state, are not the planned ones.
         BudgetError: an attention that borrows a cache which evicts by score.
     """
 
@@ -35,6 +36,8 @@ class GraphBuild:
         self.graph = module.graph
         self.states = plan.states
         self.sites = _planned_sites(module, plan)
+        self._recurrences = _planned_recurrences(module, plan)
+        self._module = module
         self._plan = plan
         self._scorer = scorer
         self._held: dict[LayerState, dict[str, Node]] = {}
@@ -70,6 +73,11 @@ class GraphBuild:
         count = sum(site.borrows for site in self.sites)
         return f"; {count} attentions read an earlier one's cache" if count else ""
 
+    @property
+    def carried(self) -> str:
+        """A note for records of how many layers mix tokens by a state; empty if none does."""
+        return f"; {len(self._recurrences)} layers carry a state" if self._recurrences else ""
+
     def held(self, state: LayerState) -> Mapping[str, Node]:
         return self._held[state]
 
@@ -82,11 +90,35 @@ class GraphBuild:
     def inline(self, function: Callable[..., Any], *args: Any, name: str | None = None) -> Any:
         return inline(self.graph, function, *args, name=name)
 
+    def splice(self, part: GraphModule | None, inputs: Sequence[Any], name: str) -> tuple[Any, ...]:
+        if part is None:
+            raise PassError(f"{name} was captured without its graph of one token; capture the model again with it")
+        return splice(self._module, part, inputs, name)
+
+    def carry_states(self, kind: GraphKind) -> None:
+        """Let each layer that mixes tokens by a state go on from it, and leave it as it is behind the tokens."""
+        for site, state in zip(self._recurrences, self._plan.recurrences, strict=True):
+            with self.graph.inserting_before(site.node):
+                out = state.carried(self, site, kind)
+            site.node.replace_all_uses_with(out)
+            self.graph.erase_node(site.node)
+
     def once(self, key: object, make: Callable[[], Any]) -> Any:
         if key not in self._made:
             with self.graph.inserting_before(self._first):
                 self._made[key] = make()
         return self._made[key]
+
+
+def _planned_recurrences(module: GraphModule, plan: CachePlan) -> Sequence[RecurrenceSite]:
+    sites = recurrence_sites(module)
+    if tuple(site.recurrence.parts for site in sites) != plan.recurrent:
+        names = ", ".join(site.node.name for site in sites) or "none"
+        raise PassError(
+            f"the graph's {len(sites)} layers that mix tokens by a state ({names}) are not the {len(plan.recurrent)} "
+            "planned ones"
+        )
+    return sites
 
 
 def _planned_sites(module: GraphModule, plan: CachePlan) -> Sequence[AttentionSite]:

@@ -35,9 +35,10 @@ class InsertDecodeCache(GraphPass):
             site.node.replace_all_uses_with(attended)
         for site in build.sites:
             graph.erase_node(site.node)
+        build.carry_states("decode")
         with at_end(graph):
             for state in self.plan.states:
                 state.finish(build, "decode")
         groups = len({cache.slots for cache in self.plan.caches if cache.slots.eviction != "scored"})
-        note = f"{groups} groups of layers share a slot{build.borrowed}"
+        note = f"{groups} groups of layers share a slot{build.borrowed}{build.carried}"
         return PassRecord(self.name, len(build.sites), len(build.sites), note)

@@ -39,8 +39,9 @@ class InsertExtendCache(GraphPass):
             site.node.replace_all_uses_with(attended)
         for site in build.sites:
             graph.erase_node(site.node)
+        build.carry_states("extend")
         with at_end(graph):
             for state in self.plan.states:
                 state.finish(build, "extend")
-        note = f"scorer {self.scorer}{build.borrowed}"
+        note = f"scorer {self.scorer}{build.borrowed}{build.carried}"
         return PassRecord(self.name, len(build.sites), len(build.sites) + 2 * len(owner), note)

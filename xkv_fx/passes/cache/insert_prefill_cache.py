@@ -33,8 +33,9 @@ class InsertPrefillCache(GraphPass):
         for site in owners:
             with module.graph.inserting_before(site.node.next):
                 build.state_of(site).prefill(build, site)
+        build.carry_states("prefill")
         with at_end(module.graph):
             for state in self.plan.states:
                 state.finish(build, "prefill")
-        note = f"scorer {self.scorer}{build.borrowed}"
+        note = f"scorer {self.scorer}{build.borrowed}{build.carried}"
         return PassRecord(self.name, len(build.sites), 2 * len(owners), note)

@@ -112,6 +112,33 @@ def emit(graph: Graph, target: Callable[..., Any], *args: Any, name: str | None 
     return node
 
 
+def splice(module: GraphModule, part: GraphModule, inputs: Sequence[Any], name: str) -> tuple[Any, ...]:
+    """Add the calls of another graph at the insertion point, on `inputs` in the place of its own; returns what stands
+    for the outputs that it returns as a tuple. Its weights become attributes of `module`, called after `name`."""
+    copies: dict[Node, Any] = dict(zip(placeholders(part.graph).values(), inputs, strict=True))
+    for node in part.graph.nodes:
+        if node.op == "get_attr":
+            target = f"{name}_{node.target}".replace(".", "_")
+            copies[node] = _shared(module, target, attribute(part, str(node.target)))
+        elif node.op == "call_function":
+            args, kwargs = (map_arg(given, copies.__getitem__) for given in (node.args, node.kwargs))
+            copies[node] = emit(module.graph, node.target, *args, **kwargs)
+        elif node.op not in ("placeholder", "output"):
+            raise PassError(f"{node.name} of {name} is no call of an operator")
+    outputs: Any = output_node(part.graph).args[0]
+    return tuple(copies[node] for node in outputs)
+
+
+def _shared(module: GraphModule, name: str, weight: torch.Tensor) -> Node:
+    if isinstance(weight, torch.nn.Parameter):
+        module.register_parameter(name, weight)
+    else:
+        module.register_buffer(name, weight, persistent=False)
+    node = module.graph.get_attr(name)
+    node.meta["val"] = fake_mode(module.graph).from_tensor(weight.detach(), static_shapes=True)
+    return node
+
+
 def propagate(graph: Graph, changed: Node) -> None:
     """Recompute the fake values of everything that depends on `changed`."""
     stale = {changed}

@@ -4,6 +4,7 @@ kv          keys and values in the model's dtype, with their positions, and thei
 coded       keys and values in fewer bits: codes, with scales of their own for each slot
 latent      the latent and rotary key of multi-head latent attention, which are keys and values at once; in either form
 borrowed    the cache of an earlier attention, read by one that makes no keys and values of its own
+recurrent   what a recurrent, linear-attention or convolution layer keeps, of fixed size
 counters    how many tokens each row has seen
 
 A kind says what it keeps, and what prefill, extend and decode do to it; everybody else iterates over what it says. A
@@ -17,6 +18,7 @@ from xkv_fx.runtime.state.counters import CountersState
 from xkv_fx.runtime.state.kv import KVState
 from xkv_fx.runtime.state.latent import CodedLatentState, LatentState
 from xkv_fx.runtime.state.plan import CACHE_KINDS, CachePlan
+from xkv_fx.runtime.state.recurrent import RecurrentState
 from xkv_fx.runtime.state.tensors import State
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "KVState",
     "LatentState",
     "LayerState",
+    "RecurrentState",
     "State",
     "Value",
 ]

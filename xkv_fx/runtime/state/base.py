@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from xkv_fx.runtime.form import AttentionForm
 from xkv_fx.runtime.scorers import Scorer
@@ -31,7 +32,8 @@ class Buffer:
         field: its name within its state.
         shape: batch rows first.
         dtype: of its elements.
-        holds: `"kv"` for keys and values, `"other"` for what goes with them; their bytes are counted apart.
+        holds: `"kv"` for keys and values, `"recurrent"` for the state of layers that have none, `"other"` for
+            positions, scores and counters; their bytes are counted apart.
         reset: what a row of it becomes when its tokens are forgotten: `"zero"`, `"count"` (0, 1, 2, ... along the last
             dimension), or `"stale"` (what it was: nobody reads it before it is written again).
     """
@@ -40,7 +42,7 @@ class Buffer:
     field: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    holds: Literal["kv", "other"] = "other"
+    holds: Literal["kv", "recurrent", "other"] = "other"
     reset: Literal["zero", "count", "stale"] = "zero"
 
     @property
@@ -115,6 +117,11 @@ class Build(Protocol):
 
     def inline(self, function: Callable[..., Any], *args: Value, name: str | None = None) -> Value:
         """The aten ops that a function of tensors calls."""
+        ...
+
+    def splice(self, part: GraphModule | None, inputs: Sequence[Value], name: str) -> tuple[Value, ...]:
+        """The nodes of another graph, with its inputs replaced; returns what stands for its outputs. It shares its
+        weights, which are called after `name`."""
         ...
 
     def once(self, key: object, make: Callable[[], Value]) -> Value:

@@ -12,12 +12,14 @@ from xkv_fx.errors import BudgetError
 from xkv_fx.formats import LayerFormats
 from xkv_fx.layers import LayerSpec
 from xkv_fx.runtime.reading import Reading
+from xkv_fx.runtime.recurrence import StatePart
 from xkv_fx.runtime.slots import SlotPlan
 from xkv_fx.runtime.state.base import Buffer, LayerState
 from xkv_fx.runtime.state.coded import CodedState
 from xkv_fx.runtime.state.counters import CountersState
 from xkv_fx.runtime.state.kv import KVState
 from xkv_fx.runtime.state.latent import CodedLatentState, LatentState
+from xkv_fx.runtime.state.recurrent import RecurrentState
 from xkv_fx.runtime.state.tensors import State
 
 CACHE_KINDS: tuple[type[KVState], ...] = (LatentState, CodedLatentState, CodedState, KVState)
@@ -36,6 +38,7 @@ class CachePlan:
         device: where the tensors live.
         formats: of the keys and values of each layer; None where they are in the model's dtype.
         reading: how prompts are read again; None for a scorer that reads them once.
+        recurrent: what each layer keeps that mixes tokens by a state, in execution order.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -45,6 +48,7 @@ class CachePlan:
     device: torch.device
     formats: tuple[LayerFormats | None, ...] | None = None
     reading: Reading | None = None
+    recurrent: tuple[tuple[StatePart, ...], ...] = ()
 
     @functools.cached_property
     def caches(self) -> tuple[KVState, ...]:
@@ -60,6 +64,11 @@ class CachePlan:
         return kind(index, spec, slots, self.rows, self.dtype, **options)
 
     @functools.cached_property
+    def recurrences(self) -> tuple[RecurrentState, ...]:
+        """The state of each layer that mixes tokens by one, in execution order."""
+        return tuple(RecurrentState(index, parts, self.rows) for index, parts in enumerate(self.recurrent))
+
+    @functools.cached_property
     def counters(self) -> CountersState:
         """How many tokens each row has seen."""
         return CountersState(self.rows)
@@ -67,7 +76,7 @@ class CachePlan:
     @functools.cached_property
     def states(self) -> tuple[LayerState, ...]:
         """All states, in the order in which graphs take their buffers."""
-        return (*self.caches, self.counters)
+        return (*self.caches, *self.recurrences, self.counters)
 
     @functools.cached_property
     def buffers(self) -> tuple[Buffer, ...]:
@@ -94,11 +103,21 @@ class CachePlan:
         return State(self.states, tensors)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of the buffers of keys and values."""
         return sum(buffer.nbytes for buffer in self.buffers if buffer.holds == "kv")
 
     @property
+    def other_state_bytes(self) -> int:
+        """Bytes of the states of layers that keep no keys and values; no budget changes them."""
+        return sum(buffer.nbytes for buffer in self.buffers if buffer.holds == "recurrent")
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of all other buffers: positions, scores and counters."""
-        return sum(buffer.nbytes for buffer in self.buffers if buffer.holds != "kv")
+        return sum(buffer.nbytes for buffer in self.buffers if buffer.holds == "other")

@@ -42,16 +42,21 @@ class State:
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values, counted from the tensors themselves."""
-        return self._bytes(kv=True)
+        return self._bytes("kv")
+
+    @property
+    def other_state_bytes(self) -> int:
+        """Bytes of the states of layers that keep no keys and values."""
+        return self._bytes("recurrent")
 
     @property
     def state_bytes(self) -> int:
         """Bytes of everything else: positions, scores and counters."""
-        return self._bytes(kv=False)
+        return self._bytes("other")
 
-    def _bytes(self, kv: bool) -> int:
+    def _bytes(self, holds: str) -> int:
         pairs = zip(self.buffers, self.tensors, strict=True)
-        return sum(tensor.untyped_storage().nbytes() for buffer, tensor in pairs if (buffer.holds == "kv") == kv)
+        return sum(tensor.untyped_storage().nbytes() for buffer, tensor in pairs if buffer.holds == holds)
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Forget every token, or those of some rows. Buffers stay where they are, so that graphs stay valid."""

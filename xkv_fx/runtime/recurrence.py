@@ -1,0 +1,156 @@
+"""A layer that mixes tokens by a state of fixed size (recurrent, linear attention, convolution), as graphs call it.
+
+In a captured graph such a layer is one node, as an attention is. Prompts run the layer's own code, for any number of
+tokens; a decoded token runs the aten ops of its `step`, which take the node's place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from xkv_fx.errors import PassError
+from xkv_fx.runtime.graph_calls import named_call
+
+
+@torch.library.custom_op("xkv::recurrence", mutates_args=())
+def recurrence(inputs: Sequence[Tensor], index: int, width: int) -> Tensor:
+    """What export leaves of such a layer; the pass `BindRecurrences` puts the layer itself in its place.
+
+    Args:
+        inputs: `[rows, S, ...]` each.
+        index: which of these layers it is, in execution order.
+
+    Returns:
+        `[rows, S, width]`.
+    """
+    raise PassError("the graph still holds layers without their code; the pass that binds them has not run")
+
+
+@recurrence.register_fake
+def _(inputs: Sequence[Tensor], index: int, width: int) -> Tensor:
+    rows, tokens = inputs[0].shape[:2]
+    return inputs[0].new_empty((rows, tokens, width))
+
+
+@dataclasses.dataclass(frozen=True)
+class StatePart:
+    """One tensor of what such a layer keeps of earlier tokens.
+
+    Attributes:
+        field: its name within the layer.
+        shape: of one row.
+        dtype: of its elements.
+    """
+
+    field: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recurrence:
+    """A layer that mixes tokens by a state. Called with its inputs alone, `[rows, S, ...]` each, it runs a whole prompt
+    without padding from an empty state; outputs are `[rows, S, width]`.
+
+    Attributes:
+        index: place among these layers, in execution order.
+        path: where the model has it.
+        module: called as `(inputs, states)`, states None for an empty one; returns the output, and new states.
+        parts: what it keeps.
+        width: of its output.
+        goes_on: whether `module` takes several tokens behind a state; otherwise they are given to it one by one.
+        step: the graph of one token a row, all shapes static: `(*inputs, *states)` -> `(output, *new states)`.
+    """
+
+    index: int
+    path: str
+    module: nn.Module
+    parts: tuple[StatePart, ...]
+    width: int
+    goes_on: bool = True
+    step: GraphModule | None = None
+
+    # What a graph needs of a target; see `named_call`.
+    __name__: ClassVar[str] = "recurrence"
+    __qualname__: ClassVar[str] = "recurrence"
+    reads_cache: ClassVar[bool] = True
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.begin(inputs)[0]
+
+    def fake(self, *inputs: Tensor) -> Tensor:
+        """What a call returns, on fake values."""
+        rows, tokens = inputs[0].shape[:2]
+        return inputs[0].new_empty((rows, tokens, self.width))
+
+    def begin(self, inputs: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output for the first tokens of each row, and the states behind them."""
+        out, states = self.module(tuple(inputs), None)
+        return out, states
+
+    def go_on(self, inputs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output for further tokens, and the states behind them; what is given is not changed."""
+        tokens, now = inputs[0].shape[1], tuple(states)
+        if self.goes_on or tokens == 1:
+            out, now = self.module(tuple(inputs), now)
+            return out, now
+        outs = []
+        for token in range(tokens):
+            out, now = self.module(tuple(part[:, token : token + 1] for part in inputs), now)
+            outs.append(out)
+        return torch.cat(outs, 1), now
+
+    def empty_states(self, rows: int, device: torch.device) -> tuple[Tensor, ...]:
+        """The states of rows without tokens."""
+        return tuple(torch.zeros((rows, *part.shape), dtype=part.dtype, device=device) for part in self.parts)
+
+    def prompt_call(self, fresh: bool) -> Callable[..., Tensor]:
+        """What graphs of prompts call: `(length, *inputs, *states)` -> output `[rows, S, width]`, the states changed in
+        place. `length` `[rows]` are the valid tokens, which come first in each row; the state never sees others, and
+        outputs there are zero.
+
+        Args:
+            fresh: whether rows start from nothing; otherwise from the states.
+        """
+        count = len(self.parts)
+
+        def run(length: Tensor, *given: Tensor) -> Tensor:
+            return self._run_prompt(length, given[:-count], given[-count:], fresh)
+
+        def fake(length: Tensor, *given: Any) -> Tensor:
+            return self.fake(*given[:-count])
+
+        name = f"recurrence_{self.index}_of_{'prompt' if fresh else 'turn'}"
+        run.changes_states = True  # type: ignore[attr-defined]  # for the check that each state is
+        return named_call(run, fake, name, __name__)
+
+    def _run_prompt(self, length: Tensor, inputs: Sequence[Tensor], held: Sequence[Tensor], fresh: bool) -> Tensor:
+        """Rows of equal length go together, so that no row's state sees padding."""
+        rows, tokens = inputs[0].shape[:2]
+        out = inputs[0].new_zeros((rows, tokens, self.width))
+        lengths = length.tolist()
+        if fresh:
+            for state in held:
+                state.zero_()
+        for count in sorted({count for count in lengths if count}):
+            chosen = torch.tensor([row for row in range(rows) if lengths[row] == count], device=out.device)
+            part = [_rows_of(values, chosen, count) for values in inputs]
+            if fresh:
+                made, states = self.begin(part)
+            else:
+                made, states = self.go_on(part, [state[chosen] for state in held])
+            out[chosen, :count] = made
+            for state, new in zip(held, states, strict=True):
+                state[chosen] = new
+        return out
+
+
+def _rows_of(values: Tensor, chosen: Tensor, count: int) -> Tensor:
+    """The first tokens of some rows; where all rows share what is given, so do these."""
+    return values[:, :count] if values.shape[0] == 1 else values[chosen, :count]
