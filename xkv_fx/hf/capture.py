@@ -29,7 +29,7 @@ from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.hf.attention_entry import CAPTURED_NAME, NAME
 from xkv_fx.hf.inspect import TransformersFacts, nothing_to_budget, read_model
 from xkv_fx.hf.probe import logits_of, probe
-from xkv_fx.hf.recurrences import keeps_states, replace_recurrences, with_step
+from xkv_fx.hf.recurrences import attends, keeps_states, replace_recurrences, with_step
 from xkv_fx.hf.shadow import shadow
 from xkv_fx.hf.tensor_parallel import use_shards
 from xkv_fx.layers import LayerSpec
@@ -125,6 +125,8 @@ def _twin_of(source: PreTrainedModel, facts: TransformersFacts) -> _Twin:
 
 def _hybrid_twin(source: PreTrainedModel, facts: TransformersFacts) -> _Twin:
     """A shadow of a model some of whose layers mix tokens by a state instead of attention."""
+    if not attends(source):
+        raise nothing_to_budget(facts.name)
     if facts.shard != UNSHARDED:
         raise UnsupportedModelError(
             f"{facts.name} is split among processes and has recurrent layers, whose states are not split with them; "
@@ -133,8 +135,6 @@ def _hybrid_twin(source: PreTrainedModel, facts: TransformersFacts) -> _Twin:
     twin = shadow(source, facts, NAME)
     recurrences = replace_recurrences(twin, facts)
     attentions = probe(twin, facts)
-    if not recurrences.attentions:
-        raise nothing_to_budget(facts.name)
     if not attentions.count:
         raise UnsupportedModelError(
             f"{facts.name} has recurrent layers, and attention that does not go through transformers' attention "

@@ -16,7 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from xkv_fx.capture.check import tolerance
 from xkv_fx.capture.export import export_step, refusing
@@ -48,6 +48,11 @@ class Recurrences:
 def keeps_states(model: PreTrainedModel) -> bool:
     """Whether transformers' own cache for a model has layers for recurrent or convolution states."""
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers)
+
+
+def attends(model: PreTrainedModel) -> bool:
+    """Whether transformers' own cache for a model has layers for keys and values."""
+    return any(isinstance(layer, CacheLayerMixin) for layer in DynamicCache(config=model.config).layers)
 
 
 def replace_recurrences(twin: PreTrainedModel, facts: TransformersFacts) -> Recurrences:
