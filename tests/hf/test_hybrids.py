@@ -9,6 +9,7 @@ import hybrid_models
 import pytest
 import torch
 from batches import padded
+from by_hand import default_recent, survivors
 from hybrid_models import FAMILIES, ForgettingModel, feed, kept_by, logits_of, step, tokens, transformed
 from ready_models import FULL
 from safetensors import safe_open
@@ -209,6 +210,36 @@ def test_tight_budgets_against_transformers_with_tokens_taken_away(family: str, 
             ]
             close(ours, oracle.feed(new, reached))
         place += size
+
+
+READ_AGAIN = Policy(scorer="reconstruction", scorer_options={"instruction": "5 6"})
+
+
+def test_a_second_reading_does_not_move_a_state() -> None:
+    count = len(hybrid_models.captured("qwen3_next").layers)
+    llm = transformed("qwen3_next", Budgets((FULL,) * count, READ_AGAIN))
+    ids = tokens(1, 40)
+    session, whole = llm.new_session(), logits_of("qwen3_next", ids)
+    close(feed(llm, session, ids[:, :11]), whole[:, :11])
+    close(step(llm, session, ids[:, 11:12]), whole[:, 11:12])
+    close(feed(llm, session, ids[:, 12:30]), whole[:, 12:30])
+    close(step(llm, session, ids[:, 30:31]), whole[:, 30:31])
+
+
+def test_a_second_reading_sees_what_the_states_became() -> None:
+    """Who survives, from the attention that transformers reports when it is fed both readings."""
+    source = hybrid_models.model("qwen3_next")
+    ids = tokens(1, 24)
+    twice = torch.cat((ids, torch.tensor([[5, 6]]), ids), 1)
+    with torch.no_grad():
+        reported = source(twice, output_attentions=True, use_cache=False).attentions
+    attentions = [weights[0] for weights in reported if weights is not None]
+    llm = transformed("qwen3_next", Budgets((9,) * len(attentions), READ_AGAIN))
+    session = llm.new_session()
+    feed(llm, session, ids)
+    for kept, weights in zip(kept_by(session), attentions, strict=True):
+        paid = weights[:, 26:, :24].unflatten(0, (2, -1)).amax((1, 2))
+        assert kept == survivors(paid, 9, default_recent(9))
 
 
 # Bytes, files, refusals

@@ -111,46 +111,56 @@ class Recurrence:
         return tuple(torch.zeros((rows, *part.shape), dtype=part.dtype, device=device) for part in self.parts)
 
     def prompt_call(self, fresh: bool) -> Callable[..., Tensor]:
-        """What graphs of prompts call: `(length, *inputs, *states)` -> output `[rows, S, width]`, the states changed in
-        place. `length` `[rows]` are the valid tokens, which come first in each row; the state never sees others, and
-        outputs there are zero.
+        """What graphs of prompts call: `(kept, fed, *inputs, *states)` -> output `[rows, S, width]`, the states changed
+        in place.
+
+        `fed` `[rows]` are the valid tokens, which come first in each row; outputs elsewhere are zero. The states end up
+        behind the first `kept` of them.
 
         Args:
             fresh: whether rows start from nothing; otherwise from the states.
         """
         count = len(self.parts)
 
-        def run(length: Tensor, *given: Tensor) -> Tensor:
-            return self._run_prompt(length, given[:-count], given[-count:], fresh)
+        def run(kept: Tensor, fed: Tensor, *given: Tensor) -> Tensor:
+            return self._run_prompt(kept, fed, given[:-count], given[-count:], fresh)
 
-        def fake(length: Tensor, *given: Any) -> Tensor:
+        def fake(kept: Tensor, fed: Tensor, *given: Any) -> Tensor:
             return self.fake(*given[:-count])
 
         name = f"recurrence_{self.index}_of_{'prompt' if fresh else 'turn'}"
         run.changes_states = True  # type: ignore[attr-defined]  # for the check that each state is
         return named_call(run, fake, name, __name__)
 
-    def _run_prompt(self, length: Tensor, inputs: Sequence[Tensor], held: Sequence[Tensor], fresh: bool) -> Tensor:
-        """Rows of equal length go together, so that no row's state sees padding."""
+    def _run_prompt(
+        self, kept: Tensor, fed: Tensor, inputs: Sequence[Tensor], held: Sequence[Tensor], fresh: bool
+    ) -> Tensor:
+        """Rows of equal lengths go together, so that no row's state sees padding."""
         rows, tokens = inputs[0].shape[:2]
         out = inputs[0].new_zeros((rows, tokens, self.width))
-        lengths = length.tolist()
+        lengths = list(zip(kept.tolist(), fed.tolist(), strict=True))
         if fresh:
             for state in held:
                 state.zero_()
-        for count in sorted({count for count in lengths if count}):
-            chosen = torch.tensor([row for row in range(rows) if lengths[row] == count], device=out.device)
-            part = [_rows_of(values, chosen, count) for values in inputs]
+        for pair in sorted(set(lengths)):
+            first, total = pair
+            if not first:
+                continue
+            chosen = torch.tensor([row for row in range(rows) if lengths[row] == pair], device=out.device)
+            part = [_rows_of(values, chosen, 0, first) for values in inputs]
             if fresh:
                 made, states = self.begin(part)
             else:
                 made, states = self.go_on(part, [state[chosen] for state in held])
-            out[chosen, :count] = made
+            out[chosen, :first] = made
             for state, new in zip(held, states, strict=True):
                 state[chosen] = new
+            if total > first:
+                again = [_rows_of(values, chosen, first, total) for values in inputs]
+                out[chosen, first:total] = self.go_on(again, states)[0]
         return out
 
 
-def _rows_of(values: Tensor, chosen: Tensor, count: int) -> Tensor:
-    """The first tokens of some rows; where all rows share what is given, so do these."""
-    return values[:, :count] if values.shape[0] == 1 else values[chosen, :count]
+def _rows_of(values: Tensor, chosen: Tensor, start: int, stop: int) -> Tensor:
+    """Some tokens of some rows; where all rows share what is given, so do these."""
+    return values[:, start:stop] if values.shape[0] == 1 else values[chosen, start:stop]

@@ -13,7 +13,7 @@ from xkv_fx.passes.analyses.find_recurrence import RecurrenceSite, recurrence_si
 from xkv_fx.passes.analyses.find_rotation import unrotated_inputs
 from xkv_fx.passes.tools.graph import add_input, emit, splice
 from xkv_fx.passes.tools.inline import inline
-from xkv_fx.passes.tools.roles import LENGTH, find_role, give_role, with_role
+from xkv_fx.passes.tools.roles import FED, LENGTH, find_role, give_role, with_role
 from xkv_fx.runtime.scorers import Scorer
 from xkv_fx.runtime.state import Attention, BorrowedState, CachePlan, GraphKind, LayerState
 
@@ -61,6 +61,11 @@ class GraphBuild:
     @property
     def length(self) -> Node:
         return with_role(self.graph, LENGTH) if self._length is None else self._length
+
+    @property
+    def fed(self) -> Node:
+        found = find_role(self.graph, FED)
+        return self.length if found is None else found
 
     def state_of(self, site: AttentionSite) -> LayerState:
         """What an attention reads: its own cache, or an earlier one's."""

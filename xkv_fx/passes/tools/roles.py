@@ -12,6 +12,8 @@ from xkv_fx.errors import PassError
 _ROLE = "xkv_role"
 LENGTH = "length"
 """int64 `[rows]`, the valid tokens of each row in a graph of prompts."""
+FED = "fed"
+"""As `LENGTH`, of all tokens that the graph is fed, where it reads a text again and keeps the first reading alone."""
 VALID = "valid"
 """The input that says which tokens are not padding, bool `[rows, S]`."""
 

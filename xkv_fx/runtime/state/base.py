@@ -94,6 +94,7 @@ class Build(Protocol):
         states: all states of the plan.
         scorer: what ranks tokens; in graphs of prompts.
         length: int64 `[rows]`, valid ones among the new tokens; in graphs of prompts.
+        fed: the same with those that are read again behind them and not kept, where there are such.
     """
 
     @property
@@ -102,6 +103,8 @@ class Build(Protocol):
     def scorer(self) -> Scorer: ...
     @property
     def length(self) -> Value: ...
+    @property
+    def fed(self) -> Value: ...
 
     def held(self, state: LayerState) -> Mapping[str, Value]:
         """A state's buffers, by field."""

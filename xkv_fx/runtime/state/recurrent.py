@@ -52,7 +52,7 @@ class RecurrentState(LayerState):
         name = f"recurrence_{self.index}"
         if kind != "decode":
             run = recurrence.prompt_call(fresh=kind == "prefill")
-            return build.emit(run, build.length, *site.inputs, *held, name=name)
+            return build.emit(run, build.length, build.fed, *site.inputs, *held, name=name)
         out, *states = build.splice(recurrence.step, (*site.inputs, *held), name)
         for state, new in zip(held, states, strict=True):
             build.emit(aten.copy_.default, state, new)
