@@ -73,8 +73,11 @@ def test_strings_end_a_generation(pair: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"assistant_model": "model"}, r"leave assistant_model and prompt_lookup_num_tokens out"),
-        ({"prompt_lookup_num_tokens": 3}, r"leave assistant_model and prompt_lookup_num_tokens out"),
+        ({"assistant_model": "model"}, r"leave assistant_model out"),
+        ({"prompt_lookup_num_tokens": 3}, r"leave prompt_lookup_num_tokens out"),
+        ({"assistant_early_exit": 1}, r"leave assistant_early_exit out"),
+        ({"use_mtp": True}, r"leave use_mtp out"),
+        ({"generation_config": transformers.GenerationConfig(prompt_lookup_num_tokens=2)}, r"leave prompt_lookup_num"),
         ({"cache_implementation": "static"}, r"leave it out, or set it to None in the generation_config"),
         ({"output_attentions": True}, r"output_attentions is not supported"),
         ({"is_causal": False}, r"unknown arguments: is_causal"),

@@ -28,6 +28,9 @@ from xkv_fx.runtime.session import refuse_rows_of_padding
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer", "assistant_model", "streamer", "synced_gpus")
 """Arguments of `generate` that transformers hands on to the model, and that its own models ignore."""
 
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+"""Options of `generate` that choose assisted generation."""
+
 
 class BudgetedLM(Budgeted, GenerationMixin):
     """What `xkv_fx.transform` makes of a transformers model."""
@@ -148,15 +151,17 @@ class BudgetedLM(Budgeted, GenerationMixin):
                 room for.
             SessionError: see `forward`; and for a conversation that does not begin with what its session was fed.
         """
-        if getattr(kwargs.get("generation_config"), "is_assistant", False):
+        if kwargs.get("is_assistant") or getattr(kwargs.get("generation_config"), "is_assistant", False):
             raise SessionError(
                 "a transformed model cannot be the assistant_model of another: tokens that are turned down would have "
                 "to be taken back from its cache; give the model that it was made from"
             )
-        if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None:
+        config = kwargs.get("generation_config") or self.generation_config
+        assisted = [name for name in _ASSISTED if kwargs.get(name, getattr(config, name, None))]
+        if assisted:
             raise SessionError(
-                "assisted generation takes tokens back, which a budgeted cache cannot; leave assistant_model and "
-                "prompt_lookup_num_tokens out"
+                "assisted generation takes tokens back, which a budgeted cache cannot; leave "
+                f"{' and '.join(assisted)} out"
             )
         if kwargs.get("position_ids") is not None:
             raise PromptError("leave position_ids out: the session counts the valid tokens of each row")

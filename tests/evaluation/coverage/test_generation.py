@@ -1,0 +1,47 @@
+"""Every argument of transformers' generate and every name of its Cache was decided about, and is right or refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from xkv_fx.evaluation.coverage.generation import (
+    Answer,
+    Pair,
+    Verdict,
+    _compared,
+    argument_names,
+    as_text,
+    cache_names,
+)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return Pair()
+
+
+@pytest.mark.parametrize("name", argument_names())
+def test_arguments_of_generate(pair: Pair, name: str) -> None:
+    verdict = pair.judge_argument(name)
+    assert verdict.outcome not in ("failed", "not tried"), verdict.reason
+    if verdict.outcome == "refused":
+        assert verdict.reason
+
+
+@pytest.mark.parametrize("name", cache_names())
+def test_names_of_cache(pair: Pair, name: str) -> None:
+    verdict = pair.judge_name(name)
+    assert verdict.outcome not in ("failed", "not tried"), verdict.reason
+
+
+def test_what_differs_is_seen() -> None:
+    wrong = ValueError("not theirs")
+    assert _compared("name", Answer(1), Answer(2)).outcome == "failed"
+    assert _compared("name", Answer(1), Answer(error=wrong)).outcome == "failed"
+    assert _compared("name", Answer(error=wrong), Answer(2)) == Verdict("name", "failed", "ValueError: not theirs")
+
+
+def test_the_text() -> None:
+    said = as_text("argument", [Verdict("a", "right"), Verdict("b", "refused", "no | way"), Verdict("c", "right")])
+    assert said.splitlines()[0] == "Right: `a`, `c`."
+    assert said.splitlines()[-1] == "| `b` | refused | no / way |"
