@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from latent_models import deepseek
 from tiny_models import FAMILIES
 from transformers import PreTrainedModel
 
@@ -30,7 +31,7 @@ def model(family: str = "llama", layers: int = 2) -> PreTrainedModel:
 
 @functools.cache
 def _model(family: str, layers: int) -> PreTrainedModel:
-    return FAMILIES[family](layers)
+    return deepseek(layers) if family == "deepseek" else FAMILIES[family](layers)
 
 
 def captured(family: str = "llama", layers: int = 3, rows: int = 2) -> CapturedModel:

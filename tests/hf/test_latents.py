@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import DynamicCache
 import xkv_fx
 from xkv_fx import Budgets, Policy
 from xkv_fx.compile_backend.dynamo_graph import _has_effects
+from xkv_fx.errors import BudgetError
 from xkv_fx.hf.capture import capture_source, layers_of_model
 from xkv_fx.hf.generation import BudgetedLM
 from xkv_fx.hf.inspect import read_model
@@ -103,6 +105,28 @@ def test_scorers_see_the_latents(llm: BudgetedLM, policy: Policy) -> None:
     tight = llm.with_budgets(Budgets(CAPACITIES, policy=policy))
     ids = tight.generate(TOKENS[:, :LENGTH], max_new_tokens=STEPS, prefill_chunk_size=24)
     assert ids.shape == (1, LENGTH + STEPS)
+
+
+def test_latents_in_fewer_bits_on_every_road(model: Any, llm: BudgetedLM, tmp_path: Path) -> None:
+    """Counted, calibrated, solved, saved in a plan, generated from, and exported: the same tokens everywhere."""
+    prompts, append = [TOKENS[0, :LENGTH]], Policy(eviction="append")
+    measured = xkv_fx.calibrate(model, prompts, policy=append, formats=("int8", "int4", "fp8"), continuation=4)
+    assert measured.pairs == (("int8", "int8"), ("fp8", "fp8"), ("int4", "int4"))
+    xkv_fx.solve(measured, kv_bytes=2000, max_new_tokens=STEPS).save(tmp_path / "plan.json")
+    assert 1900 < Budgets.load(tmp_path / "plan.json").kv_bytes(model, max_new_tokens=STEPS) <= 2000
+    plan = Budgets(CAPACITIES, append, formats=(("fp8", "fp8"), ("int4", "int4")))
+    stored = llm.with_budgets(plan, max_new_tokens=STEPS)
+    session = stored.new_session()
+    expected = stored.generate(TOKENS[:, :LENGTH], max_new_tokens=STEPS, past_key_values=session)
+    first, second = plan.slots(llm.layers, STEPS)
+    assert session.kv_bytes == stored.kv_bytes == first * (24 + 2) + second * (12 + 4)
+    assert plan.kv_bytes(model, max_new_tokens=STEPS) == stored.kv_bytes
+    assert "latent of 24 fp8" in stored.describe()
+    xkv_fx.export(stored, tmp_path / "engine", target="pt2")
+    engine = xkv_fx.load(tmp_path / "engine", trust=True)
+    assert torch.equal(engine.generate(TOKENS[:, :LENGTH], STEPS), expected)
+    with pytest.raises(BudgetError, match="layer 0 as int8 and its values as int4, but keys and values are one latent"):
+        llm.with_budgets(Budgets(CAPACITIES, formats=(("int8", "int4"), None)))
 
 
 class Paid(ExpectedAttention):

@@ -10,14 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from latent_models import deepseek
 from ready_models import cache_plan, captured
 from tiny_models import random_ids
 from torch import Tensor
 
-from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, SessionError
-from xkv_fx.hf.capture import capture
 from xkv_fx.lowering.program import CompiledProgram, Graphs
 from xkv_fx.policy import Eviction, Policy
 from xkv_fx.runtime.quantize import Coding
@@ -63,21 +60,16 @@ class PassedPlan(CachePlan):
     def caches(self) -> tuple[KVState, ...]:
         coded = CachePlan(self.layers, self.slots, self.rows, self.dtype, self.device, self.formats).caches
         return tuple(
-            PassedState(*(getattr(cache, field.name) for field in dataclasses.fields(PassedState)))
+            PassedState(**{field.name: getattr(cache, field.name) for field in dataclasses.fields(PassedState)})
             if isinstance(cache, CodedState)
             else cache
             for cache in coded
         )
 
 
-@functools.cache
-def of_latents() -> CapturedModel:
-    return capture(deepseek(3), rows=2, check=False)
-
-
 def sessions(family: str, policy: Policy, pairs: tuple[Any, ...], backend: str = "eager") -> tuple[Session, Session]:
     """One with slots of fewer bits, and one that says what it should compute."""
-    source = of_latents() if family == "deepseek" else captured(family, 3, 2)
+    source = captured(family, 3, 2)
     capacities = (64,) * 3 if policy.eviction == "none" else (12, 17, 14)
     plain = cache_plan(source, capacities, policy, max_new_tokens=9)
     scorer: Scorer = scorer_of(policy)

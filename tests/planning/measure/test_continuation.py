@@ -73,6 +73,14 @@ def test_one_pass_stores_as_decoding_one_by_one_does(family: str, eviction: str)
     torch.testing.assert_close(kl, decoded(family, (20, 9), eviction, formats), atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_one_pass_stores_latents_as_decoding_does(eviction: str) -> None:
+    formats = (("int4", "int4"), ("fp8", "fp8"))
+    budgets = Budgets((20, 9), Policy(eviction=eviction), formats=formats)  # type: ignore[arg-type]
+    (kl,) = full("deepseek").divergence([layer_plans(budgets, captured("deepseek", 2, 1).layers, NEW)])
+    torch.testing.assert_close(kl, decoded("deepseek", (20, 9), eviction, formats), atol=2e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_budgets_change_nothing(family: str) -> None:
     layers = captured(family, 2, 1).layers
