@@ -26,7 +26,7 @@ LEVELS = (
     ("files",),
     ("fields",),
     ("file_kinds",),
-    ("engine_settings", "formats", "policy", "sizes"),
+    ("engine_settings", "formats", "mean_keys", "policy", "sizes"),
     ("layers",),
     ("budgets",),
     ("runtime",),

@@ -17,6 +17,7 @@ from xkv_fx.formats import LayerFormats
 from xkv_fx.hf.capture import capture
 from xkv_fx.hf.generation import BudgetedLM
 from xkv_fx.lowering.program import CompiledProgram, Graphs, compile_program
+from xkv_fx.mean_keys import MeanKeys
 from xkv_fx.runtime.scorers import scorer_of
 from xkv_fx.runtime.slots import slot_plans
 from xkv_fx.runtime.state import CachePlan
@@ -79,7 +80,7 @@ def transformed(budgets: Budgets, rows: int = 1, family: str = "llama", max_new_
 def transform_again(budgets: Budgets, rows: int = 1, family: str = "llama", max_new_tokens: int = 0) -> BudgetedLM:
     """As `transformed`, but with graphs of its own that nobody has used."""
     source = captured(family, 2, rows)
-    plan = cache_plan(source, budgets.capacities, budgets.policy, max_new_tokens, budgets.formats)
+    plan = cache_plan(source, budgets.capacities, budgets.policy, max_new_tokens, budgets.formats, budgets.mean_keys)
     graphs = Graphs(source, plan, scorer_of(budgets.policy))
     return BudgetedLM(model(family).config, model(family).generation_config, budgets, CompiledProgram(graphs, "eager"))
 
@@ -98,8 +99,10 @@ def cache_plan(
     policy: Policy | None = None,
     max_new_tokens: int = 0,
     formats: tuple[LayerFormats | None, ...] | None = None,
+    mean_keys: MeanKeys | None = None,
 ) -> CachePlan:
     """The plan of a captured model's caches."""
-    budgets = Budgets(capacities, policy or Policy(), formats=formats)
-    slots = slot_plans(budgets, source.layers, max_new_tokens)
-    return CachePlan(source.layers, slots, source.rows, torch.float32, torch.device("cpu"), formats)
+    budgets = Budgets(capacities, policy or Policy(), formats=formats, mean_keys=mean_keys)
+    slots, means = slot_plans(budgets, source.layers, max_new_tokens), budgets.subtracted(source.layers)
+    cpu = torch.device("cpu")
+    return CachePlan(source.layers, slots, source.rows, torch.float32, cpu, formats, mean_keys=means)

@@ -6,15 +6,18 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import llama, random_ids
 
 import xkv_fx
 from xkv_fx import Budgets, Policy
-from xkv_fx.errors import BackendError, BudgetError, SessionError
+from xkv_fx.errors import BackendError, BudgetError, FileFormatError, SessionError
 
 MIXED = Budgets((12, 17), Policy(), formats=(("int8", "int4"), None))
+MEAN = np.random.default_rng(0).normal(0, 2, (2, 8))
+WITH_MEANS = dataclasses.replace(MIXED, mean_keys=(MEAN, MEAN))
 OPTIONS: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False}
 
 
@@ -48,7 +51,7 @@ def test_int8_of_every_token_is_nearly_the_full_cache() -> None:
 @pytest.mark.parametrize("formats", [MIXED.formats, (("fp8", "int4"), ("fp8", "fp8"))], ids=["int", "fp8"])
 def test_an_engine_and_a_compiled_model_generate_the_same(tmp_path: Path, formats: Any) -> None:
     model, ids = llama(2), random_ids(1, 30)
-    mixed = dataclasses.replace(MIXED, formats=formats)
+    mixed = dataclasses.replace(MIXED, formats=formats, mean_keys=(MEAN, MEAN))
     llm = xkv_fx.transform(model, mixed, backend="eager")
     expected = llm.generate(ids, **OPTIONS)
     xkv_fx.export(llm, tmp_path / "engine", target="pt2")
@@ -64,6 +67,12 @@ def test_an_engine_and_a_compiled_model_generate_the_same(tmp_path: Path, format
     cache = xkv_fx.Cache(compiled, mixed)
     assert torch.equal(compiled.generate(ids, past_key_values=cache, **OPTIONS), expected)
     assert cache.kv_bytes == mixed.kv_bytes(model)
+    coded = sum(pair is not None for pair in formats)
+    for described in (llm.describe(), cache.describe()):
+        assert f"mean keys     of {coded} layers, constants of the graphs ({64 * coded} bytes" in described
+    (tmp_path / "engine" / "constants.safetensors").write_bytes(b"other")
+    with pytest.raises(FileFormatError, match=r"constants\.safetensors: .*not the plan's constants"):
+        xkv_fx.load(tmp_path / "engine", trust=True)
 
 
 def test_plans_of_other_formats_do_not_share_sessions(tmp_path: Path) -> None:

@@ -9,23 +9,36 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from xkv_fx.engine_settings import engine_settings
 from xkv_fx.errors import BudgetError, FileFormatError, ModelMismatchError
-from xkv_fx.fields import ANYTHING, DOCUMENT, LIST, Fields, check_fields
+from xkv_fx.fields import ANYTHING, DOCUMENT, LIST, OBJECT, Fields, check_fields
 from xkv_fx.file_kinds import read_as
 from xkv_fx.files import check_format, is_finite, is_int, read_json, write_json
-from xkv_fx.formats import LayerFormats, checked_formats
+from xkv_fx.formats import LayerFormats, checked_formats, codes_keys
 from xkv_fx.layers import HasItemSize, Layers, layers_of
+from xkv_fx.mean_keys import (
+    MeanKeys,
+    check_fits,
+    checked_mean_keys,
+    of_part,
+    read_constants,
+    reference_to,
+    write_constants,
+)
 from xkv_fx.policy import Policy
 
 FORMAT = "xkv_fx.budgets"
-FORMAT_VERSION = 3  # version 1 has no formats, version 2 no bytes and sliding windows in its provenance
+FORMAT_VERSION = 3  # version 1 has no formats, 2 no constants, and no bytes and sliding windows in its provenance
+CONSTANTS = "constants.safetensors"
+"""The file of a plan's constants, where nothing else names it."""
 # Each part checks its own fields.
 _FIELDS: Fields = {**DOCUMENT, **dict.fromkeys(("capacities", "policy", "provenance"), ANYTHING)}
 _WITH_FORMATS: Fields = {**_FIELDS, "formats": LIST}
-_FIELDS_OF: Mapping[int, Fields] = {1: _FIELDS, 2: _WITH_FORMATS, 3: _WITH_FORMATS}
+_WITH_CONSTANTS: Fields = {**_WITH_FORMATS, "constants": OBJECT}
+_FIELDS_OF: Mapping[int, Fields] = {1: _FIELDS, 2: _WITH_FORMATS, 3: _WITH_CONSTANTS}
 
 
 _BYTES = ("kv_bytes", "full_kv_bytes")
@@ -137,16 +150,20 @@ class Plan:
         provenance: how the plan was made.
         formats: how each layer stores its slots: a pair of names of `xkv_fx.formats`, of its keys and of its values,
             or None for the model's dtype; None as a whole if all layers do.
+        mean_keys: what is subtracted from each layer's keys before they are stored in fewer bits: a `MeanKey` or its
+            numbers, float32 `[kv_heads, key_dim]`, or None for nothing. None as a whole if nothing is subtracted
+            anywhere, or no layer stores its keys in fewer bits.
 
     Raises:
-        BudgetError: no layers, a capacity that is not a whole number of at least 1, or formats that are unknown or not
-            one pair for each capacity.
+        BudgetError: no layers, a capacity that is not a whole number of at least 1, or formats or mean keys that are
+            unknown or not one for each capacity.
     """
 
     capacities: tuple[int, ...]
     policy: Policy = dataclasses.field(default_factory=Policy)
     provenance: Provenance = Provenance()
     formats: tuple[LayerFormats | None, ...] | None = None
+    mean_keys: MeanKeys | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.capacities, str | bytes | bytearray) or not isinstance(self.capacities, Sequence):
@@ -169,6 +186,9 @@ class Plan:
                 f"the provenance has {len(windows)} sliding windows for {len(self.capacities)} capacities"
             )
         object.__setattr__(self, "formats", checked_formats(self.formats, len(self.capacities)))
+        means = checked_mean_keys(self.mean_keys, len(self.capacities))
+        coded = any(codes_keys(pair) for pair in self.layer_formats)
+        object.__setattr__(self, "mean_keys", means if coded else None)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
@@ -209,12 +229,32 @@ class Plan:
             for capacity, window in zip(self.capacities, windows, strict=True)
         )
 
+    def subtracted(self, layers: Layers, part: int = 0, parts: int = 1) -> MeanKeys | None:
+        """The mean key of each layer that stores its keys in fewer bits, None for the others; None where there is none.
+
+        Args:
+            part, parts: which of several processes that share out a model's KV heads asks, and how many they are;
+                `layers` are what its own part of the model caches.
+
+        Raises:
+            BudgetError: as `check_layers`, or mean keys of another number of heads.
+        """
+        self.check_layers(layers)
+        if self.mean_keys is None:
+            return None
+        planned = zip(self.mean_keys, layers_of(layers), self.layer_formats, strict=True)
+        means = [
+            None if mean is None or not codes_keys(pair) else of_part(mean, layer, spec.kv_heads, part, parts)
+            for layer, (mean, spec, pair) in enumerate(planned)
+        ]
+        return checked_mean_keys(means, len(means))
+
     def check_layers(self, layers: Layers, model: str | None = None) -> None:
         """Check that this plan fits a model with these layers and, where both are known, this fingerprint.
 
         Raises:
-            BudgetError: the number of capacities differs from the number of layers, or a layer cannot be stored in
-                its formats.
+            BudgetError: the number of capacities differs from the number of layers, a layer cannot be stored in its
+                formats, or has other keys than its mean key.
             ModelMismatchError: the plan was made for another model.
         """
         specs = layers_of(layers)
@@ -232,6 +272,9 @@ class Plan:
             except BudgetError as error:
                 stored = f"the plan stores keys of layer {layer} as {pair[0]} and its values as {pair[1]}"
                 raise BudgetError(f"{stored}, but {error}") from error
+        for layer, (spec, mean) in enumerate(zip(specs, self.mean_keys or (), strict=False)):
+            if mean is not None:
+                check_fits(mean, layer, spec.kv_heads, spec.key_dim)
         planned_for = self.provenance.model
         if planned_for is not None and model is not None and planned_for != model:
             raise ModelMismatchError(
@@ -277,14 +320,24 @@ class Plan:
         return sum(slots * spec.slot_bytes(dtype, formats) for slots, spec, formats in planned) * batch_size
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON; the file appears whole or not at all."""
-        write_json(path, self.to_dict())
+        """Write the plan as JSON; the file appears whole or not at all.
 
-    def to_dict(self) -> dict[str, Any]:
+        The constants of a plan that has any are written before it, beside it: those of `budgets.json` as
+        `budgets.json.safetensors`. The JSON names that file and its SHA-256.
+        """
+        constants = f"{Path(path).name}.safetensors"
+        if self.mean_keys is not None:
+            write_constants(Path(path).parent / constants, self.mean_keys)
+        write_json(path, self.to_dict(constants))
+
+    def to_dict(self, constants: str = CONSTANTS) -> dict[str, Any]:
         """The plan as JSON's types.
 
         It is written as the oldest version that can say all of it, so that older readers can read what they understand,
-        and refuse a plan with formats instead of storing its slots in the wrong one.
+        and refuse a plan with formats or constants instead of storing its slots in the wrong way.
+
+        Args:
+            constants: the name of the file that holds the constants, if there are any.
         """
         provenance = self.provenance.to_dict()
         data = {
@@ -297,6 +350,8 @@ class Plan:
         if self.formats is not None:
             formats = [None if pair is None else list(pair) for pair in self.formats]
             data = {**data, "version": 2, "formats": formats}
+        if self.mean_keys is not None:
+            return {**data, "version": 3, "constants": reference_to(constants, self.mean_keys)}
         return {**data, "version": 3} if any(name in provenance for name in _SINCE_VERSION_3) else data
 
     def to(self, engine: str, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
@@ -331,26 +386,31 @@ class Plan:
         """Read a plan that `save` wrote.
 
         Raises:
-            FileFormatError: not a plan, damaged, or of a newer format; the message names the file.
+            FileFormatError: not a plan, damaged, of a newer format, or without its constants; the message names the
+                file.
             MissingFileError: no such file.
         """
         with read_as(path, FORMAT):
             data = read_json(path, FORMAT, FORMAT_VERSION)
         try:
-            return cls.from_dict(data)
+            return cls.from_dict(data, Path(path).parent)
         except (FileFormatError, BudgetError) as error:
             raise FileFormatError(f"{os.fspath(path)}: {error!s:.1000}") from error
 
     @classmethod
-    def from_dict(cls, data: Any) -> Self:
+    def from_dict(cls, data: Any, folder: str | os.PathLike[str] | None = None) -> Self:
         """The plan that `to_dict` gave.
 
+        Args:
+            folder: where the file of its constants lies, if it has any.
+
         Raises:
-            FileFormatError, BudgetError: `data` is not a plan; the message names no file.
+            FileFormatError, BudgetError: `data` is not a plan, or its constants are not there; the message names no
+                file but that of the constants.
         """
         check_format(data, FORMAT, FORMAT_VERSION)
         version = data["version"]
-        may_lack = _FIELDS if version < 3 else _WITH_FORMATS  # version 2 was for plans with formats alone
+        may_lack = _FIELDS if version < 3 else _WITH_CONSTANTS  # version 2 was for plans with formats alone
         check_fields(data, _FIELDS_OF[version], "the plan", optional=may_lack, unknown="fields")
         capacities = data.get("capacities")
         if not isinstance(capacities, list):
@@ -360,7 +420,16 @@ class Plan:
             Policy.from_dict(data.get("policy")),
             Provenance.from_dict(data.get("provenance", {})),
             data.get("formats"),
+            _constants_of(data, folder, len(capacities)),
         )
+
+
+def _constants_of(data: Mapping[str, Any], folder: str | os.PathLike[str] | None, layers: int) -> MeanKeys | None:
+    if "constants" not in data:
+        return None
+    if folder is None:
+        raise FileFormatError("the plan's constants lie in a file of their own; say in which folder")
+    return read_constants(data["constants"], folder, layers)
 
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)

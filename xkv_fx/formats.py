@@ -79,6 +79,11 @@ def check_latent(pair: LayerFormats) -> None:
         )
 
 
+def codes_keys(pair: LayerFormats | None) -> bool:
+    """Whether a layer stores its keys in another format than the model's dtype."""
+    return pair is not None and pair[0] != "model"
+
+
 def pair_name(pair: LayerFormats | None) -> str:
     """The formats of a layer in a word: `int8`, or `int8/int4` where keys and values differ."""
     keys, values = pair or _IN_MODEL

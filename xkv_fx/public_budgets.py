@@ -25,10 +25,13 @@ class Budgets(Plan):
         formats: how each layer stores its slots: a pair of names (`"model"`, `"fp8"`, `"int8"`, `"int4"`), of its keys
             and of its values, or None for the model's dtype; None as a whole if all layers do. Latents are keys and
             values at once, and have one format for both.
+        mean_keys: what is subtracted from each layer's keys before they are stored in fewer bits, as `calibrate`
+            measured it: a `MeanKey` (its `values` are float32 `[kv_heads, key_dim]`), or None for nothing. None as a
+            whole if nothing is subtracted anywhere, or no layer stores its keys in fewer bits.
 
     Raises:
-        BudgetError: no layers, a capacity that is not a whole number of at least 1, or formats that are unknown or not
-            one pair for each capacity.
+        BudgetError: no layers, a capacity that is not a whole number of at least 1, or formats or mean keys that are
+            unknown or not one for each capacity.
     """
 
     def kv_bytes(

@@ -13,7 +13,7 @@ from oracles.attention_loops import attend
 from oracles.scores import snapkv_scores_reference
 from oracles.selection import keep
 from oracles.slots import reference_slot
-from xkv_fx.formats import LayerFormats
+from xkv_fx.planning.measure.held import Storing
 from xkv_fx.policy import EVICTIONS
 from xkv_fx.runtime.quantize import Coding
 from xkv_fx.runtime.slots import EMPTY, SlotPlan
@@ -22,9 +22,11 @@ from xkv_fx.runtime.slots import EMPTY, SlotPlan
 class Slots:
     """What one layer holds: `k`, `v` `[1, kv_heads, slots, dim]`, and for each head the ordinals in them."""
 
-    def __init__(self, plan: SlotPlan | None, formats: LayerFormats | None, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def __init__(self, plan: SlotPlan | None, storing: Storing | None, q: Tensor, k: Tensor, v: Tensor) -> None:
         """As a prefill with these queries, keys and values leaves it."""
-        self.formats, tokens = formats or ("model", "model"), k.shape[2]
+        storing, tokens = Storing(("model", "model")) if storing is None else storing, k.shape[2]
+        self.formats, mean = storing.formats, storing.mean_key
+        self.mean = torch.zeros(()) if mean is None else torch.tensor(mean.values)[:, None]
         room = tokens + 64
         self.plan = SlotPlan(room, room, tokens, 0, "append") if plan is None else plan
         self.k, self.v = (part.new_zeros((*part.shape[:2], self.plan.slots, part.shape[3])) for part in (k, v))
@@ -43,7 +45,8 @@ class Slots:
         """Keys and values as they come back from the slots."""
         codings = (None if name == "model" else Coding.of(name, k.shape[-1]) for name in self.formats)
         keys, values = (
-            part if coding is None else coding.passed(part) for coding, part in zip(codings, (k, v), strict=True)
+            part if coding is None else coding.passed(part - mean) + mean
+            for coding, part, mean in zip(codings, (k, v), (self.mean, 0.0), strict=True)
         )
         return keys, values
 
@@ -64,7 +67,7 @@ def continue_over_slots(
     model: LlamaForCausalLM,
     ids: Tensor,
     new: int,
-    plans: Sequence[tuple[SlotPlan | None, LayerFormats | None]],
+    plans: Sequence[tuple[SlotPlan | None, Storing | None]],
 ) -> Tensor:
     """Logits of the last `new` of the tokens `[1, S + new]`, decoded one by one: `[new, vocabulary]`.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xkv_fx.errors import BudgetError, SessionError
 from xkv_fx.lowering.program import CompiledProgram, Graphs
+from xkv_fx.mean_keys import MeanKey
 from xkv_fx.policy import Eviction, Policy
 from xkv_fx.runtime.quantize import Coding
 from xkv_fx.runtime.scorers import Scorer, scorer_of
@@ -39,12 +40,17 @@ class PassedState(KVState):
     """Slots in the model's dtype, of tokens that have passed through a coding when they were written."""
 
     formats: Any = ("model", "model")
+    mean_key: MeanKey | None = None
 
     def _passed(self, build: Build, attention: Any) -> Any:
         made = {}
         for field, name, node in zip("kv", self.formats, (attention.k, attention.v), strict=True):
             size = node.meta["val"].shape[-1]
-            made[field] = node if name == "model" else build.inline(Coding.of(name, size).passed, node)
+            made[field] = node
+            if name != "model":
+                coding = Coding.of(name, size)
+                with_mean = field == "k" and self.mean_key is not None
+                made[field] = build.inline(functools.partial(passed, coding) if with_mean else coding.passed, node)
         return dataclasses.replace(attention, **made)
 
     def _keep(self, build: Build, attention: Attention, scores: Value, fresh: bool) -> None:
@@ -54,11 +60,21 @@ class PassedState(KVState):
         return super().decode(build, self._passed(build, attention))
 
 
+def mean_key(kv_heads: int = 2, key_dim: int = 8) -> Tensor:
+    """Far from 0, and other for each head and channel."""
+    return 3 * torch.sin(torch.arange(kv_heads * key_dim, dtype=torch.float32)).view(kv_heads, key_dim)
+
+
+def passed(coding: Coding, keys: Tensor) -> Tensor:
+    mean = mean_key(keys.shape[1], keys.shape[3])[:, None]
+    return coding.passed(keys - mean) + mean
+
+
 @dataclasses.dataclass(frozen=True)
 class PassedPlan(CachePlan):
     @functools.cached_property
     def caches(self) -> tuple[KVState, ...]:
-        coded = CachePlan(self.layers, self.slots, self.rows, self.dtype, self.device, self.formats).caches
+        coded = CachePlan(*(getattr(self, field.name) for field in dataclasses.fields(CachePlan))).caches
         return tuple(
             PassedState(**{field.name: getattr(cache, field.name) for field in dataclasses.fields(PassedState)})
             if isinstance(cache, CodedState)
@@ -66,15 +82,23 @@ class PassedPlan(CachePlan):
             for cache in coded
         )
 
+    @functools.cached_property
+    def constants(self) -> Any:
+        return dict.fromkeys(self.states, ())
 
-def sessions(family: str, policy: Policy, pairs: tuple[Any, ...], backend: str = "eager") -> tuple[Session, Session]:
+
+def sessions(
+    family: str, policy: Policy, pairs: tuple[Any, ...], backend: str = "eager", means: bool = False
+) -> tuple[Session, Session]:
     """One with slots of fewer bits, and one that says what it should compute."""
     source = captured(family, 3, 2)
     capacities = (64,) * 3 if policy.eviction == "none" else (12, 17, 14)
     plain = cache_plan(source, capacities, policy, max_new_tokens=9)
     scorer: Scorer = scorer_of(policy)
+    mean_keys = tuple(MeanKey(mean_key(spec.kv_heads, spec.key_dim).numpy()) for spec in plain.layers)
     given = (plain.layers, plain.slots, plain.rows, plain.dtype, plain.device, pairs)
-    ours, theirs = CachePlan(*given), PassedPlan(*given)
+    constants = {"mean_keys": mean_keys if means else None}
+    ours, theirs = CachePlan(*given, **constants), PassedPlan(*given, **constants)
     return tuple(  # type: ignore[return-value]
         Session(CompiledProgram(Graphs(source, plan, scorer), name))
         for plan, name in ((ours, backend), (theirs, "eager"))
@@ -103,6 +127,30 @@ def assert_same(ours: Session, theirs: Session) -> None:
 @pytest.mark.parametrize("eviction", ["ring", "scored", "append", "none"])
 def test_every_eviction(eviction: Eviction, pair: str) -> None:
     assert_same(*sessions("llama", Policy(eviction=eviction), (PAIRS[pair],) * 3))
+
+
+@pytest.mark.parametrize(
+    ("family", "eviction"), [("llama", "append"), ("gemma2", "scored"), ("gpt_oss", "append"), ("deepseek", "append")]
+)
+def test_mean_keys_change_codes_and_nothing_else(family: str, eviction: Eviction) -> None:
+    """Softcaps, sink logits, windows, latents that are values too, and turns whose logits meet those of the slots."""
+    pair = PAIRS["int8" if family == "deepseek" else "int8/int4"]
+    assert_same(*sessions(family, Policy(eviction=eviction), (pair,) * 3, means=True))
+
+
+@pytest.mark.parametrize("scorer", ["key_diff", "expected_attention", "h2o"])
+def test_scorers_see_whole_keys(scorer: str) -> None:
+    assert_same(*sessions("llama", Policy(scorer=scorer), (PAIRS["int8"], None, PAIRS["int4"]), means=True))
+
+
+def test_graphs_share_the_constants() -> None:
+    ours, _ = sessions("llama", Policy(), (PAIRS["int8"], None, PAIRS["int4"]), means=True)
+    graphs = ours.program.graphs  # type: ignore[attr-defined]
+    for layer in (0, 2):
+        of_graphs = [getattr(graph, f"key_mean_{layer}") for graph in (graphs.prefill, graphs.extend, graphs.decode)]
+        assert torch.equal(of_graphs[0], mean_key())
+        assert len({tensor.data_ptr() for tensor in of_graphs}) == 1
+        assert not hasattr(graphs.decode, "key_mean_1")
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "mistral"])

@@ -90,8 +90,9 @@ class Cache(SessionCache):
         layers = layers_of_source(source, facts)
         budgets.check_layers(layers, facts.fingerprint)
         slots = slot_plans(budgets, layers, max_new_tokens)
+        reading, means = reading_of(scorer_of(budgets.policy)), budgets.subtracted(layers)
         plan = CachePlan(
-            layers, slots, batch_size, facts.dtype, facts.device, budgets.formats, reading_of(scorer_of(budgets.policy))
+            layers, slots, batch_size, facts.dtype, facts.device, budgets.formats, reading, mean_keys=means
         )
         if not over_limit:
             check_limit(budgets, plan, max_new_tokens)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from xkv_fx.budgets import CONSTANTS
 from xkv_fx.capture.export import UNBOUNDED
 from xkv_fx.engines.forms import forms_of
 from xkv_fx.engines.manifest import WEIGHTS, Manifest, inputs_of
@@ -22,6 +23,7 @@ from xkv_fx.engines.trace import SHORTEST
 from xkv_fx.errors import BackendError, EngineError, UnsupportedModelError
 from xkv_fx.files import folder_written_whole
 from xkv_fx.lowering.budgeted import Budgeted
+from xkv_fx.mean_keys import write_constants
 from xkv_fx.passes.analyses.known_tokens import known_tokens
 from xkv_fx.runtime.state import GraphKind
 
@@ -84,7 +86,9 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
                 packages=packages,
                 files={},
             )
-            manifest.check_before_files()
+            if llm.budgets.mean_keys is not None:
+                write_constants(part / CONSTANTS, llm.budgets.mean_keys)
+            manifest.check_before_files(part)
             for kind, form in forms.items():
                 key = manifest.package_key(kind)
                 build = form.write(programs.pop(kind), part / packages[kind].file, key, plan)

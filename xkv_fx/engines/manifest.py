@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from xkv_fx.budgets import Plan
+from xkv_fx.budgets import CONSTANTS, Plan
 from xkv_fx.engines.records import (
     DTYPES,
     LENGTH,
@@ -95,8 +95,9 @@ class Manifest:
         """
         slots = slot_plans(self.budgets, self.layers, self.room)
         device = torch.device(self.machine.device)
-        reading, formats = reading_of(scorer_of(self.budgets.policy)), self.budgets.formats
-        return CachePlan(self.layers, slots, self.batch_size, DTYPES[self.dtype], device, formats, reading)
+        budgets, dtype = self.budgets, DTYPES[self.dtype]
+        reading, means = reading_of(scorer_of(budgets.policy)), budgets.subtracted(self.layers)
+        return CachePlan(self.layers, slots, self.batch_size, dtype, device, budgets.formats, reading, mean_keys=means)
 
     def package_key(self, kind: GraphKind) -> str:
         """SHA-256 of all that a package was compiled for; the package holds it too."""
@@ -118,23 +119,31 @@ class Manifest:
         }
         if self.budgets.formats is not None:
             compiled_for["formats"] = self.budgets.formats
+        if self.budgets.mean_keys is not None:
+            compiled_for["mean_keys"] = [mean and mean.digest for mean in self.budgets.mean_keys]
         return hashlib.sha256(json.dumps(compiled_for, sort_keys=True).encode()).hexdigest()
 
     def with_files(self, files: Mapping[str, FileRecord]) -> Manifest:
         """The same manifest, with these files."""
         return dataclasses.replace(self, files=files)
 
-    def check_before_files(self) -> None:
-        """Refuse what `load` would refuse in this manifest, before anything is compiled and any file is written.
+    @property
+    def _needed(self) -> tuple[str, ...]:
+        """The files that the engine cannot do without."""
+        constants = () if self.budgets.mean_keys is None else (CONSTANTS,)
+        return (WEIGHTS, *constants, *(package.file for package in self.packages.values()))
+
+    def check_before_files(self, folder: Path) -> None:
+        """Refuse what `load` would refuse in this manifest, before anything is compiled and any file is written but the
+        plan's constants, which lie in the folder.
 
         Raises:
             EngineError: a field that a manifest may not have, or one that contradicts another.
         """
-        names = (WEIGHTS, *(package.file for package in self.packages.values()))
-        written = self.with_files(dict.fromkeys(names, FileRecord(0, "")))
+        written = self.with_files(dict.fromkeys(self._needed, FileRecord(0, "")))
         document = {"format": FORMAT, "version": FORMAT_VERSION, **written._to_dict()}
         try:
-            read = Manifest._from_dict(document, type(self.budgets))
+            read = Manifest._from_dict(document, folder, type(self.budgets))
             read._check_names()
             read._check_packages()
         except XkvError as error:
@@ -166,15 +175,15 @@ class Manifest:
             raise FileFormatError(f"{path}: there is no such file; {folder} is not an engine's folder")
         data = read_sealed_json(path, FORMAT, FORMAT_VERSION, oldest=3)
         try:
-            manifest = cls._from_dict(data, plan_type)
+            manifest = cls._from_dict(data, folder, plan_type)
             manifest._check()
         except XkvError as error:
             raise FileFormatError(f"{path}: {error!s:.1000}") from error
         return manifest
 
     @classmethod
-    def _from_dict(cls, data: dict[str, Any], plan_type: type[Plan]) -> Manifest:
-        stored = _stored(plan_type)
+    def _from_dict(cls, data: dict[str, Any], folder: Path, plan_type: type[Plan]) -> Manifest:
+        stored = _stored(lambda plan: plan_type.from_dict(plan, folder))
         fields = check_fields(data, {**DOCUMENT, **{name: each.field for name, each in stored.items()}})
         return cls(**{name: each.read(fields[name]) for name, each in stored.items()})
 
@@ -201,7 +210,7 @@ class Manifest:
             raise FileFormatError(f"its dtype {self.dtype!r} is unknown")
         if self.longest < self.shortest:
             raise FileFormatError(f"'longest' is {self.longest}, below 'shortest', which is {self.shortest}")
-        for name in (WEIGHTS, *(package.file for package in self.packages.values())):
+        for name in self._needed:
             if name not in self.files:
                 raise FileFormatError(f"'files' does not name {name}")
         for name in self.files:
@@ -246,7 +255,7 @@ class _Stored:
     read: Callable[[Any], Any] = lambda value: value
 
 
-def _stored(plan_type: type[Plan] = Plan) -> dict[str, _Stored]:
+def _stored(read_plan: Callable[[Any], Plan] = Plan.from_dict) -> dict[str, _Stored]:
     """How each field of a manifest stands in the file; one that is not named here cannot be saved."""
     count, text = _Stored(whole(1)), _Stored(TEXT)
     return {
@@ -255,7 +264,7 @@ def _stored(plan_type: type[Plan] = Plan) -> dict[str, _Stored]:
         "xkv_fx": text,
         "model": text,
         "program": text,
-        "budgets": _Stored(OBJECT, plan_type.to_dict, plan_type.from_dict),
+        "budgets": _Stored(OBJECT, Plan.to_dict, read_plan),
         "layers": _Stored(LIST, _write_layers, layer_specs),
         "room": _Stored(whole()),  # the plan says what it may be
         "batch_size": count,

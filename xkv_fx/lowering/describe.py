@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # an engine is described without the passes
 def describe_plan(fingerprint: str, plan: CachePlan, scorer: Scorer, budgets: Plan) -> list[str]:
     """What was planned, as lines of text."""
     policy, source = budgets.policy, budgets.provenance
-    return [
+    lines = [
         f"model         {fingerprint}",
         f"plan          {source.allocator or 'by hand'}, {budgets.total_tokens} slots in {len(plan.layers)} layers",
         f"policy        scorer {scorer}, eviction {policy.eviction}, recent "
@@ -26,6 +26,14 @@ def describe_plan(fingerprint: str, plan: CachePlan, scorer: Scorer, budgets: Pl
         f"KV bytes      {plan.kv_bytes:,} a session, and {plan.state_bytes:,} for positions and counters",
         *describe_recurrences(plan),
     ]
+    means = [mean for mean in plan.mean_keys or () if mean is not None]
+    if means:
+        size = sum(mean.values.nbytes for mean in means)
+        lines.append(
+            f"mean keys     of {len(means)} layers, constants of the graphs ({size:,} bytes, once), taken off keys "
+            "before they are stored"
+        )
+    return lines
 
 
 def describe_recurrences(plan: CachePlan) -> list[str]:

@@ -124,6 +124,7 @@ def compile_program(
         budgets.formats,
         reading_of(scorer),
         recurrent,
+        budgets.subtracted(captured.layers, captured.shard.rank, captured.shard.size),
     )
     if not over_limit:
         check_limit(budgets, plan, max_new_tokens)
@@ -238,7 +239,7 @@ class CompiledProgram(PromptProgram):
 def program_key(fingerprint: str, plan: CachePlan, scorer: Scorer, shard: Shard = UNSHARDED) -> str:
     """Identifies model, plan and batch size; a saved session fits programs of the same key."""
     part = () if shard.size == 1 else (shard.rank, shard.size)
-    stored = () if plan.formats is None else (plan.formats,)
+    stored = tuple(part for part in (plan.formats, plan.mean_keys) if part is not None)
     carried = (plan.recurrent,) if plan.recurrent else ()
     made_for = (fingerprint, plan.layers, plan.slots, plan.rows, plan.dtype, scorer, *part, *stored, *carried)
     return hashlib.sha256(repr(made_for).encode()).hexdigest()

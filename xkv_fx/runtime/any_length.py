@@ -197,10 +197,10 @@ def extend_coded(
     """`xkv::extend_coded`."""
     form = AttentionForm(scale, sliding_window, softcap, slopes=slopes)
     buffers, bits = (k_cache, k_scales, v_cache, v_scales), (key_bits, value_bits)
-    keys, values = Stored.pair(buffers, bits, (k.shape[-1], v.shape[-1]))
+    keys, values = Stored.pair(buffers, bits, (k.shape[-1], v.shape[-1]), key_mean)
 
     def over_slots(part: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        return extend_block(part, query, keys, values, mask, form, ages, key_mean)
+        return extend_block(part, query, keys, values, mask, form, ages)
 
     attended = without_slots(_in_blocks(q, v, over_slots), q, k, mask)
     out, lse = merge_attention(_causal(q, k, v, form), attended)

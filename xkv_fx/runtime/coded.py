@@ -33,26 +33,31 @@ class Stored:
         scales: float16 `[rows, kv_heads, slots, groups, 2]`, scales and zeros; `[..., 1, 1]` of floats; no groups where
             there is no coding.
         coding: how they are stored; None for the model's dtype.
+        mean: float32 `[kv_heads, dim]`, what is subtracted from vectors before they are stored; None for nothing.
     """
 
     cache: Tensor
     scales: Tensor
     coding: Coding | None
+    mean: Tensor | None = None
 
     @classmethod
-    def of(cls, cache: Tensor, scales: Tensor, bits: int, dim: int) -> Stored:
+    def of(cls, cache: Tensor, scales: Tensor, bits: int, dim: int, mean: Tensor | None = None) -> Stored:
         """From an op's arguments; `bits` is 0 for the model's dtype. Floats are known by their scales without zeros."""
-        return cls(cache, scales, Coding.of_bits(bits, dim, floats=scales.shape[-1] == 1) if bits else None)
+        return cls(cache, scales, Coding.of_bits(bits, dim, floats=scales.shape[-1] == 1) if bits else None, mean)
 
     @classmethod
-    def pair(cls, buffers: Sequence[Tensor], bits: tuple[int, int], dims: tuple[int, int]) -> tuple[Stored, Stored]:
+    def pair(
+        cls, buffers: Sequence[Tensor], bits: tuple[int, int], dims: tuple[int, int], key_mean: Tensor | None = None
+    ) -> tuple[Stored, Stored]:
         """Keys and values. Where values are the keys and stored once, their buffer is empty and these are the keys.
 
         Args:
             buffers: of an op, `k_cache, k_scales, v_cache, v_scales`.
             bits, dims: of keys and of values.
+            key_mean: see `mean`.
         """
-        keys = cls.of(buffers[0], buffers[1], bits[0], dims[0])
+        keys = cls.of(buffers[0], buffers[1], bits[0], dims[0], key_mean)
         return keys, cls.of(buffers[2], buffers[3], bits[1], dims[1]) if buffers[2].shape[-1] else keys
 
     @property
@@ -71,7 +76,8 @@ class Stored:
         return self.cache.shape[3] if self.coding is None else self.coding.dim
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """The vectors of `TILE` slots at a time, float32 `[rows, kv_heads, TILE, dim]`, rotated where coded."""
+        """What is stored of `TILE` slots at a time, float32 `[rows, kv_heads, TILE, dim]`: rotated where coded, and
+        without the mean."""
         for start in range(0, self.slots, TILE):
             part = slice(start, min(start + TILE, self.slots))
             if self.coding is None:
@@ -79,41 +85,40 @@ class Stored:
             else:
                 yield part, self.coding.decode(self.cache[:, :, part], self.scales[:, :, part])
 
+    def encode(self, vectors: Tensor) -> tuple[Tensor, ...]:
+        """What is stored of vectors `[..., kv_heads, N, dim]`: for the cache, and where they are coded for the scales.
+        The mean is taken off in their dtype."""
+        rest = vectors if self.mean is None else vectors - self.mean[:, None].to(vectors.dtype)
+        return (rest,) if self.coding is None else self.coding.encode(rest)
+
     def write(self, vectors: Tensor, at: tuple[Tensor, ...]) -> None:
-        """Store vectors `[..., dim]` in slots, in place.
+        """Store vectors `[rows, kv_heads, dim]` in slots, in place.
 
         Args:
             at: indices of the slots along the first three axes.
         """
-        if self.coding is None:
-            self.cache.index_put_(at, vectors)
-            return
-        codes, scales = self.coding.encode(vectors)
-        self.cache.index_put_(at, codes)
-        self.scales.index_put_(at, scales)
+        parts = self.encode(vectors[:, :, None])
+        for buffer, part in zip((self.cache, self.scales), parts, strict=False):  # no scales without codes
+            buffer.index_put_(at, part[:, :, 0])
 
     def vectors(self) -> Tensor:
-        """All vectors at once, rotated back, float32: for callers that need whole keys or values."""
+        """All vectors at once, rotated back and with the mean, float32: for callers that need whole keys or values."""
         whole = torch.cat([tile for _, tile in self.tiles()], 2)
-        return whole if self.coding is None else rotate_back(whole)
+        whole = whole if self.coding is None else rotate_back(whole)
+        return whole if self.mean is None else whole + self.mean[:, None]
 
 
-def logits_of(
-    q: Tensor, keys: Stored, scale: float, softcap: float | None = None, mean: Tensor | None = None
-) -> Tensor:
-    """Logits float32 `[rows, kv_heads, group, S, slots]` of queries `[rows, query_heads, S, key_dim]`.
-
-    Args:
-        mean: float32 `[kv_heads, key_dim]`, what was subtracted from the keys before they were stored.
-    """
+def logits_of(q: Tensor, keys: Stored, scale: float, softcap: float | None = None) -> Tensor:
+    """Logits float32 `[rows, kv_heads, group, S, slots]` of queries `[rows, query_heads, S, key_dim]`. The mean key
+    adds the same to all logits of a query, which matters before a softcap, and where they meet others."""
     rows, heads, length, dim = q.shape
     kv_heads = keys.cache.shape[1]
     grouped = q.float().reshape(rows, kv_heads, heads // kv_heads * length, dim)
     asking = grouped if keys.coding is None else rotate(grouped)
     parts = [torch.matmul(asking, tile.transpose(-1, -2)) for _, tile in keys.tiles()]
     logits = torch.cat(parts, -1)
-    if mean is not None:
-        logits = logits + torch.matmul(grouped, mean[..., None])
+    if keys.mean is not None:
+        logits = logits + torch.matmul(grouped, keys.mean[..., None])
     return soft_cap(logits * scale, softcap).view(rows, kv_heads, -1, length, keys.slots)
 
 
@@ -123,6 +128,8 @@ def weighted(weights: Tensor, values: Stored) -> Tensor:
     parts = [torch.matmul(flat[..., part], tile) for part, tile in values.tiles()]
     out = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
     out = out if values.coding is None else rotate_back(out)
+    if values.mean is not None:
+        out = out + flat.sum(-1, keepdim=True) * values.mean[:, None]
     return out.view(*weights.shape[:4], values.dim).flatten(1, 2)
 
 
@@ -133,25 +140,20 @@ def attend(
     mask: Tensor,
     scale: float,
     softcap: float | None = None,
-    mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention to the slots by an additive mask.
 
     Args:
         mask: broadcastable to `[rows, kv_heads, group, S, slots]`; 0, minus infinity, or a bias.
-        mean: as in `logits_of`; it is given back to values that are the keys.
 
     Returns:
         float32 `[rows, query_heads, S, value_dim]`, 0 for a query without any slot; the weights
         `[rows, kv_heads, group, S, slots]`; and the log-sum-exp `[rows, query_heads, S]`.
     """
-    logits = logits_of(q, keys, scale, softcap, mean) + mask
+    logits = logits_of(q, keys, scale, softcap) + mask
     lse = torch.logsumexp(logits, -1)
     weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-    out = weighted(weights, values)
-    if mean is not None and values is keys:
-        out = out + (weights.sum(-1)[..., None] * mean[:, None, None]).flatten(1, 2)
-    return out, weights, lse.flatten(1, 2)
+    return weighted(weights, values), weights, lse.flatten(1, 2)
 
 
 def extend(
@@ -163,7 +165,6 @@ def extend(
     mask: Tensor,
     form: AttentionForm,
     ages: Tensor | None = None,
-    mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `xkv::extend_attention` without sink logits: output in q's dtype, and log-sum-exp."""
     among_new = causal_attention(q, k, v, dataclasses.replace(form, sink_logits=None))
@@ -171,7 +172,7 @@ def extend(
     for start in range(0, q.shape[2], BLOCK):
         part = q[:, :, start : start + BLOCK]
         query = torch.arange(start, start + part.shape[2], device=q.device)
-        out, lse = extend_block(part, query, keys, values, mask, form, ages, mean)
+        out, lse = extend_block(part, query, keys, values, mask, form, ages)
         outs.append(out)
         lses.append(lse)
     over_slots = torch.cat(outs, 2), torch.cat(lses, 2)
@@ -186,7 +187,6 @@ def extend_block(
     mask: Tensor,
     form: AttentionForm,
     ages: Tensor | None = None,
-    mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A block of queries over the slots: output in q's dtype and log-sum-exp.
 
@@ -199,5 +199,5 @@ def extend_block(
     added = torch.zeros((), device=q.device).masked_fill(~seen[:, :, None], float("-inf"))
     if form.slopes is not None and ages is not None:
         added = added + distance_bias(form.slopes, ages[:, :, None] + query[:, None])
-    out, _, lse = attend(q, keys, values, added, form.scale, form.softcap, mean)
+    out, _, lse = attend(q, keys, values, added, form.scale, form.softcap)
     return out.to(q.dtype), lse

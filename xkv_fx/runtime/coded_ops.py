@@ -39,15 +39,12 @@ def _keep(
 ) -> None:
     """`xkv::keep`: what a slot holds already is moved as it is, and what is new is stored once."""
     slots = positions.shape[2]
-    k = k if key_mean is None else k - key_mean[:, None].to(k.dtype)
-    for cache, scales, new, bits in ((k_cache, k_scales, k, key_bits), (v_cache, v_scales, v, value_bits)):
-        if not cache.shape[-1]:
-            continue
+    buffers, bits = (k_cache, k_scales, v_cache, v_scales), (key_bits, value_bits)
+    keys, values = Stored.pair(buffers, bits, (k.shape[-1], v.shape[-1]), key_mean)
+    for stored, new in ((keys, k),) if values is keys else ((keys, k), (values, v)):
         index = (source - slots).clamp(min=0)[..., None].expand(-1, -1, -1, new.shape[-1])
-        stored = Stored.of(cache, scales, bits, new.shape[-1])
-        arrived = new.gather(2, index)
-        made = (arrived,) if stored.coding is None else stored.coding.encode(arrived)
-        for buffer, part in zip((cache, scales), made, strict=False):
+        made = stored.encode(new.gather(2, index))
+        for buffer, part in zip((stored.cache, stored.scales), made, strict=False):  # no scales without codes
             if not fresh:
                 origin = source.clamp(max=slots - 1).view(*source.shape, *(1,) * (buffer.dim() - 3))
                 held = buffer.gather(2, origin.expand(*source.shape, *buffer.shape[3:]))
@@ -86,8 +83,8 @@ def extend_coded(
     """`xkv::extend_attention`. The new tokens attend to each other as they are, to the slots as these are stored."""
     form = AttentionForm(scale, sliding_window, softcap, slopes=slopes)
     buffers, bits = (k_cache, k_scales, v_cache, v_scales), (key_bits, value_bits)
-    keys, values = Stored.pair(buffers, bits, (k.shape[-1], v.shape[-1]))
-    out, lse = extend(q, k, v, keys, values, mask, form, ages, key_mean)
+    keys, values = Stored.pair(buffers, bits, (k.shape[-1], v.shape[-1]), key_mean)
+    out, lse = extend(q, k, v, keys, values, mask, form, ages)
     return apply_sink_logits(out, lse, sink_logits).contiguous()
 
 
@@ -110,7 +107,7 @@ def _decode(
 ) -> Tensor:
     """`xkv::decode_attention`: the token is stored first, then attended to as it is stored."""
     keys, values, _ = _written(k, v, (k_cache, k_scales, v_cache, v_scales), slot, key_bits, value_bits, key_mean)
-    out, _ = _attended(q, keys, values, mask, scale, softcap, sink_logits, key_mean)
+    out, _ = _attended(q, keys, values, mask, scale, softcap, sink_logits)
     return out
 
 
@@ -144,7 +141,7 @@ def _decode_scored(
     keys, values, at = _written(k, v, buffers, slot, key_bits, value_bits, key_mean)
     positions.index_put_(at, seen[:, None].expand_as(slot).to(positions.dtype))
     scores.index_put_(at, torch.zeros_like(slot, dtype=scores.dtype))
-    out, attention = _attended(q, keys, values, mask, scale, softcap, sink_logits, key_mean)
+    out, attention = _attended(q, keys, values, mask, scale, softcap, sink_logits)
     scores.add_(attention)
     return out
 
@@ -169,8 +166,8 @@ def _written(
     rows, kv_heads = k.shape[:2]
     row, head = torch.arange(rows, device=k.device)[:, None], torch.arange(kv_heads, device=k.device)
     at = (row, head, slot.view(rows, -1))
-    keys, values = Stored.pair(buffers, (key_bits, value_bits), (k.shape[-1], v.shape[-1]))
-    keys.write(k[:, :, 0] if key_mean is None else k[:, :, 0] - key_mean.to(k.dtype), at)
+    keys, values = Stored.pair(buffers, (key_bits, value_bits), (k.shape[-1], v.shape[-1]), key_mean)
+    keys.write(k[:, :, 0], at)
     if values is not keys:
         values.write(v[:, :, 0], at)
     return keys, values, at
@@ -184,13 +181,12 @@ def _attended(
     scale: float,
     softcap: float | None,
     sink_logits: Tensor | None,
-    key_mean: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The attention of one token a row, and what each slot is paid, float32 `[rows, kv_heads, slots]`."""
     rows, kv_heads = keys.cache.shape[:2]
     alike = mask.shape[1] in (1, kv_heads)
     mask = mask if alike else mask.reshape(rows, kv_heads, -1, mask.shape[-1])
-    out, weights, lse = attend(q, keys, values, mask[:, :, :, None], scale, softcap, key_mean)
+    out, weights, lse = attend(q, keys, values, mask[:, :, :, None], scale, softcap)
     paid = apply_sink_logits(weights[:, :, :, 0].flatten(1, 2)[:, :, None], lse, sink_logits)
     out = apply_sink_logits(out, lse, sink_logits)
     return out.to(q.dtype), paid.view(rows, kv_heads, -1, keys.slots).mean(2)

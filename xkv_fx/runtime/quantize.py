@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xkv_fx.errors import BudgetError
 from xkv_fx.formats import CODE_BITS, group_of
+from xkv_fx.mean_keys import MeanKey
 
 _LARGEST = torch.finfo(torch.float16).max
 _FLOAT8 = torch.float8_e4m3fn
@@ -119,6 +120,12 @@ class Coding:
 def _divisor(scale: Tensor) -> Tensor:
     """Scales `[..., groups]` to divide by, float32 `[..., groups, 1]`: 1 where all of a group is alike."""
     return torch.where(scale > 0, scale, 1.0).float()[..., None]
+
+
+def mean_tensor(mean: MeanKey, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A mean key as ops take it, float32 `[kv_heads, key_dim]`: rounded to the dtype of the keys, in which it is taken
+    off, so that it is just what queries are multiplied by."""
+    return torch.tensor(mean.values).to(device, dtype).float()
 
 
 def rotate(vectors: Tensor) -> Tensor:

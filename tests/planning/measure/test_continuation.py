@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracles.stored_llama import continue_over_slots
@@ -14,14 +15,18 @@ from torch import Tensor
 
 from xkv_fx import Budgets, Policy
 from xkv_fx.errors import PromptError
+from xkv_fx.mean_keys import MeanKey
 from xkv_fx.passes.measure.cut_at_attention import CutModel
 from xkv_fx.planning.measure.continuation import FULL, FullRun, LayerPlans, cut_model, layer_plans, run_full
+from xkv_fx.planning.measure.held import Storing
 from xkv_fx.runtime.scorers import SnapKV
 
 IDS = random_ids(1, 60, seed=1)
 NEW = 12
 EVICTIONS = ("append", "ring", "scored")
 PLANS = ((20, 9), (50, 60), (48, 13))
+
+MEAN = MeanKey(np.random.default_rng(0).normal(0, 2, (2, 8)))
 
 
 @functools.cache
@@ -38,9 +43,11 @@ def plan_of(family: str, capacities: tuple[int, ...], eviction: str) -> LayerPla
     return layer_plans(Budgets(capacities, Policy(eviction=eviction)), captured(family, 2, 1).layers, NEW)  # type: ignore[arg-type]
 
 
-def decoded(family: str, capacities: tuple[int, ...], eviction: str, formats: Any = None) -> Tensor:
+def decoded(
+    family: str, capacities: tuple[int, ...], eviction: str, formats: Any = None, mean_keys: Any = None
+) -> Tensor:
     """KL of each continuation token, from a session that decodes one after another, to transformers' own logits."""
-    budgets = Budgets(capacities, Policy(eviction=eviction), formats=formats)  # type: ignore[arg-type]
+    budgets = Budgets(capacities, Policy(eviction=eviction), formats=formats, mean_keys=mean_keys)  # type: ignore[arg-type]
     llm = transformed(budgets, family=family, max_new_tokens=NEW)
     session = llm.new_session()
     llm(IDS[:, :-NEW], past_key_values=session, logits_to_keep=1)
@@ -67,10 +74,10 @@ def test_one_pass_is_decoding_one_by_one(family: str, eviction: str) -> None:
     ("family", "eviction"), [*(("llama", name) for name in EVICTIONS), ("gemma2", "scored"), ("gpt_oss", "append")]
 )
 def test_one_pass_stores_as_decoding_one_by_one_does(family: str, eviction: str) -> None:
-    formats = (("int8", "int4"), ("int4", "int8"))
-    budgets = Budgets((20, 9), Policy(eviction=eviction), formats=formats)  # type: ignore[arg-type]
+    formats, means = (("int8", "int4"), ("int4", "int8")), (MEAN, None)
+    budgets = Budgets((20, 9), Policy(eviction=eviction), formats=formats, mean_keys=means)  # type: ignore[arg-type]
     (kl,) = full(family).divergence([layer_plans(budgets, captured(family, 2, 1).layers, NEW)])
-    torch.testing.assert_close(kl, decoded(family, (20, 9), eviction, formats), atol=2e-5, rtol=1e-3)
+    torch.testing.assert_close(kl, decoded(family, (20, 9), eviction, formats, means), atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("eviction", EVICTIONS)
@@ -109,9 +116,9 @@ def test_formats_are_what_slots_give_back(eviction: str) -> None:
     """What survives the prompt, and every token of the continuation before it is attended to."""
     (first, _), (second, _) = plan_of("llama", (20, 9), eviction)
     plans: list[LayerPlans] = [
-        (FULL, (None, ("int4", "int4"))),
-        ((first, ("int8", "int4")), FULL),
-        ((first, ("int4", "model")), (second, ("int8", "int8"))),
+        (FULL, (None, Storing(("int4", "int4")))),
+        ((first, Storing(("int8", "int4"), MEAN)), FULL),
+        ((first, Storing(("int4", "model"))), (second, Storing(("int8", "int8"), MEAN))),
     ]
     with torch.no_grad():
         reference = model("llama")(IDS).logits[0, -NEW:].double().log_softmax(-1)
@@ -123,6 +130,6 @@ def test_formats_are_what_slots_give_back(eviction: str) -> None:
 def test_what_cut_layers_hold_is_not_remembered() -> None:
     run = full("llama")
     (first, _), _ = plan_of("llama", (20, 9), "append")
-    run.divergence([((first, ("int8", "int8")), FULL), (FULL, FULL)])
+    run.divergence([((first, Storing(("int8", "int8"))), FULL), (FULL, FULL)])
     assert set(run._held) <= {(0, FULL), (1, FULL)}
     assert not run._stored

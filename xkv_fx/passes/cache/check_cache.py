@@ -59,6 +59,10 @@ class CheckCache(GraphPass):
                     [user for user in held.users if not _leaves_in_place(user)] if held and buffer.holds == "kv" else []
                 )
                 self._expect(not copies, f"no copy of the cache of layer {cache.index}", copies)
+            for constant in self.plan.constants[cache]:
+                read = given[constant.field]
+                inside = isinstance(read, Node) and read.op == "get_attr" and read.target == constant.name
+                self._expect(inside, f"the constant {constant.name} in layer {cache.index}", [node])
             if self.kind != "decode":
                 planned = cache.slots.capacity
                 self._expect(given["capacity"] == planned, f"capacity {planned} in layer {cache.index}", [node])

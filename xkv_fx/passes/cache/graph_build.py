@@ -11,7 +11,7 @@ from xkv_fx.errors import PassError
 from xkv_fx.passes.analyses.find_attention import AttentionSite, attention_sites, cached_layers, check_borrowed
 from xkv_fx.passes.analyses.find_recurrence import RecurrenceSite, recurrence_sites
 from xkv_fx.passes.analyses.find_rotation import unrotated_inputs
-from xkv_fx.passes.tools.graph import add_input, emit, splice
+from xkv_fx.passes.tools.graph import add_input, at_start, constant, emit, splice
 from xkv_fx.passes.tools.inline import inline
 from xkv_fx.passes.tools.roles import FED, LENGTH, find_role, give_role, with_role
 from xkv_fx.runtime.scorers import Scorer
@@ -21,7 +21,7 @@ from xkv_fx.runtime.state import Attention, BorrowedState, CachePlan, GraphKind,
 class GraphBuild:
     """A graph whose inputs are the buffers of a plan's states; see `runtime.state.Build`.
 
-    Making one adds the inputs. Each has its buffer's name as its role.
+    Making one adds the inputs, and the states' constants. Each input has its buffer's name as its role.
 
     Attributes:
         sites: the graph's attentions, in execution order.
@@ -47,6 +47,11 @@ class GraphBuild:
                 node = add_input(self.graph, buffer.name, buffer.shape, buffer.dtype, plan.device)
                 give_role(node, buffer.name)
                 self._held[state][buffer.field] = node
+        with at_start(self.graph):
+            self._constants = {
+                state: {each.field: constant(module, each.name, each.value) for each in of_state}
+                for state, of_state in plan.constants.items()
+            }
         self._length = find_role(self.graph, LENGTH)
         self._scorer_inputs = {} if scorer is None else unrotated_inputs(module, self.sites, scorer)
         self._first = next(node for node in self.graph.nodes if node.op != "placeholder")
@@ -85,6 +90,9 @@ class GraphBuild:
 
     def held(self, state: LayerState) -> Mapping[str, Node]:
         return self._held[state]
+
+    def constants(self, state: LayerState) -> Mapping[str, Node]:
+        return self._constants[state]
 
     def scorer_inputs(self, attention: Attention) -> Mapping[str, Any]:
         return self._scorer_inputs[attention.node]

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from xkv_fx.errors import BudgetError, FileFormatError
 from xkv_fx.fields import HEADER, LIST, NUMBER, OBJECT, TEXT, Fields, list_of, read_header, whole
 from xkv_fx.files import check_safetensors_size, is_int, written_whole
-from xkv_fx.formats import LayerFormats, checked_pair, pair_name
+from xkv_fx.formats import LayerFormats, checked_pair, codes_keys, pair_name
 from xkv_fx.layers import LayerSpec, layer_specs
+from xkv_fx.mean_keys import MeanKeys, arrays_of, check_fits, checked_mean_keys, mean_keys_of
 from xkv_fx.planning.data.as_table import as_table
 from xkv_fx.planning.data.hull import gain_curve, kl_curve
 from xkv_fx.planning.data.measured_file import reading
@@ -28,7 +29,7 @@ from xkv_fx.planning.data.profile_data import check_context
 from xkv_fx.policy import Policy
 
 FORMAT = "xkv_fx.calibration"
-FORMAT_VERSION = 2  # 1 has no formats
+FORMAT_VERSION = 3  # 1 has no formats, 2 no mean keys
 MAX_CALIBRATION_BYTES = 256 * 2**20
 _FIELDS: Fields = {
     "sha256": TEXT, "model": TEXT, "policy": OBJECT, "layers": LIST, "grid": list_of(NUMBER),
@@ -53,9 +54,12 @@ class Calibration:
         model: fingerprint of the model.
         formats: of keys and values at each point of the grid, None for the model's dtype; None as a whole where all are
             in that. In the model's dtype, holding all tokens strays by nothing, and is not measured.
+        mean_keys: of each layer over the tokens of the prompts, taken off the keys that were stored in fewer bits; None
+            where nothing was.
 
     Raises:
-        BudgetError: values of the wrong shape, negative or not finite; or formats that a layer cannot be stored in.
+        BudgetError: values of the wrong shape, negative or not finite; formats that a layer cannot be stored in, or
+            mean keys that are not its own.
     """
 
     kl: NDArray[np.float32]
@@ -66,6 +70,7 @@ class Calibration:
     layers: tuple[LayerSpec, ...]
     model: str
     formats: tuple[LayerFormats | None, ...] | None = None
+    mean_keys: MeanKeys | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
@@ -92,7 +97,13 @@ class Calibration:
                 raise BudgetError(f"the KL divergences of prompt {prompt} hold NaN, an infinity or a negative value")
         kl = np.array(kl, dtype=np.float32, order="C")
         kl.flags.writeable = False
-        checked = {"kl": kl, "grid": grid, "lengths": lengths, "layers": layers, "formats": formats}
+        means = checked_mean_keys(self.mean_keys, len(layers)) if any(map(codes_keys, formats or ())) else None
+        for layer, (spec, mean) in enumerate(zip(layers, means or (), strict=False)):
+            if mean is not None:
+                check_fits(mean, layer, spec.kv_heads, spec.key_dim)
+        checked = {
+            "kl": kl, "grid": grid, "lengths": lengths, "layers": layers, "formats": formats, "mean_keys": means,
+        }  # fmt: skip
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -226,6 +237,8 @@ class Calibration:
         """SHA-256 over everything that the calibration holds, in hexadecimal."""
         digest = hashlib.sha256(self._description().encode())
         digest.update(np.ascontiguousarray(self.kl, dtype="<f4").data)
+        for mean in self.mean_keys or ():
+            digest.update(b"" if mean is None else mean.digest.encode())
         return digest.hexdigest()
 
     def _description(self) -> str:
@@ -245,16 +258,18 @@ class Calibration:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the calibration as a safetensors file; it appears whole or not at all.
 
-        One without formats says nothing that version 1 did not, and stays of that version.
+        One without mean keys says nothing that version 2 did not, and one without formats nothing that version 1 did
+        not; they stay of these versions.
         """
         header = {
             "format": FORMAT,
-            "version": 1 if self.formats is None else 2,
+            "version": 3 if self.mean_keys is not None else 1 if self.formats is None else 2,
             "sha256": self.digest(),
             **json.loads(self._description()),
         }
         with written_whole(path) as temporary:
-            safetensors.numpy.save_file({"kl": np.asarray(self.kl)}, temporary, {HEADER: json.dumps(header)})
+            arrays = {"kl": np.asarray(self.kl), **arrays_of(self.mean_keys or ())}
+            safetensors.numpy.save_file(arrays, temporary, {HEADER: json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -268,9 +283,16 @@ class Calibration:
             check_safetensors_size(path, MAX_CALIBRATION_BYTES)
             with safetensors.safe_open(os.fspath(path), framework="np") as file:
                 header = read_header(file.metadata(), FORMAT, FORMAT_VERSION, _FIELDS, since=_SINCE)
-                if list(file.keys()) != ["kl"] or file.get_slice("kl").get_dtype() != "F32":
-                    raise FileFormatError("it does not hold one array 'kl' of float32")
-                kl = file.get_tensor("kl")
+                names = set(file.keys())
+                with_means = header["version"] >= 3
+                if "kl" not in names or (len(names) > 1) != with_means:
+                    raise FileFormatError(
+                        f"it does not hold an array 'kl'{' and mean keys' if with_means else ' alone'}"
+                    )
+                if any(file.get_slice(name).get_dtype() != "F32" for name in names):
+                    raise FileFormatError("its arrays are not of float32")
+                arrays = {name: file.get_tensor(name) for name in names}
+                kl = arrays.pop("kl")
             calibration = cls(
                 kl=kl,
                 grid=tuple(header["grid"]),
@@ -280,6 +302,7 @@ class Calibration:
                 layers=layer_specs(header["layers"]),
                 model=header["model"],
                 formats=header.get("formats"),
+                mean_keys=mean_keys_of(arrays, len(header["layers"])),
             )
             if calibration.digest() != header["sha256"]:
                 raise FileFormatError("its content does not match its checksum; it is damaged, so calibrate again")

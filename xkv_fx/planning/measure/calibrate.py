@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,23 @@ from xkv_fx.budgets import Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, PromptError, UnsupportedModelError
 from xkv_fx.files import SEAL, is_int, written_whole
-from xkv_fx.formats import LayerFormats
+from xkv_fx.formats import LayerFormats, codes_keys
 from xkv_fx.layers import LayerSpec
+from xkv_fx.mean_keys import MeanKeys
 from xkv_fx.passes.measure.cut_at_attention import CutModel
 from xkv_fx.planning.data.calibration_data import Calibration, check_grid
-from xkv_fx.planning.measure.continuation import FULL, FullRun, LayerPlan, LayerPlans, cut_model, run_full
+from xkv_fx.planning.measure.continuation import (
+    FULL,
+    FullRun,
+    LayerPlan,
+    LayerPlans,
+    cut_model,
+    run_full,
+    storing_as,
+)
 from xkv_fx.planning.measure.divergence import kl_divergence
+from xkv_fx.planning.measure.held import Storing
+from xkv_fx.planning.measure.mean_keys import gathered, means_of, name_of, sums_of_keys
 from xkv_fx.planning.measure.points import GRID, Points, pairs_to_measure, points_to_measure
 from xkv_fx.planning.measure.prompts import check_tokens
 from xkv_fx.planning.measure.team import ALONE, Arrays, Progress, Team
@@ -55,6 +66,9 @@ def measure_calibration(
 ) -> Calibration:
     """Measure each layer alone at each capacity and in each of the formats, all others full, on every prompt.
 
+    Where keys are stored in fewer bits, their means over the tokens of all prompts are measured first, since what is
+    left without them is what is stored.
+
     Args:
         captured: a model captured for one row.
         prompts: token ids, int64 `[1, S + continuation]`; the last ones are the continuation.
@@ -62,8 +76,8 @@ def measure_calibration(
         grid: ascending shares of the S tokens (of the sliding window, where a layer has a smaller one).
         continuation: tokens fed after each prompt.
         progress: called as `progress(done, total)` after each prompt.
-        resume: a folder for what was measured so far, a file a prompt; results of the same model, policy, grid and
-            prompt are read from there instead of measured.
+        resume: a folder for what was measured so far, a file a prompt; results of the same model, policy, grid,
+            prompt and mean keys are read from there instead of measured.
         team: who measures.
         formats: see `pairs_to_measure`; the model's dtype alone when None.
 
@@ -83,27 +97,61 @@ def measure_calibration(
             )
         rows = [check_prompt(index, prompt, captured, continuation) for index, prompt in enumerate(prompts)]
         scorer = captured.scorer_of(policy)
-        return rows, scorer, _Partial(resume, captured, policy, points, continuation)
+        settings: list[Any] = [policy.to_dict(), list(points.shares), int(continuation)]
+        settings += [] if points.formats is None else [points.formats]
+        shape = (len(captured.layers), len(points))
+        return rows, scorer, _Partial(resume, captured, settings, {"kl": (shape, np.dtype(np.float32))})
 
     rows, scorer, done = team.together(prepare)
     team.check_same(lambda: (done.base, *rows))
-    model: CutModel | None = None
+    cut: CutModel | None = None
+
+    def model(ids: Tensor) -> CutModel:
+        nonlocal cut
+        cut = cut_checked(captured, scorer, ids, continuation) if cut is None else cut
+        return cut
+
+    means: MeanKeys | None = None
+    if any(map(codes_keys, pairs)):
+        means = _mean_keys(model, rows, done, team)
+        done = done.of([mean and mean.digest for mean in means])
 
     def measure(prompt: int) -> Arrays:
-        nonlocal model
         ids = rows[prompt]
-        kl = done.read(ids)
-        if kl is None:
-            model = cut_checked(captured, scorer, ids, continuation) if model is None else model
-            kl = _measure(model, scorer, captured.layers, policy, points, ids, continuation)
-            done.write(ids, kl)
-        return {"kl": kl}
+        return done.results(
+            ids,
+            lambda: {"kl": _measure(model(ids), scorer, captured.layers, policy, points, ids, continuation, means)},
+        )
 
     kl = np.stack([result["kl"] for result in team.measure(len(rows), measure, progress)])
     lengths = tuple(ids.shape[1] - continuation for ids in rows)
     return Calibration(
-        kl, points.shares, lengths, continuation, policy, captured.layers, captured.fingerprint, points.formats
+        kl,
+        points.shares,
+        lengths,
+        continuation,
+        policy,
+        captured.layers,
+        captured.fingerprint,
+        points.formats,
+        None if means is None else gathered(means, captured.shard, captured.device),
     )
+
+
+def _mean_keys(model: Callable[[Tensor], CutModel], rows: Sequence[Tensor], done: _Partial, team: Team) -> MeanKeys:
+    """The mean keys of the layers over the tokens of all prompts, continuations among them."""
+    layers = done.captured.layers
+    expected = {
+        name_of(layer): ((spec.kv_heads, spec.key_dim), np.dtype(np.float64)) for layer, spec in enumerate(layers)
+    }
+    sums = _Partial(done.folder, done.captured, ["sums of keys"], expected)
+
+    def add_up(prompt: int) -> Arrays:
+        ids = rows[prompt]
+        return sums.results(ids, lambda: sums_of_keys(model(ids), ids))
+
+    found = team.measure(len(rows), add_up)
+    return means_of(found, sum(ids.shape[1] for ids in rows), len(layers))
 
 
 def check_measurable(policy: Policy, continuation: int, grid: Sequence[float] | None = None) -> None:
@@ -165,19 +213,18 @@ def single_layer_plan(
     layers: Sequence[LayerSpec],
     layer: int,
     share: float,
-    formats: LayerFormats | None,
+    storing: Storing | None,
     policy: Policy,
     tokens: int,
     continuation: int,
 ) -> LayerPlans:
-    """The plan under which `layer` holds a share of the `tokens` of a prompt, in these formats, and all others
-    everything."""
+    """The plan under which `layer` holds a share of the `tokens` of a prompt, stored so, and all others everything."""
     slots = None
     if share < 1:
         capacity = max(1, round(share * layers[layer].effective_capacity(tokens)))
         (slots,) = slot_plans(Plan((capacity,), policy), (layers[layer],), continuation)
     plans: list[LayerPlan] = [FULL] * len(layers)
-    plans[layer] = (slots, formats)
+    plans[layer] = (slots, storing)
     return plans
 
 
@@ -189,12 +236,15 @@ def _measure(
     points: Points,
     ids: Tensor,
     continuation: int,
+    means: MeanKeys | None,
 ) -> NDArray[np.float32]:
     """KL of one prompt, float32 `[layers, points]`."""
     full: FullRun = run_full(model, scorer, ids, continuation)
     plans = [
-        single_layer_plan(layers, layer, share, formats, policy, full.prompt_tokens, continuation)
-        for layer in range(len(layers))
+        single_layer_plan(
+            layers, layer, share, storing_as(layers[layer], formats, mean), policy, full.prompt_tokens, continuation
+        )
+        for layer, mean in enumerate(means or (None,) * len(layers))
         for share, formats in points
     ]
     measured = full.divergence(plans).mean(1).numpy()
@@ -205,24 +255,32 @@ def _measure(
 
 
 class _Partial:
-    """What was measured so far, a file for each prompt, named by a hash of all that the result depends on."""
+    """What was measured so far, a file for each prompt, named by a hash of all that the result depends on.
+
+    Attributes:
+        folder: where the files are; None for nowhere.
+        captured: the model.
+        settings: what else results depend on, of JSON's types.
+        expected: shape and dtype of each array of a result.
+    """
 
     def __init__(
         self,
         folder: str | os.PathLike[str] | None,
         captured: CapturedModel,
-        policy: Policy,
-        points: Points,
-        continuation: int,
+        settings: Sequence[Any],
+        expected: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
     ) -> None:
         self.folder = None if folder is None else Path(folder)
-        self.shape = (len(captured.layers), len(points))
         self.captured = captured
-        self.settings: list[Any] = [policy.to_dict(), list(points.shares), int(continuation)]
-        if points.formats is not None:
-            self.settings.append(points.formats)
+        self.settings = list(settings)
+        self.expected = dict(sorted(expected.items()))
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+
+    def of(self, setting: Any) -> _Partial:
+        """Results that depend on one more setting."""
+        return _Partial(self.folder, self.captured, [*self.settings, setting], self.expected)
 
     @functools.cached_property
     def base(self) -> str:
@@ -230,34 +288,47 @@ class _Partial:
         described = [self.captured.fingerprint, str(self.captured.dtype), *self.settings]
         return json.dumps(described, sort_keys=True) + digest_of_weights(self.captured)
 
+    def results(self, ids: Tensor, measure: Callable[[], Arrays]) -> Arrays:
+        """What was measured of a prompt, or is now, and kept."""
+        found = self._read(ids)
+        if found is None:
+            found = measure()
+            self._write(ids, found)
+        return found
+
     def _path(self, ids: Tensor) -> Path | None:
         if self.folder is None:
             return None
         tokens = ids.cpu().numpy().astype("<i8").tobytes()
         return self.folder / f"{hashlib.sha256(self.base.encode() + tokens).hexdigest()}.safetensors"
 
-    def read(self, ids: Tensor) -> NDArray[np.float32] | None:
+    def _read(self, ids: Tensor) -> Arrays | None:
         """The result for a prompt, if there is a sound one."""
         path = self._path(ids)
         if path is None or not path.is_file():
             return None
         try:
             with safetensors.safe_open(path, framework="np") as file:
-                kl, told = file.get_tensor("kl"), (file.metadata() or {}).get(SEAL)
+                found = {name: file.get_tensor(name) for name in sorted(file.keys())}
+                told = (file.metadata() or {}).get(SEAL)
         except safetensors.SafetensorError:
             return None  # damaged: measured again
-        return kl if kl.shape == self.shape and kl.dtype == np.float32 and told == _digest(kl) else None
+        sound = {name: (array.shape, array.dtype) for name, array in found.items()} == self.expected
+        return found if sound and told == _digest(found) else None
 
-    def write(self, ids: Tensor, kl: NDArray[np.float32]) -> None:
+    def _write(self, ids: Tensor, result: Arrays) -> None:
         """Keep the result for a prompt."""
         path = self._path(ids)
         if path is not None:
             with written_whole(path) as temporary:
-                safetensors.numpy.save_file({"kl": kl}, temporary, {SEAL: _digest(kl)})
+                safetensors.numpy.save_file(dict(result), temporary, {SEAL: _digest(result)})
 
 
-def _digest(kl: NDArray[np.float32]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(kl, dtype="<f4").data).hexdigest()
+def _digest(result: Arrays) -> str:
+    digest = hashlib.sha256()
+    for _, array in sorted(result.items()):
+        digest.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).data)
+    return digest.hexdigest()
 
 
 def remove_parts(folder: str | os.PathLike[str]) -> None:

@@ -16,15 +16,17 @@ from torch import Tensor
 
 from xkv_fx.budgets import Plan
 from xkv_fx.capture.captured import CapturedModel
+from xkv_fx.capture.facts import UNSHARDED, Shard
 from xkv_fx.errors import PassError, PromptError
-from xkv_fx.formats import LayerFormats
+from xkv_fx.formats import LayerFormats, codes_keys
 from xkv_fx.layers import LayerSpec
+from xkv_fx.mean_keys import MeanKey
 from xkv_fx.passes.analyses.find_attention import check_borrowed
 from xkv_fx.passes.measure.cut_at_attention import CutModel, Segment, Value, cut_at_attention
 from xkv_fx.passes.pipeline import run_pipeline
 from xkv_fx.passes.prepare.clean_graph import CleanGraph
 from xkv_fx.planning.measure.divergence import kl_divergence
-from xkv_fx.planning.measure.held import Held, HeldScored, LayerRun, as_stored, attend, hold, hold_all
+from xkv_fx.planning.measure.held import Held, HeldScored, LayerRun, Storing, as_stored, attend, hold, hold_all
 from xkv_fx.planning.measure.second_reading import scores_of_second_reading
 from xkv_fx.runtime.attention import causal_attention
 from xkv_fx.runtime.scorers import Scorer, future_positions, reading_of, score_tokens
@@ -35,21 +37,33 @@ _TOKENS_AT_ONCE = 1024
 # Bytes of logits at once.
 _LOGIT_BYTES = 128 * 2**20
 
-LayerPlan = tuple[SlotPlan | None, LayerFormats | None]
-"""How a layer uses its slots, None where it holds every token; and the formats of its keys and values, None for the
-model's dtype."""
+LayerPlan = tuple[SlotPlan | None, Storing | None]
+"""How a layer uses its slots, None where it holds every token; and how it stores them, None for the model's dtype."""
 FULL: LayerPlan = (None, None)
 LayerPlans = Sequence[LayerPlan]
 """One for each layer that owns a cache."""
 
 
-def layer_plans(plan: Plan, layers: tuple[LayerSpec, ...], continuation: int) -> LayerPlans:
+def layer_plans(plan: Plan, layers: tuple[LayerSpec, ...], continuation: int, shard: Shard = UNSHARDED) -> LayerPlans:
     """How the layers hold what `plan` says, with room for a continuation where it is appended.
+
+    Args:
+        shard: the part of the model that has these layers.
 
     Raises:
         BudgetError: the plan does not fit the layers.
     """
-    return tuple(zip(slot_plans(plan, layers, continuation), plan.layer_formats, strict=True))
+    means = plan.subtracted(layers, shard.rank, shard.size) or (None,) * len(layers)
+    storing = map(storing_as, layers, plan.layer_formats, means)
+    return tuple(zip(slot_plans(plan, layers, continuation), storing, strict=True))
+
+
+def storing_as(spec: LayerSpec, formats: LayerFormats | None, mean_key: MeanKey | None) -> Storing | None:
+    """How a layer stores its tokens, None for the model's dtype; keys in that are stored as they are."""
+    if formats is None:
+        return None
+    mean = mean_key if codes_keys(formats) else None
+    return Storing(formats, mean, mean if spec.value_dim == 0 else None)
 
 
 def cut_model(captured: CapturedModel, scorer: Scorer | None = None) -> CutModel:
@@ -99,7 +113,7 @@ class FullRun:
     length_dims: dict[str, int]
     logits: Tensor
     tokens: int
-    _stored: dict[tuple[int, LayerFormats], LayerRun] = dataclasses.field(default_factory=dict, repr=False)
+    _stored: dict[tuple[int, Storing], LayerRun] = dataclasses.field(default_factory=dict, repr=False)
     _held: dict[tuple[int, LayerPlan], Held | HeldScored] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -110,23 +124,23 @@ class FullRun:
     def held(self, index: int, plan: LayerPlan) -> Held | HeldScored:
         """What an attention reaches after the prompt; chosen once for each cache and plan."""
         site = self.model.sites[index]
-        slots, formats = plan
+        slots, storing = plan
         check_borrowed(site, "" if slots is None else slots.eviction)
         key = (site.index, plan)
         if key not in self._held:
-            run = self.stored(index, formats)
+            run = self.stored(index, storing)
             self._held[key] = hold_all(run, self.tokens) if slots is None else hold(run, slots, self.tokens)
         return self._held[key]
 
-    def stored(self, index: int, formats: LayerFormats | None) -> LayerRun:
-        """What an attention's layer computed for the prompt, K/V as they come back from slots of these formats; made
+    def stored(self, index: int, storing: Storing | None) -> LayerRun:
+        """What an attention's layer computed for the prompt, K/V as they come back from slots that store them so; made
         once for each cache. Its scores are those of the prompt, in which nothing was stored yet."""
         run = self.layers[index]
-        if formats is None:
+        if storing is None:
             return run
-        key = (self.model.sites[index].index, formats)
+        key = (self.model.sites[index].index, storing)
         if key not in self._stored:
-            k, v = as_stored(run.k, run.v, formats)
+            k, v = as_stored(run.k, run.v, storing)
             self._stored[key] = dataclasses.replace(run, k=k, v=v)
         return self._stored[key]
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from xkv_fx.formats import LayerFormats, SlotFormat
+from xkv_fx.mean_keys import MeanKey
 from xkv_fx.runtime.attention import apply_sink_logits, causal_attention, merge_attention, slot_attention
 from xkv_fx.runtime.form import AttentionForm
-from xkv_fx.runtime.quantize import Coding
+from xkv_fx.runtime.quantize import Coding, mean_tensor
 from xkv_fx.runtime.selection import write_survivors
 from xkv_fx.runtime.slots import EMPTY, SlotPlan
 
@@ -62,17 +63,38 @@ class HeldScored:
     plan: SlotPlan
 
 
-def as_stored(k: Tensor, v: Tensor, formats: LayerFormats | None) -> tuple[Tensor, Tensor]:
-    """Keys and values `[..., dim]` as a layer's slots give them back. Each slot is stored by itself, so it does not
-    matter whether survivors are chosen before or after."""
-    if formats is None:
+@dataclasses.dataclass(frozen=True)
+class Storing:
+    """How a layer stores its tokens in fewer bits.
+
+    Attributes:
+        formats: of keys and of values.
+        mean_key: what is subtracted from keys that are stored in fewer bits; None for nothing.
+        mean_value: the same for values: the mean key where they are the keys, as with latents.
+    """
+
+    formats: LayerFormats
+    mean_key: MeanKey | None = None
+    mean_value: MeanKey | None = None
+
+
+def as_stored(k: Tensor, v: Tensor, storing: Storing | None) -> tuple[Tensor, Tensor]:
+    """Keys and values `[..., kv_heads, N, dim]` as a layer's slots give them back. Each slot is stored by itself, so it
+    does not matter whether survivors are chosen before or after."""
+    if storing is None:
         return k, v
-    keys, values = formats
-    return _passed(k, keys), _passed(v, values)
+    keys, values = storing.formats
+    return _passed(k, keys, storing.mean_key), _passed(v, values, storing.mean_value)
 
 
-def _passed(vectors: Tensor, name: SlotFormat) -> Tensor:
-    return vectors if name == "model" else Coding.of(name, vectors.shape[-1]).passed(vectors)
+def _passed(vectors: Tensor, name: SlotFormat, mean_vector: MeanKey | None) -> Tensor:
+    if name == "model":
+        return vectors
+    coding = Coding.of(name, vectors.shape[-1])
+    if mean_vector is None:
+        return coding.passed(vectors)
+    mean = mean_tensor(mean_vector, vectors.dtype, vectors.device)[:, None]
+    return (coding.passed((vectors - mean.to(vectors.dtype)).float()) + mean).to(vectors.dtype)
 
 
 def hold_all(run: LayerRun, tokens: int) -> Held:

@@ -230,9 +230,9 @@ def verify_plans(
     return tuple(reports)
 
 
-def _stored(plan: Plan) -> tuple[tuple[int, ...], tuple[LayerFormats | None, ...]]:
+def _stored(plan: Plan) -> tuple[object, ...]:
     """All that tells plans of one policy apart."""
-    return plan.capacities, plan.layer_formats
+    return plan.capacities, plan.layer_formats, plan.mean_keys
 
 
 def divergence_of_plans(
@@ -264,7 +264,7 @@ def divergence_of_plans(
     if not rows:
         raise PromptError("there are no prompts to measure on; give at least one")
     model = cut_checked(captured, scorer, rows[0], continuation)
-    held = [layer_plans(plan, captured.layers, continuation) for plan in plans]
+    held = [layer_plans(plan, captured.layers, continuation, captured.shard) for plan in plans]
     results = []
     for done, ids in enumerate(rows, start=1):
         kl = run_full(model, scorer, ids, continuation).divergence(held)
@@ -351,7 +351,12 @@ def _alike(budgets: AnyPlan, layers: Sequence[LayerSpec], context: int, formats:
     kv_bytes = max(_bytes_of(budgets, layers), _bytes_of(_one_slot(budgets, formats), layers))
     capacities = uniform_within_bytes(layers, context, kv_bytes, formats, budgets.policy, _room_of(budgets))
     plain = type(budgets).uniform(len(layers), 1, budgets.policy)
-    return dataclasses.replace(plain, capacities=tuple(capacities.tolist()), formats=(formats,) * len(layers))
+    return dataclasses.replace(
+        plain,
+        capacities=tuple(capacities.tolist()),
+        formats=(formats,) * len(layers),
+        mean_keys=budgets.mean_keys,  # which cost the other plan nothing either
+    )
 
 
 def held_out_summary(kl: Sequence[float], continuation: int) -> Mapping[str, Any]:

@@ -79,4 +79,5 @@ def plan_with_formats(
             sliding_windows=tuple(spec.sliding_window for spec in layers),
         ),
         formats=formats,
+        mean_keys=calibration.mean_keys,
     )

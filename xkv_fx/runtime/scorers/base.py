@@ -267,11 +267,12 @@ def rescore_coded_tokens(
     unrotated: Tensor | None = None,
     rotation: Tensor | None = None,
     held_scores: Tensor | None = None,
+    key_mean: Tensor | None = None,
 ) -> Tensor:
     """As `rescore_tokens` over slots of fewer bits: what was stored is what is scored; see `coded_ops`."""
     form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes)
     buffers, bits = (k_cache, k_scales, v_cache, v_scales), (key_bits, value_bits)
-    keys, values = Stored.pair(buffers, bits, (k.shape[-1], v.shape[-1]))
+    keys, values = Stored.pair(buffers, bits, (k.shape[-1], v.shape[-1]), key_mean)
     ordinals = plan.ordinals(positions, seen, base)
     kept = _scores_kept(held_scores, positions, ordinals)
     return _run(scorer, PromptView(q, k, v, length, form, seen, keys, values, ordinals, unrotated, rotation, kept))

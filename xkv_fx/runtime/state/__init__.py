@@ -11,7 +11,7 @@ A kind says what it keeps, and what prefill, extend and decode do to it; everybo
 new kind is a file here and a row in `plan.CACHE_KINDS`, if layers have it, or in `CachePlan.states`, if one serves all.
 """
 
-from xkv_fx.runtime.state.base import GRAPH_KINDS, Attention, Buffer, Build, GraphKind, LayerState, Value
+from xkv_fx.runtime.state.base import GRAPH_KINDS, Attention, Buffer, Build, Constant, GraphKind, LayerState, Value
 from xkv_fx.runtime.state.borrowed import BorrowedState
 from xkv_fx.runtime.state.coded import CodedState
 from xkv_fx.runtime.state.counters import CountersState
@@ -31,6 +31,7 @@ __all__ = [
     "CachePlan",
     "CodedLatentState",
     "CodedState",
+    "Constant",
     "CountersState",
     "GraphKind",
     "KVState",

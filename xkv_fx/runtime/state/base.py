@@ -63,6 +63,21 @@ class Buffer:
             tensor[rows] = torch.arange(self.shape[-1], dtype=self.dtype, device=tensor.device)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constant:
+    """A tensor that is compiled into the graphs of a state, all of which share it.
+
+    Attributes:
+        name: its name among all constants of a program.
+        field: its name within its state, by which ops take it.
+        value: the tensor.
+    """
+
+    name: str
+    field: str
+    value: Tensor
+
+
 class Attention(Protocol):
     """One attention of a graph, as a state sees it.
 
@@ -110,6 +125,10 @@ class Build(Protocol):
         """A state's buffers, by field."""
         ...
 
+    def constants(self, state: LayerState) -> Mapping[str, Value]:
+        """A state's constants, by field."""
+        ...
+
     def scorer_inputs(self, attention: Attention) -> Mapping[str, Value]:
         """What else the scorer wants to know of an attention."""
         ...
@@ -147,9 +166,13 @@ class LayerState(abc.ABC):
     def buffers(self) -> tuple[Buffer, ...]:
         """Its tensors, in the order in which graphs take them. Session files and engine manifests hold just these."""
 
+    def constants(self, device: torch.device) -> tuple[Constant, ...]:
+        """What the plan fixes of it besides shapes."""
+        return ()
+
     @property
     def nbytes(self) -> int:
-        """Bytes of all of its tensors."""
+        """Bytes of all of its tensors; constants are not the sessions'."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     # What graphs do to it

@@ -11,9 +11,10 @@ import torch
 from xkv_fx.errors import BudgetError
 from xkv_fx.formats import LayerFormats, SlotFormat
 from xkv_fx.layers import LayerSpec
-from xkv_fx.runtime.quantize import Coding
+from xkv_fx.mean_keys import MeanKey
+from xkv_fx.runtime.quantize import Coding, mean_tensor
 from xkv_fx.runtime.scorers import rescore_coded_tokens
-from xkv_fx.runtime.state.base import Buffer
+from xkv_fx.runtime.state.base import Buffer, Constant
 from xkv_fx.runtime.state.kv import CacheOps, KVState
 
 
@@ -26,10 +27,12 @@ class CodedState(KVState):
 
     Attributes:
         formats: of keys, and of values.
+        mean_key: what is subtracted from keys before they are stored; None for nothing.
     """
 
     kind: ClassVar[str] = "keys and values in fewer bits"
     formats: LayerFormats = ("model", "model")
+    mean_key: MeanKey | None = None
 
     ops: ClassVar[CacheOps] = CacheOps("decode_coded", "decode_coded_scored", "extend_coded", "keep_coded")
     rescore: ClassVar[Any] = staticmethod(rescore_coded_tokens)
@@ -63,6 +66,11 @@ class CodedState(KVState):
             buffers.append(self._buffer(field, (*self._shape, width), dtype, holds="kv", reset="stale"))
             buffers.append(self._buffer(f"{field}_scales", scales, torch.float16, holds="kv", reset="stale"))
         return buffers
+
+    def constants(self, device: torch.device) -> tuple[Constant, ...]:
+        if self.mean_key is None:
+            return ()
+        return (Constant(f"key_mean_{self.index}", "key_mean", mean_tensor(self.mean_key, self.dtype, device)),)
 
     @property
     def _numbers(self) -> dict[str, Any]:

@@ -142,7 +142,7 @@ class KVState(LayerState):
         return build.emit(
             self.ops["extend"], attention.q, attention.k, attention.v, *self._kv(build), mask, form.scale,
             **self._numbers, sliding_window=form.sliding_window, softcap=form.softcap, sink_logits=form.sink_logits,
-            slopes=form.slopes, ages=ages, name=f"attention_{attention.index}",
+            slopes=form.slopes, ages=ages, **build.constants(self), name=f"attention_{attention.index}",
         )  # fmt: skip
 
     def keep(self, build: Build, attention: Attention) -> None:
@@ -156,7 +156,7 @@ class KVState(LayerState):
         scores = build.emit(
             score, attention.q, attention.k, attention.v, build.length, counts["seen"], counts["base"],
             *self._kv(build), held["positions"], form.scale, sink_logits=form.sink_logits, slopes=form.slopes,
-            **kept, **build.scorer_inputs(attention), name=f"scores_{attention.index}",
+            **kept, **build.scorer_inputs(attention), **build.constants(self), name=f"scores_{attention.index}",
         )  # fmt: skip
         self._keep(build, attention, scores, fresh=False)
 
@@ -167,7 +167,7 @@ class KVState(LayerState):
         source, placed, gained = (build.emit(operator.getitem, chosen, part) for part in range(3))
         build.emit(
             self.ops["keep"], attention.k, attention.v, source, placed, *self._kv(build), held["positions"],
-            capacity=self.slots.capacity, **self._numbers, fresh=fresh,
+            capacity=self.slots.capacity, **self._numbers, fresh=fresh, **build.constants(self),
         )  # fmt: skip
         if "scores" not in held:
             return
@@ -182,7 +182,7 @@ class KVState(LayerState):
         given = (held["positions"], counts["seen"], counts["base"])
         token = (attention.q, attention.k, attention.v, *self._kv(build))
         options = {"softcap": form.softcap, "sink_logits": form.sink_logits, "name": f"attention_{attention.index}"}
-        options |= self._numbers
+        options |= {**self._numbers, **build.constants(self)}
         if self.slots.eviction != "scored":
             slot = build.once(("slot", self.slots), lambda: self._next_slot(build))
             mask = self._mask(build, form.slopes, given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ import torch
 from xkv_fx.errors import BudgetError
 from xkv_fx.formats import LayerFormats
 from xkv_fx.layers import LayerSpec
+from xkv_fx.mean_keys import MeanKey, MeanKeys
 from xkv_fx.runtime.reading import Reading
 from xkv_fx.runtime.recurrence import StatePart
 from xkv_fx.runtime.slots import SlotPlan
-from xkv_fx.runtime.state.base import Buffer, LayerState
+from xkv_fx.runtime.state.base import Buffer, Constant, LayerState
 from xkv_fx.runtime.state.coded import CodedState
 from xkv_fx.runtime.state.counters import CountersState
 from xkv_fx.runtime.state.kv import KVState
@@ -39,6 +41,8 @@ class CachePlan:
         formats: of the keys and values of each layer; None where they are in the model's dtype.
         reading: how prompts are read again; None for a scorer that reads them once.
         recurrent: what each layer keeps that mixes tokens by a state, in execution order.
+        mean_keys: what is subtracted from the keys of each layer before they are stored in fewer bits, of the KV heads
+            that this process has; None where nothing is.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -49,17 +53,20 @@ class CachePlan:
     formats: tuple[LayerFormats | None, ...] | None = None
     reading: Reading | None = None
     recurrent: tuple[tuple[StatePart, ...], ...] = ()
+    mean_keys: MeanKeys | None = None
 
     @functools.cached_property
     def caches(self) -> tuple[KVState, ...]:
         """The state of each layer that owns a cache, in execution order."""
-        formats = (None,) * len(self.layers) if self.formats is None else self.formats
-        each = enumerate(zip(self.layers, self.slots, formats, strict=True))
-        return tuple(self._cache(index, spec, slots, pair) for index, (spec, slots, pair) in each)
+        none = (None,) * len(self.layers)
+        each = enumerate(zip(self.layers, self.slots, self.formats or none, self.mean_keys or none, strict=True))
+        return tuple(self._cache(index, *of_layer) for index, of_layer in each)
 
-    def _cache(self, index: int, spec: LayerSpec, slots: SlotPlan, formats: LayerFormats | None) -> KVState:
+    def _cache(
+        self, index: int, spec: LayerSpec, slots: SlotPlan, formats: LayerFormats | None, mean_key: MeanKey | None
+    ) -> KVState:
         kind = next(kind for kind in CACHE_KINDS if kind.serves(spec, formats))
-        options: dict[str, Any] = {} if formats is None else {"formats": formats}
+        options: dict[str, Any] = {} if formats is None else {"formats": formats, "mean_key": mean_key}
         options["keeps_scores"] = self.reading is not None
         return kind(index, spec, slots, self.rows, self.dtype, **options)
 
@@ -77,6 +84,11 @@ class CachePlan:
     def states(self) -> tuple[LayerState, ...]:
         """All states, in the order in which graphs take their buffers."""
         return (*self.caches, *self.recurrences, self.counters)
+
+    @functools.cached_property
+    def constants(self) -> Mapping[LayerState, tuple[Constant, ...]]:
+        """What is compiled into the graphs of each state. Graphs share the tensors."""
+        return {state: state.constants(self.device) for state in self.states}
 
     @functools.cached_property
     def buffers(self) -> tuple[Buffer, ...]:
