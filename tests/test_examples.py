@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import ready_models
 from exhaustive import exhaustive
+from rich.console import Console
+from tiny_models import VOCABULARY
+from word_tokenizer import WordTokenizer
 
 from xkv_fx.runtime.scorers import base
 
@@ -91,3 +95,29 @@ def test_the_notebook_is_what_its_cells_give() -> None:
         kinds = [output["output_type"] for output in now.get("outputs", [])]
         assert kinds == [output["output_type"] for output in before.get("outputs", [])]
     assert sum("display_data" in json.dumps(cell) for cell in stored["cells"]) == 3
+
+
+def test_the_demo_says_what_it_does_and_what_was_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a tiny model, into a log."""
+    demo = runpy.run_path(str(ROOT / "examples" / "demo.py"), run_name="demo")
+    here = demo["main"].__globals__
+    here.update(
+        load_model=lambda name: (ready_models.model("llama", 2), WordTokenizer(vocabulary=VOCABULARY)),
+        documentation=lambda: "How vainly men themselves amaze " * 20_000,
+        PROMPT_TOKENS=40, NEW_TOKENS=3, PROFILE_PROMPTS=1, CALIBRATION_PROMPTS=1, CALIBRATION_TOKENS=40,
+        console=Console(width=200),
+    )  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--backend", "eager", "--out", str(tmp_path)])
+    demo["main"]()
+    said = capsys.readouterr().out
+    for step in ("load the model", "  prompt 1 of 1", "compile for the plan: attention mass", "done"):
+        assert f" s  {step}" in said
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [run["plan"] for run in report["runs"]] == ["full", "uniform", "attention mass", "calibrated"]
+    for run in report["runs"]:
+        assert f"{run['plan']}: {run['answer']!r}" in said
+    full, *others = (run["kv_bytes"] for run in report["runs"])
+    assert {round(kept / full, 2) for kept in others} == {0.38}
+    assert (tmp_path / "capacities.png").exists()
