@@ -37,7 +37,7 @@ __all__ = ["calibrate", "export", "fit", "fit_quality", "load", "profile", "solv
 def profile(
     model: Any,
     prompts: Sequence[str | Tensor | Sequence[int]],
-    sampling: float = 1.0,
+    sampling: float | str = 1.0,
     policy: Policy | None = None,
     tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
@@ -51,7 +51,7 @@ def profile(
     Args:
         model: a transformers causal language model; it is not changed.
         prompts: strings, or token ids of shape `[S]` or `[1, S]`, like those the plan will serve.
-        sampling: the first share of the prompts to measure; the paper samples 0.1 or 0.2.
+        sampling: the first share of the prompts to measure, 0.1 or `"10%"`; the paper samples 0.1 or 0.2.
         policy: the policy that the plan will be served with; the paper's scorer with a ring by default.
         tokenizer: needed for strings.
         progress: called as `progress(done, total)` after each prompt.

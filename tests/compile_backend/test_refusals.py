@@ -49,7 +49,12 @@ def prompt(length: int = 9) -> dict[str, Any]:
         (None, None, BackendError, r"pass options=\{'budgets': budgets\}"),
         ({}, None, BackendError, r"pass options=\{'budgets': budgets\}"),
         (None, "max-autotune", BackendError, "no modes; leave mode='max-autotune' out"),
-        ({**OPTIONS, "speed": 1}, None, BackendError, "unknown options speed; .* knows budgets, lower, max_new_tokens"),
+        (
+            {**OPTIONS, "speed": 1},
+            None,
+            BackendError,
+            "unknown options speed; .* knows budgets, lower, max_new",
+        ),
         ({**OPTIONS, "lower": "gcc"}, None, BackendError, "unknown backend 'gcc'"),
         ({"budgets": "nowhere/plan.json"}, None, BackendError, "nowhere/plan.json"),
         ({"budgets": (6,)}, None, BudgetError, "must be an xkv_fx.Budgets or the path of one; got tuple"),

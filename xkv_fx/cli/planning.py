@@ -54,7 +54,9 @@ def profile(
     prompts: Texts,
     model: ModelOptions = THE_MODEL,
     length: Length = None,
-    sampling: Annotated[float, typer.Option(help="Share of the prompts to measure.")] = 1.0,
+    sampling: Annotated[
+        str, typer.Option(help="Share of the prompts to measure, as 0.2 or 20%.", metavar="SHARE")
+    ] = "1",
     statistics: Annotated[
         list[str] | None, typer.Option(help="preference (for the allocator entropy), similarity (for squeeze).")
     ] = None,
@@ -76,7 +78,7 @@ def profile(
             measured = xkv_fx.profile(
                 loaded,
                 rows,
-                sampling=sampling,
+                sampling=number_or_word(sampling),
                 policy=policy,
                 progress=advance,
                 statistics=tuple(statistics or ()),

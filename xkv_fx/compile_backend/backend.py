@@ -98,12 +98,13 @@ class _Options:
     budgets: Budgets
     lower: str
     max_new_tokens: int
+    over_limit: bool
 
     @classmethod
     def of(cls, options: Any, mode: str | None) -> _Options:
         if mode is not None:
             raise BackendError(f"the backend 'xkv' has no modes; leave mode={mode!r} out and pass options")
-        known = ("budgets", "lower", "max_new_tokens")
+        known = ("budgets", "lower", "max_new_tokens", "over_limit")
         if not isinstance(options, Mapping) or "budgets" not in options:
             raise BackendError("the backend 'xkv' needs a plan: pass options={'budgets': budgets}, or a plan's path")
         unknown = sorted(str(name) for name in options if name not in known)
@@ -115,7 +116,7 @@ class _Options:
             raise BackendError(f"options['budgets']: no plan can be read there ({error})") from error
         lower = options.get("lower", "inductor")
         check_request(budgets, lower)
-        return cls(budgets, lower, options.get("max_new_tokens", 0))
+        return cls(budgets, lower, options.get("max_new_tokens", 0), bool(options.get("over_limit", False)))
 
 
 class _CompiledCall:
@@ -226,7 +227,9 @@ def _own_cache(model: nn.Module | None, options: _Options, rows: int) -> Cache:
     caches = _own.setdefault(model, {})
     key = (options.budgets, rows, options.max_new_tokens)
     cache = caches.pop(key, None)
-    caches[key] = Cache(model, options.budgets, rows, options.max_new_tokens) if cache is None else cache
+    if cache is None:
+        cache = Cache(model, options.budgets, rows, options.max_new_tokens, options.over_limit)
+    caches[key] = cache
     return caches[key]
 
 

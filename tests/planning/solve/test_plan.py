@@ -19,7 +19,7 @@ from xkv_fx.planning.data.curves import retention_curve
 from xkv_fx.planning.data.profile_data import Profile
 from xkv_fx.planning.solve.allocators import allocator
 from xkv_fx.planning.solve.fill import capacities_for_retention, capacities_for_total
-from xkv_fx.planning.solve.plan import solve_plan, uniform_of_fraction
+from xkv_fx.planning.solve.plan import solve_plan
 from xkv_fx.policy import Policy
 
 Array = NDArray[Any]
@@ -312,16 +312,6 @@ def test_a_fraction_is_of_the_bytes_that_a_full_cache_holds(profile: Profile, fr
     made = plan.provenance
     assert (made.constraint, made.kv_bytes, made.full_kv_bytes) == ({"fraction": share}, taken, full)
     assert made.share == taken / full
-
-
-def test_plans_by_hand_can_have_the_same_bytes() -> None:
-    for profile in (PROFILE, WINDOWS, MIXED):
-        for fraction in (0.125, 0.25, 0.384, 1.0):
-            solved = solve_plan(profile, fraction=fraction, context=150)
-            even = uniform_of_fraction(profile.layers, 150, fraction)
-            taken = Budgets(tuple(even.tolist())).kv_bytes(profile.layers)
-            dearest = max(spec.slot_bytes() for spec in profile.layers) if profile is MIXED else 1
-            assert abs(taken - solved.kv_bytes(profile.layers)) < dearest
 
 
 def test_a_fraction_in_per_cent_without_the_sign_says_what_was_meant() -> None:

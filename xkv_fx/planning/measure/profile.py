@@ -22,22 +22,23 @@ from xkv_fx.planning.measure.team import ALONE, Arrays, Progress, Team
 from xkv_fx.planning.measure.weights import digest_of_weights
 from xkv_fx.policy import Policy
 from xkv_fx.runtime.scorers import Scorer, check_measures_attention, reading_of, scorer_of
+from xkv_fx.sizes import check_share, share_of
 
 Measure = Callable[[Tensor], tuple[Tensor, ...]]
 
 
-def sample_prompts(prompts: Sequence[Tensor], sampling: float) -> tuple[Tensor, ...]:
+def sample_prompts(prompts: Sequence[Tensor], sampling: float | str) -> tuple[Tensor, ...]:
     """The first `sampling` share of the prompts, at least one (XKV, arXiv 2412.05896, samples 0.1 or 0.2).
 
     Raises:
         PromptError: there are no prompts.
-        BudgetError: `sampling` is not above 0 and at most 1.
+        BudgetError: `sampling` is no share above 0 and at most 1.
     """
     if not prompts:
         raise PromptError("there are no prompts to profile; give at least one")
-    if not (isinstance(sampling, int | float) and 0 < sampling <= 1):
-        raise BudgetError(f"sampling is the share of the prompts to profile, above 0 and at most 1; got {sampling!r}")
-    return tuple(prompts[: math.ceil(sampling * len(prompts) - 1e-9)])
+    share = share_of(sampling, "sampling")
+    check_share(share, "sampling")
+    return tuple(prompts[: math.ceil(share * len(prompts) - 1e-9)])
 
 
 def profiling_scorer(policy: Policy) -> Scorer:

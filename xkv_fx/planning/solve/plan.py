@@ -157,20 +157,6 @@ def capacities_within_bytes(
     return room.grown(_share(share, curves, totals[above - 1], limits))
 
 
-def uniform_of_fraction(layers: Sequence[LayerSpec], context: int, fraction: float) -> Capacities:
-    """The capacities, as equal as the layers allow, of the bytes that `xkv_fx.solve` gives a plan of this fraction:
-    int64 `[layers]`.
-
-    Raises:
-        BudgetError: a fraction out of range, or too small for one slot a layer.
-    """
-    name, value = what_fraction_is(fraction, layers, context)
-    if name == "kv_bytes":
-        return uniform_within_bytes(layers, context, value)
-    limits = make_limits(len(layers), context, 1, [spec.effective_capacity(context) for spec in layers], 1)
-    return _share(allocators.allocator("uniform"), np.zeros((len(layers), context + 1)), value, limits)
-
-
 def uniform_within_bytes(
     layers: Sequence[LayerSpec],
     context: int,
