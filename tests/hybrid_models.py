@@ -30,12 +30,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "zaya": {},  # a convolution that makes queries, keys and values
 }
 """Each keeps its states in another way."""
+_OTHERS: dict[str, dict[str, Any]] = {
+    "jamba_last": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 0},  # no attention at the end
+}
 _ENTRIES = {entry.model_type: entry for entry in registered()}
 
 
 @functools.cache
 def model(family: str) -> PreTrainedModel:
-    return tiny_model(_ENTRIES[family], **FAMILIES.get(family, {}))
+    options = {**FAMILIES, **_OTHERS}[family]
+    return tiny_model(_ENTRIES[family.removesuffix("_last")], **options)
 
 
 @functools.cache

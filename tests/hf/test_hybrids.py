@@ -176,6 +176,16 @@ def test_generate_goes_on_with_a_session(family: str) -> None:
     assert torch.equal(llm.generate(conversation, max_new_tokens=8, do_sample=False, **{CACHE_NAME: session}), expected)
 
 
+def test_many_requests_through_few_rows() -> None:
+    own = hybrid_models.model("lfm2_moe")
+    llm = xkv_fx.transform(own, Budgets((FULL,)), batch_size=2, backend="eager", check=False)
+    requests = [tokens(1, length, seed=length)[0] for length in (9, 4, 15, 6, 11)]
+    answers = {answer.index: answer.ids for answer in llm.generate_many(requests, max_new_tokens=5)}
+    for index, ids in enumerate(requests):
+        expected = own.generate(ids[None], max_new_tokens=5, do_sample=False)[0, len(ids) :]
+        assert list(answers[index]) == expected.tolist()
+
+
 # Tight budgets
 
 

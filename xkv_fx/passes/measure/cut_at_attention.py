@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.passes.analyses.find_attention import AttentionSite, attention_sites
+from xkv_fx.passes.analyses.find_recurrence import recurrence_sites
 from xkv_fx.passes.analyses.find_rotation import QueryRotation, find_rotations
 from xkv_fx.passes.tools.graph import arguments, at_length, attribute, output_node, placeholders
+from xkv_fx.runtime.recurrence import Recurrence
 
 _KNOWN = {"q", "k", "v", "layer", "scale", "sliding_window", "softcap", "sink_logits"}
+
+Recur = Callable[[Recurrence, tuple[Tensor, ...]], Tensor]
+"""Runs a layer that mixes tokens by a state, on its inputs `[1, tokens, ...]`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,27 +45,56 @@ class Value:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """What lies between two attentions: `module(*inputs)` returns the tuple `outputs`. Weights are shared.
+    """What lies between two attentions: `run(inputs)` returns the tuple `outputs`. Weights are shared.
 
     Attributes:
         module: the nodes in their order.
         inputs: values of earlier segments, outputs of attentions, or the graph's inputs.
         outputs: values that later segments need, or the following attention.
+        recurs: whether layers that mix tokens by a state are among the nodes.
     """
 
     module: GraphModule
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
+    recurs: bool = False
+
+    def run(self, inputs: Iterable[Any], recur: Recur | None = None) -> tuple[Tensor, ...]:
+        """What the segment computes.
+
+        Args:
+            recur: runs the layers that mix tokens by a state; as if `inputs` were a whole prompt when None.
+        """
+        if recur is None or not self.recurs:
+            made: tuple[Tensor, ...] = self.module(*inputs)
+        else:
+            made = _Recurring(self.module, recur).run(*inputs)
+        return made
+
+
+class _Recurring(Interpreter):
+    """Runs a segment with something else in the place of its layers that mix tokens by a state."""
+
+    def __init__(self, module: GraphModule, recur: Recur) -> None:
+        super().__init__(module)
+        self._recur = recur
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return (
+            self._recur(target, args) if isinstance(target, Recurrence) else super().call_function(target, args, kwargs)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class CutModel:
     """A graph cut at its attentions. Every value that crosses a cut belongs to single tokens, so that tokens of several
-    continuations may be laid one behind another: only attention, which the caller runs, mixes them.
+    continuations may be laid one behind another: only attention, which the caller runs, mixes them, and layers that mix
+    tokens by a state, which the caller may run too.
 
     Attributes:
         sites: the attentions, in execution order.
-        segments: one more than sites; `segments[i]` makes the inputs of attention i, the last one the logits.
+        segments: one more than sites; `segments[i]` makes the inputs of attention i, the last one the logits. Where
+            layers that mix tokens by a state follow the last attention, there is one more for what comes behind them.
         inputs: names of token ids and position ids.
         logits: name of the logits.
         sink_logits: the sink logits of each attention that has some, by the attention's place among `sites`.
@@ -83,8 +117,12 @@ class CutModel:
         """For each segment, the names of the values that it or a later one needs. What an attention takes from the
         segment before it is not among them; what it borrows from an earlier one is."""
         needed = [frozenset(value.name for value in self.segments[-1].inputs)]
-        for at in reversed(range(len(self.sites))):
-            site, taken = self.sites[at], {value.name for value in self.segments[at].inputs}
+        for at in reversed(range(len(self.segments) - 1)):
+            taken = {value.name for value in self.segments[at].inputs}
+            if at >= len(self.sites):
+                needed.append(needed[-1] | taken)
+                continue
+            site = self.sites[at]
             if site.borrows:
                 taken |= {site.k.name, site.v.name}
             if self.rotations:
@@ -126,7 +164,7 @@ def cut_at_attention(module: GraphModule, future_positions: int | None = None) -
     wanted |= dict.fromkeys(rotation.source for rotation in rotations)
     crossing = {node for node in place if any(place.get(user, -1) > place[node] for user in node.users)}
     segments = []
-    for index in range(len(sites) + 1):
+    for index in range(1 + max(place.values())):
         nodes = [node for node in place if place[node] == index]
         outputs = [node for node in nodes if node in crossing or node in wanted]
         segments.append(_segment(module, nodes, outputs))
@@ -138,8 +176,10 @@ def cut_at_attention(module: GraphModule, future_positions: int | None = None) -
 
 
 def _segment_of(graph: Graph, sites: Sequence[AttentionSite]) -> dict[Node, int]:
-    """For each computing node the number of attentions before it, in the graph's order."""
+    """For each computing node the number of attentions before it, in the graph's order; one more behind the last layer
+    that mixes tokens by a state, if no attention follows that."""
     attentions = {site.node for site in sites}
+    last = next((node for node in reversed(graph.nodes) if isinstance(node.target, Recurrence)), None)
     place = {}
     passed = 0
     for node in graph.nodes:
@@ -147,6 +187,7 @@ def _segment_of(graph: Graph, sites: Sequence[AttentionSite]) -> dict[Node, int]
             passed += 1
         elif node.op in ("call_function", "call_method", "call_module"):
             place[node] = passed
+            passed += node is last and passed == len(sites)
     return place
 
 
@@ -165,7 +206,8 @@ def _segment(module: GraphModule, nodes: Sequence[Node], outputs: Sequence[Node]
                 copies[source] = piece.node_copy(source)
         copies[node] = piece.node_copy(node, copies.__getitem__)
     piece.output(tuple(copies[node] for node in outputs))
-    return Segment(GraphModule(module, piece), tuple(map(_value, inputs)), tuple(map(_value, outputs)))
+    part = GraphModule(module, piece)
+    return Segment(part, tuple(map(_value, inputs)), tuple(map(_value, outputs)), bool(recurrence_sites(part)))
 
 
 def _value(node: Node) -> Value:

@@ -29,6 +29,7 @@ from xkv_fx.planning.measure.divergence import kl_divergence
 from xkv_fx.planning.measure.held import Held, HeldScored, LayerRun, Storing, as_stored, attend, hold, hold_all
 from xkv_fx.planning.measure.second_reading import scores_of_second_reading
 from xkv_fx.runtime.attention import causal_attention
+from xkv_fx.runtime.recurrence import Recurrence
 from xkv_fx.runtime.scorers import Scorer, future_positions, reading_of, score_tokens
 from xkv_fx.runtime.slots import SlotPlan, slot_plans
 
@@ -105,6 +106,8 @@ class FullRun:
         logits: of the continuation's tokens, `[T, vocabulary]`.
         length_dims: which dimension of each of the values runs over tokens.
         tokens: T.
+        states: of each layer that mixes tokens by a state, what it is behind the prompt, by the layer's index. Like the
+            prompt's K/V, it is the same under every plan.
     """
 
     model: CutModel
@@ -113,6 +116,7 @@ class FullRun:
     length_dims: dict[str, int]
     logits: Tensor
     tokens: int
+    states: dict[int, tuple[Tensor, ...]] = dataclasses.field(default_factory=dict)
     _stored: dict[tuple[int, Storing], LayerRun] = dataclasses.field(default_factory=dict, repr=False)
     _held: dict[tuple[int, LayerPlan], Held | HeldScored] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -194,15 +198,24 @@ class FullRun:
                 out[members] = attend(q[members], *new, held, self.layers[index])
             live = {name: value for name, value in live.items() if name in self.model.needed_from[index + 1]}
             live[site.node.name] = _join(out)
-            segment = self.model.segments[index + 1]
-            if index + 1 < attentions:
-                made = segment.module(*(self._tiled(value, live, rows) for value in segment.inputs))
+            behind = self.model.segments[index + 1 :]
+            for segment in behind[:1] if index + 1 < attentions else behind[:-1]:
+                made = segment.run(
+                    (self._tiled(value, live, rows) for value in segment.inputs), self._recur_from_prompt
+                )
                 live |= {
                     value.name: part
                     for value, part in zip(segment.outputs, made, strict=True)
                     if value.size is None and value.length_dim is not None
                 }
-        return self._compare_logits(segment, live, len(plans))
+        return self._compare_logits(self.model.segments[-1], live, len(plans))
+
+    def _recur_from_prompt(self, recurrence: Recurrence, inputs: tuple[Tensor, ...]) -> Tensor:
+        """A layer that mixes tokens by a state, on the continuations of several plans, each behind the prompt."""
+        split = [part.view(-1, self.tokens, *part.shape[2:]) for part in inputs]
+        rows = split[0].shape[0]
+        states = [state.expand(rows, *state.shape[1:]) for state in self.states[recurrence.index]]
+        return recurrence.go_on(split, states)[0].reshape(1, rows * self.tokens, -1)
 
     def _first_cut(self, plan: LayerPlans) -> int:
         """The first attention whose layer does not hold everything; the number of attentions if there is none."""
@@ -241,7 +254,7 @@ class FullRun:
                 else:
                     span = len(part) * self.tokens
                     inputs.append(live[value.name].narrow(value.length_dim, part.start * self.tokens, span))
-            logits = _logits(self.model, segment, segment.module(*inputs)).view(len(part), self.tokens, -1)
+            logits = _logits(self.model, segment, segment.run(inputs)).view(len(part), self.tokens, -1)
             kl.append(kl_divergence(reference, logits))
             agree.append(logits.argmax(-1) == preferred)
         return Strayed(torch.cat(kl), torch.cat(agree))
@@ -275,10 +288,16 @@ def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) ->
     length_dims = dict.fromkeys(live, 1)
     layers: list[LayerRun] = []
     owners: dict[int, LayerRun] = {}
+    states: dict[int, tuple[Tensor, ...]] = {}
+
+    def recur(recurrence: Recurrence, given: tuple[Tensor, ...]) -> Tensor:
+        of_prompt, states[recurrence.index] = recurrence.begin([part[:, :prompt] for part in given])
+        rest = [part[:, prompt:] for part in given]
+        return torch.cat((of_prompt, recurrence.go_on(rest, states[recurrence.index])[0]), 1)
+
     for index, segment in enumerate(model.segments[:-1]):
-        site = model.sites[index]
         inputs = [live[value.name] if value.size is None else value.size_of(total) for value in segment.inputs]
-        made = dict(zip((value.name for value in segment.outputs), segment.module(*inputs), strict=True))
+        made = dict(zip((value.name for value in segment.outputs), segment.run(inputs, recur), strict=True))
         for value in segment.outputs:
             if value.length_dim is not None:
                 values[value.name] = made[value.name].narrow(value.length_dim, prompt, continuation).clone()
@@ -286,6 +305,9 @@ def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) ->
             elif value.size is None:
                 values[value.name] = made[value.name]
         live |= made
+        if index >= len(model.sites):  # behind the last attention
+            continue
+        site = model.sites[index]
         q, k, v = (live[node.name] for node in (site.q, site.k, site.v))
         form = dataclasses.replace(site.form, sink_logits=model.sink_logits.get(index))
         owner = owners.get(site.index)
@@ -307,8 +329,8 @@ def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) ->
         length_dims[site.node.name] = 2
     last = model.segments[-1]
     inputs = [values[value.name] if value.size is None else value.size_of(continuation) for value in last.inputs]
-    logits = _logits(model, last, last.module(*inputs))
-    return FullRun(model, tuple(layers), values, length_dims, logits[0], continuation)
+    logits = _logits(model, last, last.run(inputs))
+    return FullRun(model, tuple(layers), values, length_dims, logits[0], continuation, states)
 
 
 def _before_rotation(

@@ -57,10 +57,10 @@ def _scores_of_piece(
     counted = torch.full((1,), new, dtype=torch.int64, device=text.device)
     live = dict(zip(model.inputs, (text, positions), strict=True))
     scores: dict[int, Tensor] = {}
-    for index, segment in enumerate(model.segments[:-1]):
+    for index, segment in enumerate(model.segments[: len(model.sites)]):
         site = model.sites[index]
         inputs = [live[value.name] if value.size is None else value.size_of(total) for value in segment.inputs]
-        live |= dict(zip((value.name for value in segment.outputs), segment.module(*inputs), strict=True))
+        live |= dict(zip((value.name for value in segment.outputs), segment.run(inputs), strict=True))
         q, k, v = (live[node.name] for node in (site.q, site.k, site.v))
         form = dataclasses.replace(site.form, sink_logits=model.sink_logits.get(index))
         if site.index not in scores:
