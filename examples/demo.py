@@ -16,6 +16,7 @@ from typing import Any
 
 import matplotlib
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -38,6 +39,9 @@ CALIBRATION_PROMPTS, CALIBRATION_TOKENS = 4, 1024
 FRACTION = 0.384  # XKV reports 61.6 % less KV memory on average
 
 console = Console()
+if not console.is_terminal:  # in a log
+    console.width = 120
+    transformers.logging.disable_progress_bar()
 
 
 class Steps:
@@ -154,7 +158,8 @@ def main() -> None:
         ],
     }
     (options.out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    console.print(f"{report['seconds']:.0f} s; {options.out}/report.json, budgets.json and capacities.png are written")
+    written = f"{options.out}/report.json, budgets.json (calibrated) and capacities.png are written"
+    console.print(f"{report['seconds']:.0f} s; {written}", soft_wrap=True)
 
 
 def run(
@@ -229,7 +234,7 @@ def draw(path: Path, plans: dict[str, xkv_fx.Budgets]) -> None:
     for (name, plan), colour in zip(plans.items(), ("tab:grey", "tab:orange", "tab:green"), strict=False):
         axes.step(range(len(plan.capacities)), plan.capacities, where="mid", color=colour, label=name)
     axes.set(xlabel="layer", ylabel="capacity (slots per KV head)", title="KV cache capacities")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -156,6 +156,7 @@ class Verification:
             allocator=allocator,
             expected_retention=None,
             expected_kl=None,
+            kv_bytes=None,
             held_out={**self.to_dict(), "instead_of": budgets.provenance.allocator or "a plan by hand"},
         )
         return dataclasses.replace(budgets, capacities=capacities, formats=formats, provenance=provenance)
