@@ -145,11 +145,23 @@ def compared(part: BudgetedLM, reference: BudgetedLM, ids: torch.Tensor) -> dict
     }
 
 
+def served_in_fewer_bits(parts: PreTrainedModel, whole: PreTrainedModel, mean_keys: Any) -> list[list[int]]:
+    """Tokens of the model in parts and of the whole one, each process taking the mean keys of its own heads."""
+    plan = Budgets((24, 16), Policy(), formats=(("int8", "int8"),) * 2, mean_keys=mean_keys)
+    llms = (xkv_fx.transform(source, plan, backend="eager") for source in (parts, whole))
+    return [llm.generate(PROMPTS[0], max_new_tokens=6, do_sample=False)[0].tolist() for llm in llms]
+
+
 def split_planning(folder: Path) -> dict[str, Any]:
     """What is measured of a model whose heads the processes share, and what is refused of it."""
     parts, whole = (model(folder / "llama", split) for split in (True, False))
     curves = [xkv_fx.profile(source, PROMPTS[:1]).curves[0] for source in (parts, whole)]
-    kl = [xkv_fx.calibrate(source, PROMPTS[:1], grid=(0.25, 0.5), continuation=6).kl for source in (parts, whole)]
+    measured = [
+        xkv_fx.calibrate(source, PROMPTS[:1], grid=(0.25, 0.5), continuation=6, formats=("model", "int8"))
+        for source in (parts, whole)
+    ]
+    kl = [calibration.kl for calibration in measured]
+    means = [[mean.values for mean in calibration.mean_keys or () if mean is not None] for calibration in measured]
     half = plans(2)["half"]
     llm = xkv_fx.transform(parts, half, backend="eager")
     session = llm.new_session()
@@ -169,6 +181,8 @@ def split_planning(folder: Path) -> dict[str, Any]:
     return {
         "curves": float(abs(curves[0] - curves[1]).max()),
         "kl": float(abs(kl[0] - kl[1]).max()),
+        "means": [float(abs(ours - theirs).max()) for ours, theirs in zip(*means, strict=True)],
+        "stored": served_in_fewer_bits(parts, whole, measured[1].mean_keys),
         "part": "part " in llm.describe(),
         "refused": {name: raised(attempt) for name, attempt in attempts.items()},
     }

@@ -110,10 +110,13 @@ def test_formats_on_the_command_line(text: Path, tmp_path: Path, monkeypatch: py
     assert [pair and tuple(pair) for pair in shown["formats"]] == list(solved.layer_formats)
     kept = xkv_fx.Budgets.load(plan)
     assert (kept.capacities, kept.formats) == (solved.capacities, solved.formats)
+    assert calibration.mean_keys is not None
+    assert kept.mean_keys == solved.mean_keys == calibration.mean_keys
     assert kept.provenance.held_out is not None
     assert set(kept.provenance.held_out) >= {"single_format", "single_format_ratio", "best"}
     table = invoke(*solving)
     assert "formats" in table
+    assert "of 2 of 2 layers, taken off keys in fewer bits" in table
     assert all(pair_name(pair) in table for pair in solved.layer_formats)
 
 

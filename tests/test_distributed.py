@@ -147,6 +147,9 @@ def test_a_model_whose_heads_are_shared_is_measured(tmp_path: Path) -> None:
         found = process["split_planning"]
         assert found["curves"] < 1e-5
         assert found["kl"] < 1e-4
+        assert len(found["means"]) == 2
+        assert max(found["means"]) < 1e-5
+        assert found["stored"][0] == found["stored"][1]
         assert found["part"]
         for name, kind in REFUSED.items():
             assert found["refused"][name][0] == kind, (name, found["refused"][name])

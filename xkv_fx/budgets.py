@@ -415,13 +415,16 @@ class Plan:
         capacities = data.get("capacities")
         if not isinstance(capacities, list):
             raise FileFormatError("'capacities' is missing or not a list")
-        return cls(
+        plan = cls(
             tuple(capacities),
             Policy.from_dict(data.get("policy")),
             Provenance.from_dict(data.get("provenance", {})),
             data.get("formats"),
             _constants_of(data, folder, len(capacities)),
         )
+        if plan.mean_keys is None and "constants" in data:
+            raise FileFormatError("it has constants, which a plan that stores no keys in fewer bits has no use for")
+        return plan
 
 
 def _constants_of(data: Mapping[str, Any], folder: str | os.PathLike[str] | None, layers: int) -> MeanKeys | None:

@@ -189,6 +189,14 @@ def show_measured(measured: Profile | Calibration, as_json: bool, path: Path) ->
         console.print(f"{path}\n{measured}", markup=False, highlight=False, soft_wrap=True)
 
 
+def mean_keys_in_words(budgets: xkv_fx.Budgets) -> str | None:
+    """Of which layers the plan has mean keys; None without any."""
+    if budgets.mean_keys is None:
+        return None
+    count = sum(mean is not None for mean in budgets.mean_keys)
+    return f"of {count} of {len(budgets.mean_keys)} layers, taken off keys in fewer bits"
+
+
 def show_plan(budgets: xkv_fx.Budgets, as_json: bool, path: Path) -> None:
     made = budgets.provenance
     result = {
@@ -196,6 +204,7 @@ def show_plan(budgets: xkv_fx.Budgets, as_json: bool, path: Path) -> None:
         "capacities": list(budgets.capacities),
         "total_tokens": budgets.total_tokens,
         "formats": budgets.formats,
+        "mean_keys": mean_keys_in_words(budgets),
         "policy": budgets.policy.to_dict(),
         "provenance": made.to_dict(),
     }
@@ -206,7 +215,10 @@ def show_plan(budgets: xkv_fx.Budgets, as_json: bool, path: Path) -> None:
     if made.kv_bytes is not None and made.full_kv_bytes is not None and made.share is not None:
         full = f"{made.share:.1%} of the {as_text(made.full_kv_bytes)} of a full cache of {made.context:,} tokens"
         known["kv_bytes"] = f"{as_text(made.kv_bytes)} a row, {full}"
-    show({"budgets": path, "total_tokens": budgets.total_tokens, **budgets.policy.to_dict(), **known}, False)
+    constants = {} if budgets.mean_keys is None else {"mean_keys": mean_keys_in_words(budgets)}
+    show(
+        {"budgets": path, "total_tokens": budgets.total_tokens, **constants, **budgets.policy.to_dict(), **known}, False
+    )
     table = Table("layer", "capacity", "recent", *(() if budgets.formats is None else ("formats",)))
     layers = zip(budgets.capacities, budgets.recent, budgets.layer_formats, strict=True)
     for layer, (capacity, recent, pair) in enumerate(layers):

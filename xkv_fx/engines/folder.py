@@ -47,6 +47,7 @@ def inspect_engine(folder: Path) -> dict[str, Any]:
         "file_bytes": sum(record.size for record in manifest.files.values()),
         "capacities": list(manifest.budgets.capacities),
         "slots": [slots.slots for slots in plan.slots],
+        "mean_keys": sum(mean is not None for mean in plan.mean_keys or ()),
         "policy": manifest.budgets.policy.to_dict(),
         "tensorrt": None if manifest.tensorrt is None else dataclasses.asdict(manifest.tensorrt),
         "checks": {
