@@ -27,6 +27,9 @@ PLANS = {
     "ring": Budgets((12, 17)),
     "scored": Budgets((12, 17), Policy(eviction="scored", sinks=2)),
     "append": Budgets((12, 17), Policy(eviction="append")),
+    "reading again": Budgets(
+        (12, 17), Policy(scorer="reconstruction", scorer_options={"chunk": 11, "instruction": "3 4"})
+    ),
     "int8": Budgets((12, 17), formats=(("int8", "int4"), ("int8", "int8"))),
 }
 
@@ -212,8 +215,8 @@ def test_a_request_that_fails_fails_alone() -> None:
     for answer in answers[1:-1]:
         assert (answer.reason, answer.ids, answer.text) == ("error", (), None)
         assert isinstance(answer.error, PromptError | CapacityError)
-    assert "prompt 1 is a string; pass the model's tokenizer too" in str(answers[1].error)
-    assert "prompt 3 has the token 61, but the model's tokens are 0 to 60" in str(answers[3].error)
+    assert "the prompt is a string; pass the model's tokenizer too" in str(answers[1].error)
+    assert "the prompt has the token 61, but the model's tokens are 0 to 60" in str(answers[3].error)
     assert f"{FULL + 1} tokens do not fit" in str(answers[6].error)
     assert "2 new tokens are asked for, and 1 can be generated from here" in str(answers[8].error)
 
@@ -238,7 +241,7 @@ def test_text_stop_strings_and_end_tokens() -> None:
     assert ended.reason == "end"
     assert ended.ids == whole.ids[: whole.ids.index(whole.ids[5]) + 1]
     (wrong,) = llm.generate_many(["HEL!O"], 12, tokenizer=letters)
-    assert str(wrong.error) == "prompt 0 cannot be tokenized: no such letter"
+    assert str(wrong.error) == "the prompt cannot be tokenized: no such letter"
 
 
 def test_cancelled_requests() -> None:

@@ -7,7 +7,7 @@ import sys
 from xkv_fx.cli.common import app, errors
 from xkv_fx.errors import XkvError
 
-from xkv_fx.cli import planning, fitting, serving, measuring  # isort: skip  # noqa: F401  (registers the commands, in this order)
+from xkv_fx.cli import planning, fitting, serving, chatting, measuring  # isort: skip  # noqa: F401  (registers the commands, in this order)
 
 __all__ = ["app", "main"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,8 +48,13 @@ def out_file(help: str) -> Any:
     return typer.Option(help=help, callback=_writable)
 
 
+STANDARD_INPUT = Path("-")
+
+
 def _readable(given: Path | list[Path] | None) -> Path | list[Path] | None:
     for path in [given] if isinstance(given, Path) else given or ():
+        if path == STANDARD_INPUT:
+            continue
         if path.is_dir():
             raise PromptError(f"{path} is a folder; give the name of a text file in it")
         if not path.exists():
@@ -108,14 +114,12 @@ def is_first(group: ProcessGroup | None) -> bool:
 
 
 @contextmanager
-def interruptible(parts: Path | None) -> Iterator[None]:
-    """Let Ctrl-C end the program with one line that says where the measurements so far are kept."""
+def interruptible(parts: Path | None, what: str = "what was measured") -> Iterator[None]:
+    """Let Ctrl-C end the program with one line that says where the work so far is kept."""
     try:
         yield
     except KeyboardInterrupt:
-        kept = (
-            "" if parts is None else f"; what was measured is kept in {parts}, and the same command goes on from there"
-        )
+        kept = "" if parts is None else f"; {what} is kept in {parts}, and the same command goes on from there"
         errors.print(f"interrupted{kept}", markup=False)
         raise typer.Exit(130) from None
 
@@ -131,6 +135,8 @@ def warnings_as_lines() -> Iterator[None]:
 
 
 def read(path: Path | None) -> str:
+    if path == STANDARD_INPUT:
+        return sys.stdin.read()
     return "" if path is None else path.read_text(encoding="utf-8", errors="replace")
 
 
@@ -141,6 +147,18 @@ def shares(text: str) -> tuple[float, ...]:
         BudgetError: something between commas is not one.
     """
     return tuple(share_of(number_or_word(part), "fractions") for part in names(text))
+
+
+def span(text: str, name: str) -> tuple[int, int]:
+    """The fewest and the most, as 100,3000.
+
+    Raises:
+        PromptError: something else.
+    """
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise PromptError(f"tokens of {name} are given as the fewest and the most, such as 100,3000; got {text!r:.100}")
+    return int(parts[0]), int(parts[1])
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from xkv_fx.cli.common import (
     progress,
     shares,
     show,
+    span,
 )
 from xkv_fx.cli.model_options import THE_MODEL, ModelOptions, with_model
 from xkv_fx.files import write_json
@@ -122,7 +123,7 @@ def eval_(
 def bench(
     model: ModelOptions = THE_MODEL,
     context: Annotated[int, typer.Option(help="Tokens that every row has seen.", min=1)] = 4096,
-    batch: Annotated[int, typer.Option(help="Rows.", min=1)] = 1,
+    batch: Annotated[int | None, typer.Option(help="Rows; 1, or 8 with --many.", min=1)] = None,
     fraction: Annotated[str, typer.Option(help="Share of the context that every layer keeps, as 38.4%.")] = "0.384",
     budgets: Annotated[Path | None, typer.Option(help="A budgets file, instead of --fraction.")] = None,
     rounds: Annotated[int, typer.Option(help="How often the contestants take turns.", min=1)] = 5,
@@ -138,22 +139,51 @@ def bench(
     ] = None,
     kvpress_python: Annotated[Path | None, typer.Option(help="The Python that has kvpress.")] = None,
     openvino_python: Annotated[Path | None, typer.Option(help="The Python that has openvino-genai.")] = None,
+    many: Annotated[
+        bool, typer.Option("--many", help="Measure how fast many requests of different lengths are answered.")
+    ] = False,
+    requests: Annotated[int, typer.Option(help="With --many: how many.", min=1)] = 64,
+    prompt_tokens: Annotated[
+        str, typer.Option(help="With --many: the fewest and the most tokens of a prompt.", metavar="LEAST,MOST")
+    ] = "100,3000",
+    answer_tokens: Annotated[
+        str, typer.Option(help="With --many: the fewest and the most tokens of an answer.", metavar="LEAST,MOST")
+    ] = "16,256",
     picture: Annotated[Path | None, out_file("Draw the steps here (.png, .svg, .pdf).")] = None,
     out: Annotated[Path | None, out_file("Write the result as JSON here.")] = None,
     json_: Json = False,
 ) -> None:
-    """Measure our decode beside transformers' caches and other engines, in turns."""
+    """Measure our decode beside transformers' caches and other engines, in turns.
+
+    With --many, the same requests are answered by generate_many, by padded batches of ours and of transformers, and by
+    transformers' continuous batching, at equal bytes of K/V. --fraction is then of the longest prompt and answer.
+    """
     from xkv_fx.evaluation.speed.bench import BenchSettings, run_bench
     from xkv_fx.evaluation.speed.bench_command import place_of, plan_of
 
     share = share_of(number_or_word(fraction), "fraction")
     check_share(share, "fraction")
+    if many:
+        from xkv_fx.evaluation.speed.many_bench import ManySettings, run_many_bench
+
+        prompt, answer = (span(text, name) for text, name in ((prompt_tokens, "prompt"), (answer_tokens, "answer")))
+        loaded, _ = model.load()
+        plan = plan_of(loaded, budgets, share, prompt[1] + answer[1])
+        asked = ManySettings(plan, requests, prompt, answer, batch or 8, names(only or ""), backend)
+        answered = run_many_bench(loaded, asked, lambda what: errors.print(what, markup=False, highlight=False))
+        if out is not None:
+            write_json(out, answered.to_dict())
+        if json_:
+            show(answered.to_dict(), True)
+        else:
+            console.print(answered.table())
+        return
     loaded, _ = model.load()
     folder, gguf = place_of(model.model)
     pythons = {"kvpress": kvpress_python, "openvino": openvino_python}
     settings = BenchSettings(
         context,
-        batch,
+        batch or 1,
         plan_of(loaded, budgets, share, context),
         rounds,
         new_tokens,

@@ -69,21 +69,32 @@ THE_MODEL = ModelOptions()
 """What a command's parameter `model` is by default."""
 
 
-def with_model(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command all options of `ModelOptions` in place of its parameter `model`, which it gets as one."""
-    signature = inspect.signature(command, eval_str=True)
-    fields = inspect.signature(ModelOptions, eval_str=True).parameters
-    parameters: list[inspect.Parameter] = []
-    for name, parameter in signature.parameters.items():
-        parameters += fields.values() if name == "model" else (parameter,)
-    names = [field.name for field in dataclasses.fields(ModelOptions)]
+def with_options(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command all fields of a dataclass as options, in place of its parameter of the group's name, which it gets
+    as one object."""
 
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        command(model=ModelOptions(**{name: given.pop(name) for name in names}), **given)
+    def give(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in signature.parameters.items():
+            fields = inspect.signature(groups[name], eval_str=True).parameters if name in groups else {}
+            parameters += fields.values() or (parameter,)
 
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return run
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            made = {}
+            for name, group in groups.items():
+                made[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+            command(**given, **made)
+
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return run
+
+    return give
+
+
+with_model = with_options(model=ModelOptions)
+"""Give a command the options of `ModelOptions` in place of its parameter `model`."""
 
 
 @contextmanager

@@ -236,7 +236,7 @@ class BudgetedLM(Budgeted, GenerationMixin):
             seed=seed,
         )  # fmt: skip
         ends = frozenset(self.end_tokens if end_tokens is None else end_tokens)
-        asked = Asked(requests, settings, ends, tokenizer, self.program.graphs.captured.vocabulary, self.device)
+        asked = Asked(requests, settings, ends, tokenizer, self.program.known_tokens, self.device)
         shared = asked.prefix(prefix)
         check_counts(prefill_chunk_size=prefill_chunk_size, prompt_tokens_per_step=prompt_tokens_per_step)
 

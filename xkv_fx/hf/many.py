@@ -75,7 +75,7 @@ class Asked:
         request = given if isinstance(given, Request) else Request(given)
         settings = self._settings.of_request(request, index)
         choose = self._chooser(settings)
-        ids = self._tokens(f"prompt {index}", request.prompt)
+        ids = self._tokens("the prompt", request.prompt)
         return Job(index, ids, settings.max_new_tokens, self._ends, settings.stop, choose, self._tokenizer)
 
     def _chooser(self, settings: Settings) -> Callable[[Tensor], Tensor]:

@@ -58,7 +58,16 @@ class GrowingText:
         if len(now) <= len(before) or now.endswith(_UNFINISHED):
             return ""
         self._start, self._settled = self._settled, len(self._ids)
-        new = now[len(before) :]
+        return self._grow(now[len(before) :])
+
+    def rest(self) -> str:
+        """What is left at the end: characters that were never finished."""
+        before = decoded(self._tokenizer, self._ids[self._start : self._settled])
+        now = decoded(self._tokenizer, self._ids[self._start :])
+        self._start = self._settled = len(self._ids)
+        return self._grow(now[len(before) :])
+
+    def _grow(self, new: str) -> str:
         self.text += new
         return new
 

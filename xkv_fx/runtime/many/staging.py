@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Protocol
 
 import torch
@@ -93,17 +93,26 @@ class Staging:
 
     def _feed_chunks(self, ids: Tensor) -> Generator[float, None, Tensor]:
         """Feed tokens behind what the row holds; returns the last one's logits."""
-        size = self._chunk or ids.shape[1]
         logits: Tensor | None = None
-        for start in range(0, ids.shape[1], size):
-            feeding = self._session.begin_feed(ids[:, start : start + size])
+        cost = 0.0
+        for piece in self._pieces(ids):
+            if logits is not None:
+                yield cost
+            feeding = self._session.begin_feed(piece)
             running = self._program.prompt_in_parts(feeding.kind, *feeding.inputs, *self._session.state.tensors)
-            cost = feeding.ids.shape[1] / running.parts
+            cost = feeding.inputs[0].shape[1] / running.parts
             while (logits := running.advance()) is None:
                 yield cost
             self._session.end_feed(feeding)
-            if start + size < ids.shape[1]:
-                yield cost
         if logits is None:
             raise PromptError("the prompt is empty; give at least one token")
         return logits[:, -1]
+
+    def _pieces(self, ids: Tensor) -> Iterator[Tensor]:
+        """What is fed at once: a chunk, or as much of it as a scorer that reads prompts again takes."""
+        reading, columns = self._program.plan.reading, ids.shape[1]
+        for start in range(0, columns, self._chunk or columns):
+            chunk = ids[:, start : start + (self._chunk or columns)]
+            size = chunk.shape[1] if reading is None else reading.chunk
+            for place in range(0, chunk.shape[1], size):
+                yield chunk[:, place : place + size]
