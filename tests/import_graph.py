@@ -28,6 +28,7 @@ LEVELS = (
     ("file_kinds",),
     ("engine_settings", "formats", "mean_keys", "policy", "sizes"),
     ("layers",),
+    ("heads",),
     ("budgets",),
     ("runtime",),
     ("passes",),

@@ -12,14 +12,14 @@ from tiny_models import FAMILIES
 from transformers import PreTrainedModel
 
 from xkv_fx import Budgets, Policy
+from xkv_fx.budgets import Capacity
 from xkv_fx.capture.captured import CapturedModel
-from xkv_fx.formats import LayerFormats
+from xkv_fx.formats import PlannedFormats
 from xkv_fx.hf.capture import capture
 from xkv_fx.hf.generation import BudgetedLM
 from xkv_fx.lowering.program import CompiledProgram, Graphs, compile_program
 from xkv_fx.mean_keys import MeanKeys
 from xkv_fx.runtime.scorers import scorer_of
-from xkv_fx.runtime.slots import slot_plans
 from xkv_fx.runtime.state import CachePlan
 
 FULL = 72
@@ -95,14 +95,12 @@ def full(rows: int = 1, family: str = "llama") -> BudgetedLM:
 
 def cache_plan(
     source: CapturedModel,
-    capacities: tuple[int, ...],
+    capacities: tuple[Capacity, ...],
     policy: Policy | None = None,
     max_new_tokens: int = 0,
-    formats: tuple[LayerFormats | None, ...] | None = None,
+    formats: tuple[PlannedFormats, ...] | None = None,
     mean_keys: MeanKeys | None = None,
 ) -> CachePlan:
     """The plan of a captured model's caches."""
     budgets = Budgets(capacities, policy or Policy(), formats=formats, mean_keys=mean_keys)
-    slots, means = slot_plans(budgets, source.layers, max_new_tokens), budgets.subtracted(source.layers)
-    cpu = torch.device("cpu")
-    return CachePlan(source.layers, slots, source.rows, torch.float32, cpu, formats, mean_keys=means)
+    return CachePlan.of(budgets, source.layers, source.rows, torch.float32, torch.device("cpu"), max_new_tokens)

@@ -90,7 +90,7 @@ def test_capacities_become_a_tuple_of_python_ints(given_capacities: Any) -> None
 
 
 @pytest.mark.parametrize(
-    "bad", [True, False, np.True_, torch.tensor(True), 4.0, np.float32(4), 4.5, float("nan"), "4", None, [4]], ids=repr
+    "bad", [True, False, np.True_, torch.tensor(True), 4.0, np.float32(4), 4.5, float("nan"), "4", None, {4}], ids=repr
 )
 def test_capacity_that_is_no_whole_number_is_refused_by_its_layer(bad: Any) -> None:
     with pytest.raises(BudgetError, match=rf"capacity of layer 1 must be a whole number; got {re.escape(repr(bad))}"):
@@ -375,7 +375,7 @@ def test_any_value_of_a_policy_field_is_refused_or_read(
         ({"capacities": [4, True]}, "layer 1 must be a whole number; got True"),
         ({"capacities": [4, 4.0]}, "layer 1 must be a whole number; got 4.0"),
         ({"capacities": [4, "4"]}, "layer 1 must be a whole number; got '4'"),
-        ({"capacities": [[4], 4]}, "layer 0 must be a whole number; got [4]"),
+        ({"capacities": [[4], 4]}, "version 1 has no capacities or formats of single KV heads"),
         ({"capacities": [4, 0]}, "layer 1 must be at least 1; got 0"),
         ({"capacities": [4, None]}, "layer 1 must be a whole number; got None"),
         ({"policy": ...}, "policy must be a JSON object"),

@@ -173,7 +173,7 @@ def test_only_a_plan_with_formats_is_of_version_2(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"version": 1}, "unknown fields 'formats'"),
-        ({"version": 4}, "newer than 3"),
+        ({"version": 5}, "newer than 4"),
         ({"formats": ...}, "the plan lacks 'formats'"),
         ({"formats": None}, "formats of the plan has the wrong type: None"),
         ({"formats": {"0": ["int8", "int8"]}}, "formats of the plan has the wrong type"),

@@ -1,4 +1,4 @@
-"""The plan that every part shares: how many K/V slots each layer owns, and the policy that fills them.
+"""The plan that every part shares: how many K/V slots each layer or KV head owns, and the policy that fills them.
 
 This module sits below every subpackage. A plan needs neither torch nor transformers to be read, written or
 checked. Users hold an `xkv_fx.Budgets`, which is a `Plan` that can also read a transformers model.
@@ -7,18 +7,21 @@ checked. Users hold an `xkv_fx.Budgets`, which is a `Plan` that can also read a 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from xkv_fx.engine_settings import engine_settings
 from xkv_fx.errors import BudgetError, FileFormatError, ModelMismatchError
-from xkv_fx.fields import ANYTHING, DOCUMENT, LIST, OBJECT, Fields, check_fields
+from xkv_fx.fields import ANYTHING, DOCUMENT, LIST, OBJECT, Fields, check_fields, or_null
 from xkv_fx.file_kinds import read_as
 from xkv_fx.files import check_format, is_finite, is_int, read_json, write_json
-from xkv_fx.formats import LayerFormats, checked_formats, codes_keys
-from xkv_fx.layers import HasItemSize, Layers, layers_of
+from xkv_fx.formats import PlannedFormats, checked_formats, codes_keys, formats_of_heads, is_by_head
+from xkv_fx.heads import HeadGroup, group_heads
+from xkv_fx.layers import HasItemSize, Layers, LayerSpec, layers_of
 from xkv_fx.mean_keys import (
     MeanKeys,
     check_fits,
@@ -31,16 +34,20 @@ from xkv_fx.mean_keys import (
 from xkv_fx.policy import Policy
 
 FORMAT = "xkv_fx.budgets"
-FORMAT_VERSION = 3  # version 1 has no formats, 2 no constants, and no bytes and sliding windows in its provenance
+# Version 1 has no formats, 2 no constants, and no bytes and sliding windows in its provenance, 3 no plans by KV head.
+FORMAT_VERSION = 4
 CONSTANTS = "constants.safetensors"
 """The file of a plan's constants, where nothing else names it."""
 # Each part checks its own fields.
 _FIELDS: Fields = {**DOCUMENT, **dict.fromkeys(("capacities", "policy", "provenance"), ANYTHING)}
 _WITH_FORMATS: Fields = {**_FIELDS, "formats": LIST}
 _WITH_CONSTANTS: Fields = {**_WITH_FORMATS, "constants": OBJECT}
-_FIELDS_OF: Mapping[int, Fields] = {1: _FIELDS, 2: _WITH_FORMATS, 3: _WITH_CONSTANTS}
+_BY_HEAD: Fields = {**_WITH_CONSTANTS, "formats": or_null(LIST)}
+_FIELDS_OF: Mapping[int, Fields] = {1: _FIELDS, 2: _WITH_FORMATS, 3: _WITH_CONSTANTS, 4: _BY_HEAD}
 
 
+Capacity = int | tuple[int, ...]
+"""Slots of every KV head of a layer, or of each of them."""
 _BYTES = ("kv_bytes", "full_kv_bytes")
 _SINCE_VERSION_3 = (*_BYTES, "sliding_windows")
 
@@ -139,17 +146,18 @@ class Provenance:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Per-layer KV cache capacities and the policy that they are valid for.
+    """KV cache capacities of layers or of their KV heads, and the policy that they are valid for.
 
     Plans with equal content are equal, whatever their subclass.
 
     Attributes:
         capacities: K/V slots of each layer that owns a cache, in execution order, *per KV head and row*; recent
-            tokens are part of it.
+            tokens are part of it. A tuple in the place of a number has one number for each KV head of the layer.
         policy: how those slots are filled.
         provenance: how the plan was made.
         formats: how each layer stores its slots: a pair of names of `xkv_fx.formats`, of its keys and of its values,
-            or None for the model's dtype; None as a whole if all layers do.
+            or None for the model's dtype, or a tuple of these, one for each KV head; None as a whole if everything is
+            in the model's dtype.
         mean_keys: what is subtracted from each layer's keys before they are stored in fewer bits: a `MeanKey` or its
             numbers, float32 `[kv_heads, key_dim]`, or None for nothing. None as a whole if nothing is subtracted
             anywhere, or no layer stores its keys in fewer bits.
@@ -159,10 +167,10 @@ class Plan:
             unknown or not one for each capacity.
     """
 
-    capacities: tuple[int, ...]
+    capacities: tuple[Capacity, ...]
     policy: Policy = dataclasses.field(default_factory=Policy)
     provenance: Provenance = Provenance()
-    formats: tuple[LayerFormats | None, ...] | None = None
+    formats: tuple[PlannedFormats, ...] | None = None
     mean_keys: MeanKeys | None = None
 
     def __post_init__(self) -> None:
@@ -170,12 +178,8 @@ class Plan:
             raise BudgetError(f"capacities must be a sequence of whole numbers; got {type(self.capacities).__name__}")
         if not self.capacities:
             raise BudgetError("capacities is empty; give one whole number for each layer that owns a cache")
-        for layer, capacity in enumerate(self.capacities):
-            if not is_int(capacity):
-                raise BudgetError(f"the capacity of layer {layer} must be a whole number; got {capacity!r}")
-            if capacity < 1:
-                raise BudgetError(f"the capacity of layer {layer} must be at least 1; got {capacity}")
-        object.__setattr__(self, "capacities", tuple(int(c) for c in self.capacities))
+        checked = tuple(_checked_capacity(capacity, f"layer {layer}") for layer, capacity in enumerate(self.capacities))
+        object.__setattr__(self, "capacities", checked)
         if not isinstance(self.policy, Policy):
             raise BudgetError(f"policy must be an xkv_fx.Policy; got {type(self.policy).__name__}")
         if not isinstance(self.provenance, Provenance):
@@ -210,22 +214,50 @@ class Plan:
         )
 
     @property
-    def total_tokens(self) -> int:
-        """The sum of the capacities."""
-        return sum(self.capacities)
+    def by_head(self) -> bool:
+        """Whether any layer is planned by KV head."""
+        return any(isinstance(capacity, tuple) for capacity in self.capacities) or any(
+            map(is_by_head, self.layer_formats)
+        )
 
     @property
-    def layer_formats(self) -> tuple[LayerFormats | None, ...]:
+    def every_capacity(self) -> tuple[int, ...]:
+        """Each number of the plan: of layers, and of the KV heads of layers that are planned by head."""
+        return tuple(itertools.chain.from_iterable(c if isinstance(c, tuple) else (c,) for c in self.capacities))
+
+    @property
+    def layer_means(self) -> tuple[int, ...]:
+        """The capacity of each layer; of one planned by KV head the mean over its heads, rounded down."""
+        return tuple(
+            sum(capacity) // len(capacity) if isinstance(capacity, tuple) else capacity for capacity in self.capacities
+        )
+
+    @property
+    def total_tokens(self) -> int:
+        """The sum of the capacities. A layer planned by KV head counts the mean over its heads; the sum is rounded
+        down."""
+        each = (Fraction(sum(c), len(c)) if isinstance(c, tuple) else Fraction(c) for c in self.capacities)
+        return int(sum(each))
+
+    @property
+    def layer_formats(self) -> tuple[PlannedFormats, ...]:
         """The formats of each layer, None for the model's dtype."""
         return (None,) * len(self.capacities) if self.formats is None else self.formats
 
     @property
-    def recent(self) -> tuple[int, ...]:
-        """The newest tokens that each layer always keeps. A layer that holds its whole sliding window keeps just that;
-        of a plan by hand, which knows nothing of windows, it is what the policy says."""
+    def recent(self) -> tuple[Capacity, ...]:
+        """The newest tokens that each layer always keeps, or each of its KV heads where they have capacities of their
+        own. What holds its whole sliding window keeps just that; of a plan by hand, which knows nothing of windows, it
+        is what the policy says."""
         windows = self.provenance.sliding_windows or (None,) * len(self.capacities)
+
+        def kept(capacity: int, window: int | None) -> int:
+            return window if window is not None and capacity >= window else self.policy.recent_for(capacity)
+
         return tuple(
-            window if window is not None and capacity >= window else self.policy.recent_for(capacity)
+            tuple(kept(of_head, window) for of_head in capacity)
+            if isinstance(capacity, tuple)
+            else kept(capacity, window)
             for capacity, window in zip(self.capacities, windows, strict=True)
         )
 
@@ -253,8 +285,9 @@ class Plan:
         """Check that this plan fits a model with these layers and, where both are known, this fingerprint.
 
         Raises:
-            BudgetError: the number of capacities differs from the number of layers, a layer cannot be stored in its
-                formats, or has other keys than its mean key.
+            BudgetError: the number of capacities differs from the number of layers, that of a layer planned by KV head
+                from its heads, a layer cannot be stored in its formats, or it has
+                other keys than its mean key.
             ModelMismatchError: the plan was made for another model.
         """
         specs = layers_of(layers)
@@ -264,14 +297,14 @@ class Plan:
                 f"the plan has {len(self.capacities)} capacities but the model has {count} layers that own a KV "
                 "cache; give one capacity for each of them"
             )
-        for layer, (spec, pair) in enumerate(zip(specs, self.layer_formats, strict=True)):
-            if pair is None:
-                continue
-            try:
-                spec.slot_bytes(formats=pair)
-            except BudgetError as error:
-                stored = f"the plan stores keys of layer {layer} as {pair[0]} and its values as {pair[1]}"
-                raise BudgetError(f"{stored}, but {error}") from error
+        for layer, (spec, capacity, formats) in enumerate(zip(specs, self.capacities, self.layer_formats, strict=True)):
+            for what, planned in (("capacities", capacity), ("formats", formats if is_by_head(formats) else 0)):
+                if isinstance(planned, tuple) and len(planned) != spec.kv_heads:
+                    raise BudgetError(
+                        f"the plan has {len(planned)} {what} for the KV heads of layer {layer}, which has "
+                        f"{spec.kv_heads}; give one for each of them"
+                    )
+            _check_storable(layer, spec, formats)
         for layer, (spec, mean) in enumerate(zip(specs, self.mean_keys or (), strict=False)):
             if mean is not None:
                 check_fits(mean, layer, spec.kv_heads, spec.key_dim)
@@ -281,8 +314,24 @@ class Plan:
                 f"the plan was made for the model {planned_for!r}, not for {model!r}; profile and solve for this model"
             )
 
-    def slots(self, layers: Layers, max_new_tokens: int = 0) -> tuple[int, ...]:
-        """Slots that are actually allocated for each layer.
+    def groups(self, layers: Layers) -> tuple[HeadGroup, ...]:
+        """The KV heads of each layer that share a cache: those of equal capacities, clamped to the layer's sliding
+        window, and equal formats. A layer whose heads are all alike is one group.
+
+        Raises:
+            BudgetError: as `check_layers`.
+        """
+        self.check_layers(layers)
+        found: list[HeadGroup] = []
+        planned = zip(layers_of(layers), self.capacities, self.layer_formats, strict=True)
+        for layer, (spec, capacity, formats) in enumerate(planned):
+            each = capacity if isinstance(capacity, tuple) else (capacity,) * spec.kv_heads
+            found += group_heads(layer, spec, each, formats_of_heads(formats, spec.kv_heads))
+        return tuple(found)
+
+    def slots(self, layers: Layers, max_new_tokens: int = 0) -> tuple[Capacity, ...]:
+        """Slots that are actually allocated for each layer, or for each of its KV heads where the plan has their
+        capacities.
 
         Under `eviction="append"` each layer gets room for `max_new_tokens` besides its capacity. Capacity and room
         together are clamped to the layer's sliding window: with that many slots, no token in the window is lost.
@@ -291,13 +340,24 @@ class Plan:
             BudgetError: as `check_layers`, or `max_new_tokens` is not a whole number of at least 0.
         """
         self.check_layers(layers)
+        room = self.room_for(max_new_tokens)
+
+        def clamped(spec: LayerSpec, capacity: Capacity) -> Capacity:
+            if isinstance(capacity, tuple):
+                return tuple(spec.effective_capacity(of_head + room) for of_head in capacity)
+            return spec.effective_capacity(capacity + room)
+
+        return tuple(map(clamped, layers_of(layers), self.capacities))
+
+    def room_for(self, max_new_tokens: int) -> int:
+        """Slots that are set aside for so many generated tokens.
+
+        Raises:
+            BudgetError: not a whole number of at least 0.
+        """
         if not is_int(max_new_tokens) or max_new_tokens < 0:
             raise BudgetError(f"max_new_tokens must be a whole number of at least 0; got {max_new_tokens!r}")
-        room = max_new_tokens if self.policy.eviction == "append" else 0
-        return tuple(
-            spec.effective_capacity(capacity + room)
-            for spec, capacity in zip(layers_of(layers), self.capacities, strict=True)
-        )
+        return max_new_tokens if self.policy.eviction == "append" else 0
 
     def kv_bytes(
         self, model: Layers, batch_size: int = 1, dtype: HasItemSize | None = None, max_new_tokens: int = 0
@@ -315,9 +375,12 @@ class Plan:
         """
         if not is_int(batch_size) or batch_size < 1:
             raise BudgetError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
-        layers = layers_of(model)
-        planned = zip(self.slots(layers, max_new_tokens), layers, self.layer_formats, strict=True)
-        return sum(slots * spec.slot_bytes(dtype, formats) for slots, spec, formats in planned) * batch_size
+        layers, room = layers_of(model), self.room_for(max_new_tokens)
+        of_row = 0
+        for group in self.groups(layers):
+            spec = group.spec_in(layers[group.layer])
+            of_row += spec.effective_capacity(group.capacity + room) * spec.slot_bytes(dtype, group.formats)
+        return of_row * batch_size
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file appears whole or not at all.
@@ -340,15 +403,18 @@ class Plan:
             constants: the name of the file that holds the constants, if there are any.
         """
         provenance = self.provenance.to_dict()
+        formats = None if self.formats is None else [_as_lists(of_layer) for of_layer in self.formats]
         data = {
             "format": FORMAT,
             "version": 1,
-            "capacities": list(self.capacities),
+            "capacities": [_as_lists(capacity) for capacity in self.capacities],
             "policy": self.policy.to_dict(),
             "provenance": provenance,
         }
-        if self.formats is not None:
-            formats = [None if pair is None else list(pair) for pair in self.formats]
+        if self.by_head:
+            data = {**data, "version": 4, "formats": formats}
+            return data if self.mean_keys is None else {**data, "constants": reference_to(constants, self.mean_keys)}
+        if formats is not None:
             data = {**data, "version": 2, "formats": formats}
         if self.mean_keys is not None:
             return {**data, "version": 3, "constants": reference_to(constants, self.mean_keys)}
@@ -363,6 +429,8 @@ class Plan:
         - `"openvino"`: arguments of OpenVINO GenAI's `CacheEvictionConfig`. It has one size for all layers, so only the
           plan's total carries over: the mean capacity, rounded down to whole blocks of 32 tokens.
 
+        None of them has a size a KV head: a layer planned by head gets the mean of its heads, rounded down.
+
         Args:
             engine: one of these names.
             path: where to write the same as JSON, if anywhere.
@@ -373,7 +441,12 @@ class Plan:
         Raises:
             BudgetError: an unknown engine, or a plan too small for its blocks.
         """
-        settings, note = engine_settings(engine, self.capacities, self.policy.sinks)
+        settings, note = engine_settings(engine, self.layer_means, self.policy.sinks)
+        if self.by_head:
+            note += (
+                "; it has no sizes of single KV heads, so those are lost: a layer planned by head gets the mean of its "
+                "heads, rounded down"
+            )
         if self.formats is not None:
             note += "; the plan's formats are not carried over, so slots are stored as that engine is told to"
         result = {"engine": engine, "settings": settings, "note": note}
@@ -424,7 +497,42 @@ class Plan:
         )
         if plan.mean_keys is None and "constants" in data:
             raise FileFormatError("it has constants, which a plan that stores no keys in fewer bits has no use for")
+        if plan.by_head and data["version"] < 4:
+            raise FileFormatError(f"version {data['version']} has no capacities or formats of single KV heads")
         return plan
+
+
+def _checked_capacity(capacity: Any, where: str) -> Capacity:
+    """One whole number, or a tuple of them where heads have their own."""
+    if isinstance(capacity, list | tuple):
+        if not capacity:
+            raise BudgetError(f"the capacity of {where} is an empty sequence; give one number for each KV head")
+        return tuple(_checked_count(of_head, f"{where}, KV head {head}") for head, of_head in enumerate(capacity))
+    return _checked_count(capacity, where)
+
+
+def _checked_count(capacity: Any, where: str) -> int:
+    if not is_int(capacity):
+        raise BudgetError(f"the capacity of {where} must be a whole number; got {capacity!r:.100}")
+    if capacity < 1:
+        raise BudgetError(f"the capacity of {where} must be at least 1; got {capacity}")
+    return int(capacity)
+
+
+def _check_storable(layer: int, spec: LayerSpec, formats: PlannedFormats) -> None:
+    for pair in dict.fromkeys(formats_of_heads(formats, spec.kv_heads)):
+        if pair is None:
+            continue
+        try:
+            spec.slot_bytes(formats=pair)
+        except BudgetError as error:
+            stored = f"the plan stores keys of layer {layer} as {pair[0]} and its values as {pair[1]}"
+            raise BudgetError(f"{stored}, but {error}") from error
+
+
+def _as_lists(value: Any) -> Any:
+    """A value as JSON's types: tuples as lists."""
+    return [_as_lists(one) for one in value] if isinstance(value, tuple) else value
 
 
 def _constants_of(data: Mapping[str, Any], folder: str | os.PathLike[str] | None, layers: int) -> MeanKeys | None:

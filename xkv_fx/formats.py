@@ -17,6 +17,11 @@ SLOT_FORMATS: tuple[str, ...] = get_args(SlotFormat)
 LayerFormats = tuple[SlotFormat, SlotFormat]
 """The format of a layer's keys, and the format of its values."""
 
+HeadFormats = tuple[LayerFormats | None, ...]
+"""The formats of each KV head of a layer, None for the model's dtype."""
+PlannedFormats = LayerFormats | HeadFormats | None
+"""How a plan stores a layer: all of its heads alike, or each KV head in formats of its own."""
+
 _IN_MODEL: LayerFormats = ("model", "model")
 
 CODE_BITS = {"fp8": 8, "int8": 8, "int4": 4}
@@ -79,9 +84,9 @@ def check_latent(pair: LayerFormats) -> None:
         )
 
 
-def codes_keys(pair: LayerFormats | None) -> bool:
-    """Whether a layer stores its keys in another format than the model's dtype."""
-    return pair is not None and pair[0] != "model"
+def codes_keys(formats: PlannedFormats) -> bool:
+    """Whether a layer stores keys, of any of its heads, in another format than the model's dtype."""
+    return any(pair is not None and pair[0] != "model" for pair in formats_of_heads(formats, 1))
 
 
 def pair_name(pair: LayerFormats | None) -> str:
@@ -100,15 +105,29 @@ def pair_of_name(name: str) -> LayerFormats | None:
     return checked_pair((keys, values or keys), f"what is named {name!r:.100}")
 
 
-def checked_formats(formats: Any, layers: int) -> tuple[LayerFormats | None, ...] | None:
+def is_by_head(formats: PlannedFormats) -> TypeGuard[HeadFormats]:
+    """Whether each KV head of the layer has formats of its own."""
+    return formats is not None and not any(isinstance(one, str) for one in formats)
+
+
+def formats_of_heads(formats: PlannedFormats, heads: int) -> HeadFormats:
+    """The formats of each of so many KV heads."""
+    if is_by_head(formats):
+        return formats
+    return (formats,) * heads  # type: ignore[return-value]
+
+
+def checked_formats(formats: Any, layers: int) -> tuple[PlannedFormats, ...] | None:
     """The formats of a plan in one normal form, so that plans that store the same way are equal.
 
     Args:
-        formats: None, or for each layer None or a pair of names, of its keys and of its values.
+        formats: None, or for each layer None or a pair of names, of its keys and of its values; or a sequence of these,
+            one for each of the layer's KV heads.
         layers: how many there are.
 
     Returns:
-        for each layer its pair, or None where both are `"model"`; None where that is so in every layer.
+        for each layer its pair, or None where both are `"model"`, or a tuple of these, one for each KV head; None where
+        everything is in the model's dtype.
 
     Raises:
         BudgetError: another number of layers, something else than a pair, or an unknown name.
@@ -121,7 +140,16 @@ def checked_formats(formats: Any, layers: int) -> tuple[LayerFormats | None, ...
         )
     if len(formats) != layers:
         raise BudgetError(f"formats has {len(formats)} entries for {layers} capacities; give one for each of them")
-    pairs = tuple(checked_pair(pair, f"layer {layer}") for layer, pair in enumerate(formats))
+    checked = tuple(_checked_layer(of_layer, f"layer {layer}") for layer, of_layer in enumerate(formats))
+    return checked if any(checked) else None
+
+
+def _checked_layer(formats: Any, where: str) -> PlannedFormats:
+    """The formats of one layer; None where all of its heads are in the model's dtype."""
+    by_head = _is_sequence(formats) and len(formats) > 0 and all(one is None or _is_sequence(one) for one in formats)
+    if not by_head:
+        return checked_pair(formats, where)
+    pairs = tuple(checked_pair(pair, f"{where}, KV head {head}") for head, pair in enumerate(formats))
     return pairs if any(pairs) else None
 
 

@@ -88,7 +88,7 @@ class MeanKey:
 
     def of_heads(self, heads: slice | Sequence[int]) -> MeanKey:
         """That of some of the heads."""
-        return MeanKey(self.values[heads])
+        return MeanKey(self.values[heads if isinstance(heads, slice) else list(heads)])
 
 
 MeanKeys = tuple[MeanKey | None, ...]

@@ -15,16 +15,16 @@ from xkv_fx.layers import HasItemSize, given_layers
 
 @dataclasses.dataclass(frozen=True, eq=False)  # equal and hashed as every plan is
 class Budgets(Plan):
-    """Per-layer KV cache capacities and the policy that they are valid for.
+    """KV cache capacities of layers or of their KV heads, and the policy that they are valid for.
 
     Attributes:
         capacities: K/V slots of each layer that owns a cache, in execution order, *per KV head and row*; recent
-            tokens are part of it.
+            tokens are part of it. A tuple in the place of a number has one number for each KV head of the layer.
         policy: how those slots are filled.
         provenance: how the plan was made.
         formats: how each layer stores its slots: a pair of names (`"model"`, `"fp8"`, `"int8"`, `"int4"`), of its keys
-            and of its values, or None for the model's dtype; None as a whole if all layers do. Latents are keys and
-            values at once, and have one format for both.
+            and of its values, or None for the model's dtype, or a tuple of these, one for each KV head; None as a whole
+            if everything is in the model's dtype. Latents are keys and values at once, and have one format for both.
         mean_keys: what is subtracted from each layer's keys before they are stored in fewer bits, as `calibrate`
             measured it: a `MeanKey` (its `values` are float32 `[kv_heads, key_dim]`), or None for nothing. None as a
             whole if nothing is subtracted anywhere, or no layer stores its keys in fewer bits.

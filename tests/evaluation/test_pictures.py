@@ -11,7 +11,7 @@ from tiny_models import random_ids
 
 from xkv_fx import Budgets
 from xkv_fx.errors import XkvError
-from xkv_fx.evaluation.pictures import draw_kept, kept_share
+from xkv_fx.evaluation.pictures import draw_capacities, draw_heads, draw_kept, kept_share
 
 
 def test_shares_count_the_heads_that_keep_a_token() -> None:
@@ -34,3 +34,11 @@ def test_a_picture_is_written(tmp_path: Path) -> None:
     draw_kept(session, tmp_path / "kept.png")
     assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
     assert torch.equal(session.tokens_seen, torch.tensor([30]))
+
+
+def test_plans_by_head_are_drawn(tmp_path: Path) -> None:
+    by_head = Budgets(((6, 40), 12, (1, 2)))
+    draw_heads(by_head, tmp_path / "heads.png")
+    draw_capacities({"by head": by_head, "by layer": Budgets((6, 12, 2))}, tmp_path / "capacities.png")
+    for name in ("heads", "capacities"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -18,7 +18,7 @@ from rich.table import Table
 
 import xkv_fx
 from xkv_fx.errors import BudgetError, MissingFileError, PromptError
-from xkv_fx.formats import LayerFormats, pair_name, pair_of_name
+from xkv_fx.formats import LayerFormats, formats_of_heads, is_by_head, pair_name, pair_of_name
 from xkv_fx.lowering.backends.table import BACKENDS
 from xkv_fx.sizes import as_text, number_or_word, share_of
 
@@ -237,9 +237,18 @@ def show_plan(budgets: xkv_fx.Budgets, as_json: bool, path: Path) -> None:
     show(
         {"budgets": path, "total_tokens": budgets.total_tokens, **constants, **budgets.policy.to_dict(), **known}, False
     )
-    table = Table("layer", "capacity", "recent", *(() if budgets.formats is None else ("formats",)))
+    by_head = ("KV head",) if budgets.by_head else ()
+    table = Table("layer", *by_head, "capacity", "recent", *(() if budgets.formats is None else ("formats",)))
     layers = zip(budgets.capacities, budgets.recent, budgets.layer_formats, strict=True)
-    for layer, (capacity, recent, pair) in enumerate(layers):
-        stored = () if budgets.formats is None else (pair_name(pair),)
-        table.add_row(str(layer), str(capacity), str(recent), *stored)
+    for layer, (capacity, recent, formats) in enumerate(layers):
+        heads = len(capacity) if isinstance(capacity, tuple) else len(formats) if is_by_head(formats) else 1
+        each = zip(_of_heads(capacity, heads), _of_heads(recent, heads), formats_of_heads(formats, heads), strict=True)
+        for head, (slots, newest, pair) in enumerate(each):
+            place = () if not by_head else ("all",) if heads == 1 else (str(head),)
+            stored = () if budgets.formats is None else (pair_name(pair),)
+            table.add_row(str(layer), *place, str(slots), str(newest), *stored)
     console.print(table)
+
+
+def _of_heads(planned: int | tuple[int, ...], heads: int) -> tuple[int, ...]:
+    return planned if isinstance(planned, tuple) else (planned,) * heads

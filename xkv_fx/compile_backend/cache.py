@@ -34,9 +34,8 @@ from xkv_fx.lowering.limit import check_limit
 from xkv_fx.lowering.program import program_key
 from xkv_fx.public_budgets import Budgets, budgets_of
 from xkv_fx.runtime import tracing_marks  # noqa: F401  (registers the ops)
-from xkv_fx.runtime.scorers import reading_of, scorer_of
+from xkv_fx.runtime.scorers import scorer_of
 from xkv_fx.runtime.session import Graph
-from xkv_fx.runtime.slots import slot_plans
 from xkv_fx.runtime.state import CachePlan
 
 
@@ -89,11 +88,7 @@ class Cache(SessionCache):
             )
         layers = layers_of_source(source, facts)
         budgets.check_layers(layers, facts.fingerprint)
-        slots = slot_plans(budgets, layers, max_new_tokens)
-        reading, means = reading_of(scorer_of(budgets.policy)), budgets.subtracted(layers)
-        plan = CachePlan(
-            layers, slots, batch_size, facts.dtype, facts.device, budgets.formats, reading, mean_keys=means
-        )
+        plan = CachePlan.of(budgets, layers, batch_size, facts.dtype, facts.device, max_new_tokens)
         if not over_limit:
             check_limit(budgets, plan, max_new_tokens)
         known_tokens = cast(Tensor, source.get_input_embeddings().weight).shape[0]

@@ -72,7 +72,7 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
                 program=llm.program.key,
                 budgets=llm.budgets,
                 layers=plan.layers,
-                room=max(0, *(s.slots - c for s, c in zip(plan.slots, llm.budgets.capacities, strict=True))),
+                room=max(slots.slots - slots.capacity for slots in plan.slots),
                 batch_size=plan.rows,
                 dtype=str(plan.dtype).removeprefix("torch."),
                 vocabulary=graphs.captured.vocabulary,

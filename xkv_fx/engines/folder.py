@@ -46,7 +46,7 @@ def inspect_engine(folder: Path) -> dict[str, Any]:
         "state_bytes": plan.state_bytes,
         "file_bytes": sum(record.size for record in manifest.files.values()),
         "capacities": list(manifest.budgets.capacities),
-        "slots": [slots.slots for slots in plan.slots],
+        "slots": list(manifest.budgets.slots(manifest.layers, manifest.room)),
         "mean_keys": sum(mean is not None for mean in plan.mean_keys or ()),
         "policy": manifest.budgets.policy.to_dict(),
         "tensorrt": None if manifest.tensorrt is None else dataclasses.asdict(manifest.tensorrt),

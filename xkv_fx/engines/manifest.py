@@ -27,8 +27,6 @@ from xkv_fx.errors import EngineError, FileFormatError, XkvError
 from xkv_fx.fields import DOCUMENT, LIST, OBJECT, TEXT, Field, check_fields, list_of, or_null, whole
 from xkv_fx.files import read_sealed_json, write_sealed_json
 from xkv_fx.layers import LayerSpec, layer_specs
-from xkv_fx.runtime.scorers import reading_of, scorer_of
-from xkv_fx.runtime.slots import slot_plans
 from xkv_fx.runtime.state import GRAPH_KINDS, CachePlan, GraphKind
 
 FORMAT = "xkv_fx.engine"
@@ -93,11 +91,8 @@ class Manifest:
         Raises:
             BudgetError: the budgets do not fit the layers.
         """
-        slots = slot_plans(self.budgets, self.layers, self.room)
         device = torch.device(self.machine.device)
-        budgets, dtype = self.budgets, DTYPES[self.dtype]
-        reading, means = reading_of(scorer_of(budgets.policy)), budgets.subtracted(self.layers)
-        return CachePlan(self.layers, slots, self.batch_size, dtype, device, budgets.formats, reading, mean_keys=means)
+        return CachePlan.of(self.budgets, self.layers, self.batch_size, DTYPES[self.dtype], device, self.room)
 
     def package_key(self, kind: GraphKind) -> str:
         """SHA-256 of all that a package was compiled for; the package holds it too."""

@@ -73,7 +73,8 @@ def draw_kept(session: Any, path: str | os.PathLike[str], row: int = 0) -> None:
 def draw_evaluation(
     evaluation: Evaluation, folder: str | os.PathLike[str], profiles: Sequence[Profile] = ()
 ) -> tuple[Path, ...]:
-    """Write quality over bytes, capacities of each layer, and for a profile its retention curves, as PNG.
+    """Write quality over bytes, capacities of each layer, those of KV heads for each plan that has some, and for a
+    profile its retention curves, as PNG.
 
     Raises:
         XkvError: matplotlib is missing.
@@ -83,6 +84,10 @@ def draw_evaluation(
     written = [target / "quality.png", target / "capacities.png"]
     draw_quality(evaluation, written[0])
     draw_capacities({f"{plan.name}, {plan.size}": plan.budgets for plan in evaluation.plans}, written[1])
+    for plan in evaluation.plans:
+        if plan.budgets.by_head:
+            written.append(target / f"heads-{len(written) - 1}.png")
+            draw_heads(plan.budgets, written[-1])
     for index, profile in enumerate(profiles):
         written.append(target / ("retention.png" if index == 0 else f"retention-{index + 1}.png"))
         draw_retention(profile, written[-1])
@@ -138,13 +143,33 @@ def draw_fit(found: Fit, path: str | os.PathLike[str]) -> None:
 
 
 def draw_capacities(plans: Mapping[str, Budgets], path: str | os.PathLike[str]) -> None:
-    """The capacity of each layer, a step line a plan."""
+    """The capacity of each layer, a step line a plan; of a layer planned by KV head the mean over its heads, in a band
+    from its smallest to its largest one."""
     figure = new_figure(9, 4)
     axes = figure.add_subplot()
     for name, budgets in plans.items():
-        axes.step(range(len(budgets.capacities)), budgets.capacities, where="mid", label=name)
+        layers = range(len(budgets.capacities))
+        (line,) = axes.step(layers, budgets.layer_means, where="mid", label=name)
+        if budgets.by_head:
+            each = [c if isinstance(c, tuple) else (c,) for c in budgets.capacities]
+            lowest, highest = (list(map(pick, each)) for pick in (min, max))
+            axes.fill_between(layers, lowest, highest, step="mid", alpha=0.2, color=line.get_color())
     axes.set(xlabel="layer", ylabel="capacity (slots per KV head)", yscale="log")
     axes.legend(fontsize="x-small", ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def draw_heads(budgets: Budgets, path: str | os.PathLike[str]) -> None:
+    """Layers by KV heads of one plan: the darker, the larger the head's capacity."""
+    columns = max(len(c) if isinstance(c, tuple) else 1 for c in budgets.capacities)
+    capacities = np.full((len(budgets.capacities), columns), np.nan)
+    for layer, capacity in enumerate(budgets.capacities):
+        capacities[layer, : len(capacity) if isinstance(capacity, tuple) else columns] = capacity
+    figure = new_figure(2.4 + 0.3 * columns, 1.2 + 0.14 * len(capacities))
+    axes = figure.add_subplot()
+    drawn = axes.imshow(capacities, aspect="auto", cmap="Blues", norm="log", interpolation="nearest")
+    figure.colorbar(drawn, label="capacity (slots)")
+    axes.set(xlabel="KV head", ylabel="layer", xticks=range(columns))
     figure.savefig(path, dpi=120)
 
 

@@ -66,9 +66,9 @@ class SessionCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1, as transformers says that there is no maximum: a conversation may be longer than what is held of it.
         Where nothing may be evicted, the tokens that a row may come to."""
-        plans = self.session.program.plan.slots
-        chosen = plans if layer_idx is None else (plans[layer_idx],)
-        return min((plan.slots for plan in chosen if plan.eviction == "none"), default=-1)
+        plan = self.session.program.plan
+        chosen = plan.caches if layer_idx is None else plan.caches_of(layer_idx)
+        return min((cache.slots.slots for cache in chosen if cache.slots.eviction == "none"), default=-1)
 
     def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
         """`get_max_length`, as older versions of transformers call it."""

@@ -25,7 +25,7 @@ class Budgeted(nn.Module):
 
     Attributes:
         budgets: the plan it was made with.
-        layers: what each layer caches, in execution order.
+        layers: what each layer caches, in execution order, all of its KV heads together.
         program: the graphs and what they were lowered to.
     """
 

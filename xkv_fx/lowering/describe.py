@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xkv_fx.budgets import Plan
+from xkv_fx.heads import heads_in_words
 from xkv_fx.runtime.scorers import Scorer
 from xkv_fx.runtime.state import CachePlan, GraphKind
 
@@ -16,9 +17,10 @@ if TYPE_CHECKING:  # an engine is described without the passes
 def describe_plan(fingerprint: str, plan: CachePlan, scorer: Scorer, budgets: Plan) -> list[str]:
     """What was planned, as lines of text."""
     policy, source = budgets.policy, budgets.provenance
+    where = f"{len(plan.layers)} layers" if plan.groups is None else f"{len(plan.groups)} caches by KV head"
     lines = [
         f"model         {fingerprint}",
-        f"plan          {source.allocator or 'by hand'}, {budgets.total_tokens} slots in {len(plan.layers)} layers",
+        f"plan          {source.allocator or 'by hand'}, {budgets.total_tokens} slots in {where}",
         f"policy        scorer {scorer}, eviction {policy.eviction}, recent "
         f"{'min(64, C/4)' if policy.recent is None else policy.recent}, sinks {policy.sinks}",
         f"rows          {plan.rows}",
@@ -52,12 +54,15 @@ def describe_shard(shard: Shard) -> list[str]:
 
 
 def describe_layers(plan: CachePlan) -> list[str]:
-    """A line for each layer."""
+    """A line for each layer, or for each group of its KV heads that has a cache."""
     lines = ["layer  slots  recent  eviction  sliding window  keys and values     bytes"]
+    if plan.groups is not None:
+        lines[0] += "  heads"
     for cache in plan.caches:
         slots, window = cache.slots, cache.spec.sliding_window
-        used = f"{cache.index:5}  {slots.slots:5}  {slots.recent:6}  {slots.eviction:8}"
-        lines.append(f"{used}  {'-' if window is None else window:>14}  {cache.contents:18}  {cache.kv_bytes:,}")
+        used = f"{cache.layer:5}  {slots.slots:5}  {slots.recent:6}  {slots.eviction:8}"
+        line = f"{used}  {'-' if window is None else window:>14}  {cache.contents:18}  {cache.kv_bytes:,}"
+        lines.append(line if cache.group is None else f"{line}  {heads_in_words(cache.heads)}")
     return lines
 
 

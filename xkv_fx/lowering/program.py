@@ -32,8 +32,8 @@ from xkv_fx.passes.pipeline import (
     run_stepwise,
 )
 from xkv_fx.runtime.autocast import refuse_autocast
-from xkv_fx.runtime.scorers import Scorer, reading_of, scorer_of
-from xkv_fx.runtime.slots import SlotPlan, slot_plans
+from xkv_fx.runtime.scorers import Scorer, scorer_of
+from xkv_fx.runtime.slots import SlotPlan
 from xkv_fx.runtime.state import CachePlan, GraphKind
 
 Compiled = Callable[..., Tensor]
@@ -112,20 +112,19 @@ def compile_program(
     check_request(budgets, backend)
     budgets.check_layers(captured.layers, captured.fingerprint)
     scorer = captured.scorer_of(budgets.policy)
-    slots = slot_plans(budgets, captured.layers, max_new_tokens)
-    _check_reach(captured, budgets, slots)
     recurrent = tuple(recurrence.parts for recurrence in captured.recurrences)
-    plan = CachePlan(
+    plan = CachePlan.of(
+        budgets,
         captured.layers,
-        slots,
         captured.rows,
         captured.dtype,
         captured.device,
-        budgets.formats,
-        reading_of(scorer),
+        max_new_tokens,
         recurrent,
-        budgets.subtracted(captured.layers, captured.shard.rank, captured.shard.size),
+        captured.shard.rank,
+        captured.shard.size,
     )
+    _check_reach(captured, budgets, plan.slots)
     if not over_limit:
         check_limit(budgets, plan, max_new_tokens)
     return CompiledProgram(Graphs(captured, plan, scorer), backend)
@@ -240,6 +239,7 @@ def program_key(fingerprint: str, plan: CachePlan, scorer: Scorer, shard: Shard 
     """Identifies model, plan and batch size; a saved session fits programs of the same key."""
     part = () if shard.size == 1 else (shard.rank, shard.size)
     stored = tuple(part for part in (plan.formats, plan.mean_keys) if part is not None)
+    split = () if plan.groups is None else (plan.groups,)
     carried = (plan.recurrent,) if plan.recurrent else ()
-    made_for = (fingerprint, plan.layers, plan.slots, plan.rows, plan.dtype, scorer, *part, *stored, *carried)
+    made_for = (fingerprint, plan.layers, plan.slots, plan.rows, plan.dtype, scorer, *part, *stored, *split, *carried)
     return hashlib.sha256(repr(made_for).encode()).hexdigest()

@@ -22,6 +22,7 @@ from xkv_fx.passes.prepare.compact_padding import CompactPadding
 from xkv_fx.passes.prepare.expand_latents import ExpandLatents
 from xkv_fx.passes.prepare.read_again import ReadAgain
 from xkv_fx.passes.prepare.select_last_logits import SelectLastLogits
+from xkv_fx.passes.prepare.split_heads import SplitHeads
 from xkv_fx.runtime.scorers import Scorer, reading_of
 from xkv_fx.runtime.state import CachePlan
 
@@ -41,6 +42,7 @@ def prefill_pipeline(plan: CachePlan, scorer: Scorer, all_logits: bool = False) 
         CompactPadding(restore_order=all_logits),
         *_read_again(scorer),
         *(() if all_logits else (SelectLastLogits(),)),
+        *_split(plan),
         InsertPrefillCache(plan, scorer),
         *((ExpandLatents(),) if any_latent(plan.layers) else ()),
         CheckCache(plan, "prefill"),
@@ -54,6 +56,7 @@ def extend_pipeline(plan: CachePlan, scorer: Scorer, all_logits: bool = False) -
         CompactPadding(restore_order=all_logits),
         *_read_again(scorer),
         *(() if all_logits else (SelectLastLogits(),)),
+        *_split(plan),
         InsertExtendCache(plan, scorer),
         CheckCache(plan, "extend"),
     )
@@ -66,7 +69,11 @@ def _read_again(scorer: Scorer) -> tuple[GraphPass, ...]:
 
 def decode_pipeline(plan: CachePlan) -> tuple[GraphPass, ...]:
     """`(input_ids, position_ids)` of one token a row -> `(input_ids, position_ids, *state)`."""
-    return (CleanGraph(), InsertDecodeCache(plan), CheckCache(plan, "decode"))
+    return (CleanGraph(), *_split(plan), InsertDecodeCache(plan), CheckCache(plan, "decode"))
+
+
+def _split(plan: CachePlan) -> tuple[GraphPass, ...]:
+    return () if plan.groups is None else (SplitHeads(plan.groups),)
 
 
 def profile_pipeline(

@@ -12,6 +12,7 @@ from torch import Tensor
 from xkv_fx.errors import CapacityError, PromptError, SessionError
 from xkv_fx.runtime.history import History, Transcript
 from xkv_fx.runtime.reading import Reading
+from xkv_fx.runtime.slots import EMPTY
 from xkv_fx.runtime.state import CachePlan, GraphKind, State
 
 Graph = Callable[..., Tensor]
@@ -339,9 +340,17 @@ class Session:
         return self.state.of(self.program.plan.counters)
 
     def ordinals(self, layer: int) -> Tensor:
-        """Which tokens a layer keeps now: int64 `[rows, kv_heads, slots]`, -1 for a free slot."""
-        cache = self.program.plan.caches[layer]
-        return cache.ordinals(self.state.of(cache), self.counts)
+        """Which tokens a layer keeps now: int64 `[rows, kv_heads, slots]`, -1 for a free slot, and where a KV head has
+        fewer slots than another."""
+        caches = self.program.plan.caches_of(layer)
+        parts = [cache.ordinals(self.state.of(cache), self.counts) for cache in caches]
+        if len(parts) == 1:
+            return parts[0]
+        heads, most = sum(len(cache.heads) for cache in caches), max(part.shape[2] for part in parts)
+        ordinals = parts[0].new_full((parts[0].shape[0], heads, most), EMPTY)
+        for cache, part in zip(caches, parts, strict=True):
+            ordinals[:, list(cache.heads), : part.shape[2]] = part
+        return ordinals
 
     def check_owner(self, program: Program) -> None:
         """Raise SessionError unless this session belongs to `program`."""

@@ -22,15 +22,16 @@ import torch
 from torch import Tensor
 
 from xkv_fx.budgets import Plan
+from xkv_fx.heads import HeadGroup
 from xkv_fx.layers import LayerSpec
-from xkv_fx.policy import Eviction
+from xkv_fx.policy import Eviction, Policy
 
 EMPTY = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class SlotPlan:
-    """How one layer uses its slots; layers with equal plans share slot and mask in the decode graph.
+    """How one cache uses its slots; caches with equal plans share slot and mask in the decode graph.
 
     Attributes:
         capacity: slots that prefill fills at most.
@@ -159,22 +160,21 @@ class SlotPlan:
 
 
 def slot_plans(budgets: Plan, layers: tuple[LayerSpec, ...], max_new_tokens: int = 0) -> tuple[SlotPlan, ...]:
-    """One plan a layer. A layer that holds its whole sliding window is a ring of that size: nothing needed is lost."""
-    plans = []
-    policy = budgets.policy
-    for spec, planned, slots in zip(layers, budgets.capacities, budgets.slots(layers, max_new_tokens), strict=True):
-        capacity = spec.effective_capacity(planned)
-        if spec.sliding_window is not None and capacity == spec.sliding_window:
-            plans.append(SlotPlan(capacity, slots, capacity, 0, "ring", spec.sliding_window))
-            continue
-        plans.append(
-            SlotPlan(
-                capacity,
-                slots,
-                recent=policy.recent_for(capacity),
-                sinks=policy.sinks_for(capacity),
-                eviction=policy.eviction,
-                sliding_window=spec.sliding_window,
-            )
-        )
-    return tuple(plans)
+    """One plan for each of `budgets.groups(layers)`: a layer, or KV heads of one that are planned alike.
+
+    A layer that holds its whole sliding window is a ring of that size: nothing needed is lost.
+
+    Raises:
+        BudgetError: the plan does not fit the layers, or `max_new_tokens` is not a whole number of at least 0.
+    """
+    room = budgets.room_for(max_new_tokens)
+    return tuple(_slot_plan(group, layers[group.layer], budgets.policy, room) for group in budgets.groups(layers))
+
+
+def _slot_plan(group: HeadGroup, spec: LayerSpec, policy: Policy, room: int) -> SlotPlan:
+    capacity, window = group.capacity, spec.sliding_window
+    slots = spec.effective_capacity(capacity + room)
+    if window is not None and capacity == window:
+        return SlotPlan(capacity, slots, capacity, 0, "ring", window)
+    recent, sinks = policy.recent_for(capacity), policy.sinks_for(capacity)
+    return SlotPlan(capacity, slots, recent, sinks, policy.eviction, window)

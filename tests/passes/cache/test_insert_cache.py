@@ -253,7 +253,7 @@ def test_a_plan_of_other_layers_is_refused_and_names_the_attentions() -> None:
     module = captured().graph("token")
     names = ", ".join(node.name for node in calls(module, torch.ops.xkv.attention.default))
     plan = cache_plan(captured("gemma2", 2), (12, 16))
-    with pytest.raises(PassError, match=rf"3 attention nodes \({names}\) are not the 2 planned layers"):
+    with pytest.raises(PassError, match=rf"3 attention nodes \({names}\) are not the 2 planned caches"):
         InsertDecodeCache(plan)(module)
 
 

@@ -14,10 +14,11 @@ from tiny_models import FAMILIES, random_ids
 from torch import Tensor
 
 from xkv_fx import Budgets, Policy
+from xkv_fx.budgets import Capacity
 from xkv_fx.errors import PromptError
 from xkv_fx.mean_keys import MeanKey
 from xkv_fx.passes.measure.cut_at_attention import CutModel
-from xkv_fx.planning.measure.continuation import FULL, FullRun, LayerPlans, cut_model, layer_plans, run_full
+from xkv_fx.planning.measure.continuation import FULL, FullRun, HeadPlans, LayerPlans, cut_model, layer_plans, run_full
 from xkv_fx.planning.measure.held import Storing
 from xkv_fx.runtime.scorers import SnapKV
 
@@ -44,7 +45,7 @@ def plan_of(family: str, capacities: tuple[int, ...], eviction: str) -> LayerPla
 
 
 def decoded(
-    family: str, capacities: tuple[int, ...], eviction: str, formats: Any = None, mean_keys: Any = None
+    family: str, capacities: tuple[Capacity, ...], eviction: str, formats: Any = None, mean_keys: Any = None
 ) -> Tensor:
     """KL of each continuation token, from a session that decodes one after another, to transformers' own logits."""
     budgets = Budgets(capacities, Policy(eviction=eviction), formats=formats, mean_keys=mean_keys)  # type: ignore[arg-type]
@@ -86,6 +87,19 @@ def test_one_pass_stores_latents_as_decoding_does(eviction: str) -> None:
     budgets = Budgets((20, 9), Policy(eviction=eviction), formats=formats)  # type: ignore[arg-type]
     (kl,) = full("deepseek").divergence([layer_plans(budgets, captured("deepseek", 2, 1).layers, NEW)])
     torch.testing.assert_close(kl, decoded("deepseek", (20, 9), eviction, formats), atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "eviction"), [*(("llama", name) for name in EVICTIONS), ("gemma2", "ring"), ("gpt_oss", "append")]
+)
+def test_one_pass_over_heads_of_their_own_plans_is_decoding_one_by_one(family: str, eviction: str) -> None:
+    """Also beside plans by layer, in which these heads are alike."""
+    formats = ((("int8", "int4"), None), None)
+    budgets = Budgets(((20, 9), (48, 13)), Policy(eviction=eviction), formats=formats)  # type: ignore[arg-type]
+    mixed = layer_plans(budgets, captured(family, 2, 1).layers, NEW)
+    kl = full(family).divergence([plan_of(family, (20, 9), eviction), mixed, plan_of(family, (50, 60), eviction)])
+    for found, capacities, of in zip(kl, ((20, 9), budgets.capacities, (50, 60)), (None, formats, None), strict=True):
+        torch.testing.assert_close(found, decoded(family, capacities, eviction, of), atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -130,6 +144,6 @@ def test_formats_are_what_slots_give_back(eviction: str) -> None:
 def test_what_cut_layers_hold_is_not_remembered() -> None:
     run = full("llama")
     (first, _), _ = plan_of("llama", (20, 9), "append")
-    run.divergence([((first, Storing(("int8", "int8"))), FULL), (FULL, FULL)])
-    assert set(run._held) <= {(0, FULL), (1, FULL)}
+    run.divergence([((first, Storing(("int8", "int8"))), FULL), (FULL, FULL), (HeadPlans((FULL, (first, None))), FULL)])
+    assert set(run._held) <= {(0, FULL, None), (1, FULL, None)}
     assert not run._stored

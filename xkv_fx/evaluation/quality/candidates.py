@@ -11,6 +11,7 @@ import xkv_fx
 from xkv_fx.budgets import Plan, Provenance
 from xkv_fx.errors import BudgetError
 from xkv_fx.formats import LayerFormats, pair_name
+from xkv_fx.heads import planned_slot_bytes
 from xkv_fx.layers import HasItemSize, LayerSpec, with_itemsize
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.profile_data import Profile
@@ -205,9 +206,9 @@ def check_equal_bytes(candidates: Sequence[Candidate], layers: Sequence[LayerSpe
         group = [candidate for candidate in candidates if candidate.size == size]
         taken = {candidate: candidate.budgets.kv_bytes(layers) for candidate in group}
         slots = {
-            spec.slot_bytes(formats=pair)
+            planned_slot_bytes(spec, formats)
             for candidate in group
-            for spec, pair in zip(layers, candidate.budgets.layer_formats, strict=True)
+            for spec, formats in zip(layers, candidate.budgets.layer_formats, strict=True)
         }
         tolerance = max(slots) if len(slots) > 1 else 0
         least = max(taken.values()) - tolerance

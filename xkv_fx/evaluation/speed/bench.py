@@ -127,7 +127,7 @@ class BenchSettings:
             raise BudgetError(
                 f"the bench decodes past the budgets, which eviction={self.budgets.policy.eviction!r} refuses"
             )
-        smallest = min(self.budgets.capacities)
+        smallest = min(self.budgets.every_capacity)
         plain = [name for name in PLAIN if name in self.names]
         if plain and smallest <= self.steps:
             raise BudgetError(
@@ -147,7 +147,7 @@ class BenchSettings:
         kept = self.budgets.kv_bytes(model, batch_size=self.rows)
         each = {"dynamic": 2 * full, "static": full, "sliding": 2 * kept, "ours-full": full, "ours": kept}
         each |= {"ours-int8": kept + weight_bytes(model)}  # quantizing starts from a copy
-        most = Budgets.full(len(self.budgets.capacities), max(self.budgets.capacities))
+        most = Budgets.full(len(self.budgets.capacities), max(self.budgets.every_capacity))
         each |= {"static-plain": most.kv_bytes(model, batch_size=self.rows)}
         each |= {"ours-plain": kept, "ours-equal-bytes": full, **dict.fromkeys(QUANTIZED, 2 * full)}
         each |= {
@@ -254,7 +254,7 @@ def _prepared(model: PreTrainedModel, name: str, make: Callable[[], Contestant],
 
 def _makers(model: PreTrainedModel, settings: BenchSettings) -> dict[str, Callable[[], Contestant]]:
     rows = settings.rows
-    longest = max(settings.budgets.capacities)
+    longest = max(settings.budgets.every_capacity)
     full = _full(settings, model)
     plain = dataclasses.replace(Budgets.full(len(full.capacities), 1), capacities=settings.budgets.capacities)
 
@@ -312,7 +312,7 @@ def _full(settings: BenchSettings, model: PreTrainedModel, pair: LayerFormats | 
 
 def _seen(name: str, settings: BenchSettings) -> int:
     if name in PLAIN:
-        return min(settings.budgets.capacities) - settings.steps
+        return min(settings.budgets.every_capacity) - settings.steps
     return settings.context
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -13,6 +14,8 @@ from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.tools.graph import arguments, calls
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.form import AttentionForm
+
+_HEADS = "xkv_heads"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,7 @@ class AttentionSite:
         q, k, v: queries, keys and values.
         form: how it makes its weights; sink logits and slopes are nodes.
         spec: what a cache of it keeps.
+        heads: which KV heads of its layer it has, where `SplitHeads` made it; None for all of them.
     """
 
     index: int
@@ -38,6 +42,7 @@ class AttentionSite:
     v: Node
     form: AttentionForm
     spec: LayerSpec
+    heads: tuple[int, ...] | None = None
 
 
 def attention_sites(module: GraphModule) -> tuple[AttentionSite, ...]:
@@ -59,6 +64,21 @@ def attention_sites(module: GraphModule) -> tuple[AttentionSite, ...]:
             "it out as softmax(queries @ keys) @ values or scaled_dot_product_attention"
         )
     return tuple(sites)
+
+
+def mark_heads(node: Node, heads: tuple[int, ...]) -> None:
+    """Say which KV heads of its layer an attention has: its queries, keys and values are these heads' parts of the
+    layer's, slices of them or several put side by side."""
+    node.meta[_HEADS] = heads
+
+
+def queries_of_layer(site: AttentionSite) -> Node:
+    """The queries of all heads of the attention's layer."""
+    if site.heads is None:
+        return site.q
+    piece: Any = site.q.args[0][0] if site.q.target is torch.ops.aten.cat.default else site.q  # type: ignore[index]
+    whole: Node = piece.args[0]
+    return whole
 
 
 def cached_layers(sites: Sequence[AttentionSite]) -> tuple[LayerSpec, ...]:
@@ -92,4 +112,6 @@ def _site(index: int, borrows: bool, node: Node) -> AttentionSite:
         sliding_window=named["sliding_window"],
     )
     tensors = {name: named.pop(name) for name in ("layer", "q", "k", "v")}
-    return AttentionSite(index=index, borrows=borrows, node=node, form=AttentionForm(**named), spec=spec, **tensors)
+    heads = node.meta.get(_HEADS)
+    form = AttentionForm(**named)
+    return AttentionSite(index=index, borrows=borrows, node=node, form=form, spec=spec, heads=heads, **tensors)

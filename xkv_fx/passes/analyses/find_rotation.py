@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from xkv_fx.heads import runs_of
 from xkv_fx.passes.analyses.absorbed_queries import AbsorbedQueries
-from xkv_fx.passes.analyses.find_attention import AttentionSite
+from xkv_fx.passes.analyses.find_attention import AttentionSite, queries_of_layer
 from xkv_fx.passes.analyses.mean_rotation import PlacedGraph, Rotation, as_it_is, refusal
 from xkv_fx.passes.tools.dependence import READ_SIZES, ValueFlow, value_inputs
 from xkv_fx.passes.tools.graph import placeholders
@@ -128,6 +129,8 @@ class _Finder:
         self._means: dict[int, GraphModule] = {}
 
     def rotation(self, site: AttentionSite, count: int) -> QueryRotation:
+        if site.heads is not None:
+            return self._rotation_of_heads(site, site.heads, count)
         absorbed = AbsorbedQueries.of(site)
         if absorbed is not None:
             before = self.rotation(dataclasses.replace(site, q=absorbed.q), count)
@@ -149,6 +152,19 @@ class _Finder:
             found.prove()
             self._means[kind] = found.mean(count)
         return QueryRotation(source, found.arrange, self._means[kind])
+
+    def _rotation_of_heads(self, site: AttentionSite, heads: tuple[int, ...], count: int) -> QueryRotation:
+        """Of some heads' queries: all heads of a layer are rotated alike, and positions know nothing of the split."""
+        of_layer = self.rotation(dataclasses.replace(site, q=queries_of_layer(site), heads=None), count)
+        if of_layer.mean is None:
+            return QueryRotation(site.q, as_it_is, None)
+        width = int(site.q.meta["val"].shape[1]) // len(heads)
+
+        def arrange(value: Tensor) -> Tensor:
+            whole = of_layer.arrange(value)
+            return torch.cat([whole[:, first * width : end * width] for first, end in runs_of(heads)], 1)
+
+        return dataclasses.replace(of_layer, arrange=arrange)
 
     def _kind(self, node: Node, known: dict[Node, int]) -> int:
         """A number that is the same for values that are computed alike, from the very same tensors."""

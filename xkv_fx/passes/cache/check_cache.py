@@ -40,9 +40,9 @@ class CheckCache(GraphPass):
         writes = [node for node in module.graph.nodes if node.target in writers]
         if self.kind == "decode":
             writes = _owners(writes, ("k", "v", "k_cache", "v_cache", "slot"))
-        self._expect(len(writes) == len(self.plan.layers), f"{len(self.plan.layers)} writes of a cache", writes)
+        self._expect(len(writes) == len(self.plan.specs), f"{len(self.plan.specs)} writes of a cache", writes)
         plain = _owners(calls(module, xkv.attention.default), ("k", "v", "sliding_window"))
-        planned = len(self.plan.layers) if self.kind == "prefill" else 0
+        planned = len(self.plan.specs) if self.kind == "prefill" else 0
         self._expect(len(plain) == planned, f"{planned} attentions without a cache", plain)
         inputs = nodes_by_role(module.graph)
         for node, cache in zip(writes, self.plan.caches, strict=True):
@@ -51,21 +51,21 @@ class CheckCache(GraphPass):
                 held = inputs.get(buffer.name)
                 named = [name for name in (f"{buffer.field}_cache", buffer.field) if name in given]
                 if named and (buffer.holds == "kv" or len(named) == 1):
-                    self._expect(given[named[0]] is held, f"layer {cache.index} to write its own buffers", [node])
+                    self._expect(given[named[0]] is held, f"{cache.where} to write its own buffers", [node])
                 fits = held is not None and tuple(held.meta["val"].shape) == buffer.shape
-                what = f"{cache.slots.slots} slots in layer {cache.index}"
+                what = f"{cache.slots.slots} slots in {cache.where}"
                 self._expect(fits, what, [] if held is None else [held])
                 copies = (
                     [user for user in held.users if not _leaves_in_place(user)] if held and buffer.holds == "kv" else []
                 )
-                self._expect(not copies, f"no copy of the cache of layer {cache.index}", copies)
+                self._expect(not copies, f"no copy of the cache of {cache.where}", copies)
             for constant in self.plan.constants[cache]:
                 read = given[constant.field]
                 inside = isinstance(read, Node) and read.op == "get_attr" and read.target == constant.name
-                self._expect(inside, f"the constant {constant.name} in layer {cache.index}", [node])
+                self._expect(inside, f"the constant {constant.name} in {cache.where}", [node])
             if self.kind != "decode":
                 planned = cache.slots.capacity
-                self._expect(given["capacity"] == planned, f"capacity {planned} in layer {cache.index}", [node])
+                self._expect(given["capacity"] == planned, f"capacity {planned} in {cache.where}", [node])
         self._check_recurrences(module, inputs)
         masks = [node for node in module.graph.nodes if self.kind != "decode" and _is_pair_mask(node)]
         self._expect(not masks, "no mask over all pairs of tokens", masks)

@@ -14,7 +14,7 @@ from xkv_fx.passes.analyses.find_rotation import unrotated_inputs
 from xkv_fx.passes.tools.graph import add_input, at_start, constant, emit, splice
 from xkv_fx.passes.tools.inline import inline
 from xkv_fx.passes.tools.roles import FED, LENGTH, find_role, give_role, with_role
-from xkv_fx.runtime.scorers import Scorer
+from xkv_fx.runtime.scorers import Scorer, check_scores_parts
 from xkv_fx.runtime.state import Attention, BorrowedState, CachePlan, GraphKind, LayerState
 
 
@@ -29,10 +29,13 @@ class GraphBuild:
 
     Raises:
         PassError: the graph's attentions, or the layers that mix tokens by a state, are not the planned ones.
-        BudgetError: an attention that borrows a cache which evicts by score.
+        BudgetError: an attention that borrows a cache which evicts by score; or heads that are planned differently,
+            and a scorer that must see all heads of a layer.
     """
 
     def __init__(self, module: GraphModule, plan: CachePlan, scorer: Scorer | None = None) -> None:
+        if scorer is not None and plan.groups is not None:
+            check_scores_parts(scorer)
         self.graph = module.graph
         self.states = plan.states
         self.sites = _planned_sites(module, plan)
@@ -136,10 +139,10 @@ def _planned_recurrences(module: GraphModule, plan: CachePlan) -> Sequence[Recur
 
 def _planned_sites(module: GraphModule, plan: CachePlan) -> Sequence[AttentionSite]:
     sites = attention_sites(module)
-    if cached_layers(sites) != plan.layers:
+    if cached_layers(sites) != plan.specs:
         names = ", ".join(site.node.name for site in sites)
         raise PassError(
-            f"the graph's {len(sites)} attention nodes ({names}) are not the {len(plan.layers)} planned layers"
+            f"the graph's {len(sites)} attention nodes ({names}) are not the {len(plan.specs)} planned caches"
         )
     for site in sites:
         check_borrowed(site, plan.slots[site.index].eviction)

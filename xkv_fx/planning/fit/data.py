@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from xkv_fx.budgets import Plan
-from xkv_fx.formats import pair_name
+from xkv_fx.formats import is_by_head, pair_name
 from xkv_fx.planning.measure.bootstrap import Estimate
 from xkv_fx.planning.measure.verify import summary
 
@@ -38,10 +39,9 @@ class Candidate:
 
     @property
     def stored(self) -> str:
-        """The formats of its layers, and how many layers have each."""
-        counts: dict[str, int] = {}
-        for pair in self.budgets.layer_formats:
-            counts[pair_name(pair)] = counts.get(pair_name(pair), 0) + 1
+        """The formats of its layers, and how many layers have each; of those stored by KV head, their heads count."""
+        each = (formats if is_by_head(formats) else (formats,) for formats in self.budgets.layer_formats)
+        counts = Counter(pair_name(pair) for formats in each for pair in formats)  # type: ignore[arg-type]
         return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {name}" for name, n in counts.items())
 
     def to_dict(self) -> dict[str, Any]:

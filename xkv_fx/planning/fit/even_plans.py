@@ -53,7 +53,7 @@ def even_plans(
             continue
         plan = even_plan(layers, policy, pair, most, kv_bytes, batch_size, max_new_tokens)
         if plan is not None:
-            kept = "all tokens" if plan.capacities[0] >= most else "uniform"
+            kept = "all tokens" if min(plan.every_capacity) >= most else "uniform"
             plans[f"{kept}, {pair_name(pair)}"] = plan
     return plans
 

@@ -173,7 +173,7 @@ class _Search:
         plan = even_plan(
             self.layers, first, None, self.context, settings.kv_bytes, settings.batch_size, settings.max_new_tokens
         )
-        if plan is None or min(plan.capacities) >= self.context:
+        if plan is None or min(plan.every_capacity) >= self.context:
             return list(settings.scorers)
         if not self.decisions.decide("compare scorers", lambda: int(self.clock.within(2 * _FIRST))):
             self.left_out.append(f"scorers but {settings.scorers[0]} were left out: no time")

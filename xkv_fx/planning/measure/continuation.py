@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from xkv_fx.passes.measure.cut_at_attention import CutModel, Segment, Value, cut
 from xkv_fx.passes.pipeline import run_pipeline
 from xkv_fx.passes.prepare.clean_graph import CleanGraph
 from xkv_fx.planning.measure.divergence import kl_divergence
-from xkv_fx.planning.measure.held import Held, HeldScored, LayerRun, Storing, as_stored, attend, hold, hold_all
+from xkv_fx.planning.measure.held import Heads, Held, HeldScored, LayerRun, Storing, as_stored, attend, hold, hold_all
 from xkv_fx.planning.measure.second_reading import scores_of_second_reading
 from xkv_fx.runtime.attention import causal_attention
 from xkv_fx.runtime.recurrence import Recurrence
@@ -41,7 +42,16 @@ _LOGIT_BYTES = 128 * 2**20
 LayerPlan = tuple[SlotPlan | None, Storing | None]
 """How a layer uses its slots, None where it holds every token; and how it stores them, None for the model's dtype."""
 FULL: LayerPlan = (None, None)
-LayerPlans = Sequence[LayerPlan]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadPlans:
+    """How each KV head of one layer holds its tokens."""
+
+    heads: tuple[LayerPlan, ...]
+
+
+LayerPlans = Sequence[LayerPlan | HeadPlans]
 """One for each layer that owns a cache."""
 
 
@@ -55,8 +65,11 @@ def layer_plans(plan: Plan, layers: tuple[LayerSpec, ...], continuation: int, sh
         BudgetError: the plan does not fit the layers.
     """
     means = plan.subtracted(layers, shard.rank, shard.size) or (None,) * len(layers)
-    storing = map(storing_as, layers, plan.layer_formats, means)
-    return tuple(zip(slot_plans(plan, layers, continuation), storing, strict=True))
+    of_layer: list[dict[int, LayerPlan]] = [{} for _ in layers]
+    for group, slots in zip(plan.groups(layers), slot_plans(plan, layers, continuation), strict=True):
+        storing = storing_as(layers[group.layer], group.formats, means[group.layer])
+        of_layer[group.layer] |= dict.fromkeys(group.heads, (slots, storing))
+    return tuple(_of_heads([planned[head] for head in sorted(planned)]) for planned in of_layer)
 
 
 def storing_as(spec: LayerSpec, formats: LayerFormats | None, mean_key: MeanKey | None) -> Storing | None:
@@ -65,6 +78,11 @@ def storing_as(spec: LayerSpec, formats: LayerFormats | None, mean_key: MeanKey 
         return None
     mean = mean_key if codes_keys(formats) else None
     return Storing(formats, mean, mean if spec.value_dim == 0 else None)
+
+
+def _of_heads(plans: Sequence[LayerPlan]) -> LayerPlan | HeadPlans:
+    """The plan of a layer, given those of its KV heads."""
+    return plans[0] if len(set(plans)) == 1 else HeadPlans(tuple(plans))
 
 
 def cut_model(captured: CapturedModel, scorer: Scorer | None = None) -> CutModel:
@@ -118,21 +136,22 @@ class FullRun:
     tokens: int
     states: dict[int, tuple[Tensor, ...]] = dataclasses.field(default_factory=dict)
     _stored: dict[tuple[int, Storing], LayerRun] = dataclasses.field(default_factory=dict, repr=False)
-    _held: dict[tuple[int, LayerPlan], Held | HeldScored] = dataclasses.field(default_factory=dict, repr=False)
+    _held: dict[tuple[int, LayerPlan, Heads], Held | HeldScored] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def prompt_tokens(self) -> int:
         """S, the tokens that prefill sees."""
         return self.layers[0].k.shape[2]
 
-    def held(self, index: int, plan: LayerPlan) -> Held | HeldScored:
-        """What an attention reaches after the prompt; chosen once for each cache and plan."""
+    def held(self, index: int, plan: LayerPlan, heads: Heads = None) -> Held | HeldScored:
+        """What an attention reaches after the prompt, or some of its KV heads do; chosen once for each cache and
+        plan."""
         site = self.model.sites[index]
         slots, storing = plan
         check_borrowed(site, "" if slots is None else slots.eviction)
-        key = (site.index, plan)
+        key = (site.index, plan, heads)
         if key not in self._held:
-            run = self.stored(index, storing)
+            run = self.stored(index, storing).of_heads(heads)
             self._held[key] = hold_all(run, self.tokens) if slots is None else hold(run, slots, self.tokens)
         return self._held[key]
 
@@ -172,7 +191,7 @@ class FullRun:
     def _forget(self) -> None:
         """Let go of what cut layers hold, which would add up to many caches."""
         self._stored.clear()
-        for key in [key for key in self._held if key[1] != FULL]:
+        for key in [key for key in self._held if key[1:] != (FULL, None)]:
             del self._held[key]
 
     @torch.no_grad()
@@ -188,14 +207,7 @@ class FullRun:
             joining = sum(start == index for start in starts)
             live = {name: self._extended(name, value, joining) for name, value in live.items()}
             q, k, v = (_split(self._tiled(Value(node.name, 2), live, rows), rows) for node in (site.q, site.k, site.v))
-            groups: dict[LayerPlan, list[int]] = {}
-            for row, plan in enumerate(plans[:rows]):
-                groups.setdefault(plan[site.index], []).append(row)
-            out = q.new_empty((*q.shape[:3], v.shape[3]))
-            for layer_plan, members in groups.items():
-                held = self.held(index, layer_plan)
-                new = as_stored(k[members], v[members], layer_plan[1])
-                out[members] = attend(q[members], *new, held, self.layers[index])
+            out = self._attended(index, q, k, v, [plan[site.index] for plan in plans[:rows]])
             live = {name: value for name, value in live.items() if name in self.model.needed_from[index + 1]}
             live[site.node.name] = _join(out)
             behind = self.model.segments[index + 1 :]
@@ -216,6 +228,31 @@ class FullRun:
         rows = split[0].shape[0]
         states = [state.expand(rows, *state.shape[1:]) for state in self.states[recurrence.index]]
         return recurrence.go_on(split, states)[0].reshape(1, rows * self.tokens, -1)
+
+    def _attended(self, index: int, q: Tensor, k: Tensor, v: Tensor, plans: Sequence[LayerPlan | HeadPlans]) -> Tensor:
+        """The attention of continuations `[rows, ...]`, each under its plan of the layer: heads that have the same
+        plans in all rows together, of these rows those of one plan together."""
+        kv_heads = k.shape[1]
+        width = q.shape[1] // kv_heads
+        out = q.new_empty((*q.shape[:3], v.shape[3]))
+        for heads, of_rows in _alike(plans, kv_heads):
+            some = None if len(heads) == kv_heads else heads
+            run = self.layers[index].of_heads(some)
+            asking = [head * width + place for head in heads for place in range(width)]
+            queries, keys, values = (q, k, v) if some is None else (q[:, asking], k[:, list(heads)], v[:, list(heads)])
+            groups: dict[LayerPlan, list[int]] = {}
+            for row, plan in enumerate(of_rows):
+                groups.setdefault(plan, []).append(row)
+            for plan, members in groups.items():
+                held = self.held(index, plan, some)
+                storing = None if plan[1] is None else plan[1].of_heads(some)
+                new = as_stored(keys[members], values[members], storing)
+                attended = attend(queries[members], *new, held, run)
+                if some is None:
+                    out[members] = attended
+                else:
+                    out[torch.tensor(members)[:, None], asking] = attended
+        return out
 
     def _first_cut(self, plan: LayerPlans) -> int:
         """The first attention whose layer does not hold everything; the number of attentions if there is none."""
@@ -335,7 +372,7 @@ def run_full(model: CutModel, scorer: Scorer, ids: Tensor, continuation: int) ->
 
 def _before_rotation(
     model: CutModel, scorer: Scorer, length: Tensor
-) -> Callable[[int, dict[str, Tensor]], dict[str, Tensor | None]]:
+) -> Callable[[int, dict[str, Tensor]], dict[str, Any]]:
     """What a scorer is given about an attention's queries before they are rotated, from the live values."""
     wanted = future_positions(scorer)
     if wanted is None:
@@ -346,7 +383,7 @@ def _before_rotation(
     means = {kind: None if kind is None else kind(length - 1) for kind in kinds}
     prompt = int(length)
 
-    def of_site(index: int, live: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    def of_site(index: int, live: dict[str, Tensor]) -> dict[str, Any]:
         rotation = model.rotations[index]
         unrotated = rotation.arrange(live[rotation.source.name])[:, :, :prompt]
         return {"unrotated": unrotated, "rotation": means[rotation.mean]}
@@ -356,6 +393,17 @@ def _before_rotation(
 
 def _logits(model: CutModel, segment: Segment, made: tuple[Tensor, ...]) -> Tensor:
     return next(part for value, part in zip(segment.outputs, made, strict=True) if value.name == model.logits)
+
+
+def _alike(plans: Sequence[LayerPlan | HeadPlans], kv_heads: int) -> list[tuple[tuple[int, ...], list[LayerPlan]]]:
+    """Which KV heads of a layer have the same plans in all rows, and these plans, one for each row."""
+    if all(not isinstance(plan, HeadPlans) for plan in plans):
+        return [(tuple(range(kv_heads)), list(plans))]  # type: ignore[arg-type]  # as was just asked
+    of_head: dict[tuple[LayerPlan, ...], list[int]] = {}
+    for head in range(kv_heads):
+        of_rows = tuple(plan.heads[head] if isinstance(plan, HeadPlans) else plan for plan in plans)
+        of_head.setdefault(of_rows, []).append(head)
+    return [(tuple(heads), list(of_rows)) for of_rows, heads in of_head.items()]
 
 
 def _split(joined: Tensor, rows: int) -> Tensor:

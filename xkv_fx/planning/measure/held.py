@@ -19,6 +19,9 @@ from xkv_fx.runtime.quantize import Coding, mean_tensor
 from xkv_fx.runtime.selection import write_survivors
 from xkv_fx.runtime.slots import EMPTY, SlotPlan
 
+Heads = tuple[int, ...] | None
+"""Some of a layer's KV heads; None for all of them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerRun:
@@ -34,6 +37,16 @@ class LayerRun:
     v: Tensor
     scores: Tensor
     form: AttentionForm
+
+    def of_heads(self, heads: Heads) -> LayerRun:
+        """The same of some of the KV heads."""
+        if heads is None:
+            return self
+        chosen, sinks = list(heads), self.form.sink_logits
+        if sinks is not None:
+            sinks = sinks.view(self.k.shape[1], -1)[chosen].flatten()
+        k, v, scores = (part[:, chosen] for part in (self.k, self.v, self.scores))
+        return LayerRun(k, v, scores, dataclasses.replace(self.form, sink_logits=sinks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +89,13 @@ class Storing:
     formats: LayerFormats
     mean_key: MeanKey | None = None
     mean_value: MeanKey | None = None
+
+    def of_heads(self, heads: Heads) -> Storing:
+        """The same for some of the KV heads."""
+        if heads is None:
+            return self
+        key, value = (None if mean is None else mean.of_heads(heads) for mean in (self.mean_key, self.mean_value))
+        return Storing(self.formats, key, value)
 
 
 def as_stored(k: Tensor, v: Tensor, storing: Storing | None) -> tuple[Tensor, Tensor]:

@@ -217,12 +217,12 @@ def verify_plans(
             kl_of_other = of[_stored(other)]
             if best is None or kl_of_other.mean() < np.mean(best.kl):
                 ratio = ratio_of_means(ours, kl_of_other)
-                best = SingleFormat(pair, other.capacities, tuple(kl_of_other.tolist()), ratio)
+                best = SingleFormat(pair, other.layer_means, tuple(kl_of_other.tolist()), ratio)
         reports.append(
             Verification(
                 tuple(ours.tolist()),
                 tuple(theirs.tolist()),
-                uniform.capacities,
+                uniform.layer_means,
                 ratio_of_means(ours, theirs),
                 continuation,
                 best,
@@ -326,9 +326,7 @@ def _can_store(layers: Sequence[LayerSpec], pair: LayerFormats) -> bool:
 
 def _context_of(budgets: Plan, layers: Sequence[LayerSpec]) -> int:
     """The tokens that a plan is for: those that it was solved for, or the most that one of its layers holds."""
-    budgets.check_layers(layers)
-    held = (spec.effective_capacity(c) for spec, c in zip(layers, budgets.capacities, strict=True))
-    return max(budgets.provenance.context or 1, *held)
+    return max(budgets.provenance.context or 1, *(group.capacity for group in budgets.groups(layers)))
 
 
 def _room_of(budgets: Plan) -> int:

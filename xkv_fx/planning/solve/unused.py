@@ -7,6 +7,7 @@ from bisect import bisect_right
 import numpy as np
 
 from xkv_fx.budgets import Plan
+from xkv_fx.heads import planned_slot_bytes
 from xkv_fx.layers import HasItemSize, Layers, layers_of
 from xkv_fx.sizes import as_text
 
@@ -29,7 +30,8 @@ def unused_limit(plan: Plan, layers: Layers, dtype: HasItemSize | None) -> str |
     specs = layers_of(layers)
     limit, rows = int(constraint["kv_bytes"]), int(constraint.get("batch_size", 1))
     room = int(constraint.get("max_new_tokens", 0))
-    price = [spec.slot_bytes(dtype, pair) * rows for spec, pair in zip(specs, plan.layer_formats, strict=True)]
+    stored = zip(specs, plan.layer_formats, strict=True)
+    price = [planned_slot_bytes(spec, formats, dtype) * rows for spec, formats in stored]
 
     def taken(context: int) -> int:
         return sum(spec.effective_capacity(context + room) * each for spec, each in zip(specs, price, strict=True))

@@ -39,6 +39,10 @@ class Scorer(Protocol):
     whichever of the model's heads it is. Only such a scorer chooses the same tokens where processes share the heads
     (tensor parallelism).
 
+    A class may have `knows_heads = True`: the scores of a KV head follow from its own queries, keys and values, and
+    from its place among its layer's heads, which is in `PromptView.heads`. A plan by KV head needs one of these two,
+    since heads with different capacities are scored apart.
+
     A class may have `needs_unrotated_queries = True`. Such a scorer is given the queries as they were before
     their positions rotated them, and how positions to come will rotate them: `PromptView.unrotated_queries` and
     `PromptView.rotation`. It has a field `future_positions`, the number of positions that `rotation` is the mean over.
@@ -176,6 +180,21 @@ def reading_of(scorer: Scorer) -> Reading | None:
     return reading
 
 
+def check_scores_parts(scorer: Scorer) -> None:
+    """Refuse a scorer that must see all heads of a layer, for a plan that gives them different capacities.
+
+    Raises:
+        BudgetError: it must, or its class does not say that it need not.
+    """
+    if any(getattr(scorer, able, False) for able in ("independent_heads", "knows_heads")):
+        return
+    raise BudgetError(
+        f"the scorer {type(scorer).__name__} does not say that it scores each KV head by itself, and this plan gives "
+        "the KV heads of a layer different capacities or formats, so that they are scored apart; set independent_heads "
+        "= True on the scorer's class where that is true, or plan by layer"
+    )
+
+
 def future_positions(scorer: Scorer) -> int | None:
     """Over how many positions a scorer wants the mean rotation of its queries; None if it needs no unrotated ones.
 
@@ -207,11 +226,12 @@ def score_tokens(
     slopes: Tensor | None = None,
     unrotated: Tensor | None = None,
     rotation: Tensor | None = None,
+    heads: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Scores of the new tokens in a fresh prefill, float32 `[rows, kv_heads, S]`; see `PromptView` for the shapes."""
     seen = torch.zeros_like(length) if seen is None else seen
     form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes)
-    return _run(scorer, PromptView(q, k, v, length, form, seen, unrotated=unrotated, rotation=rotation))
+    return _run(scorer, PromptView(q, k, v, length, form, seen, unrotated=unrotated, rotation=rotation, heads=heads))
 
 
 def rescore_tokens(
@@ -234,13 +254,14 @@ def rescore_tokens(
     unrotated: Tensor | None = None,
     rotation: Tensor | None = None,
     held_scores: Tensor | None = None,
+    heads: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Scores of a layer's slots and of the new tokens together, float32 `[rows, kv_heads, slots + S]`."""
     form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes)
     ordinals = plan.ordinals(positions, seen, base)
     held = k_cache, values_of(k_cache, v_cache), ordinals
     kept = _scores_kept(held_scores, positions, ordinals)
-    return _run(scorer, PromptView(q, k, v, length, form, seen, *held, unrotated, rotation, kept))
+    return _run(scorer, PromptView(q, k, v, length, form, seen, *held, unrotated, rotation, kept, heads))
 
 
 def rescore_coded_tokens(
@@ -268,6 +289,7 @@ def rescore_coded_tokens(
     rotation: Tensor | None = None,
     held_scores: Tensor | None = None,
     key_mean: Tensor | None = None,
+    heads: tuple[int, ...] | None = None,
 ) -> Tensor:
     """As `rescore_tokens` over slots of fewer bits: what was stored is what is scored; see `coded_ops`."""
     form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes)
@@ -275,7 +297,8 @@ def rescore_coded_tokens(
     keys, values = Stored.pair(buffers, bits, (k.shape[-1], v.shape[-1]), key_mean)
     ordinals = plan.ordinals(positions, seen, base)
     kept = _scores_kept(held_scores, positions, ordinals)
-    return _run(scorer, PromptView(q, k, v, length, form, seen, keys, values, ordinals, unrotated, rotation, kept))
+    held = keys, values, ordinals, unrotated, rotation, kept, heads
+    return _run(scorer, PromptView(q, k, v, length, form, seen, *held))
 
 
 def _scores_kept(scores: Tensor | None, positions: Tensor, ordinals: Tensor) -> Tensor | None:

@@ -36,6 +36,7 @@ class PromptView:
         rotation: `[rows, dim, key_dim]`, or `[rows, query_heads, dim, key_dim]` where heads differ (queries of an MLA
             latent), what queries are multiplied by from the right to rotate them: the mean over each row's next
             positions. None where positions do not rotate the queries.
+        heads: which of the layer's KV heads these are; None for all of them.
     """
 
     q: Tensor
@@ -50,6 +51,7 @@ class PromptView:
     unrotated: Tensor | None = None
     rotation: Tensor | None = None
     old_scores: Tensor | None = None
+    heads: tuple[int, ...] | None = None
 
     @property
     def scale(self) -> float:

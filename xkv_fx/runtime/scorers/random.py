@@ -33,13 +33,15 @@ class Random:
     looks_at_question: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
     measures_attention: ClassVar[bool] = False
+    knows_heads: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not is_int(self.seed) or not 0 <= self.seed <= _MASK:
             raise BudgetError(f"seed must be a whole number from 0 to {_MASK}; got {self.seed!r}")
 
     def __call__(self, prompt: PromptView) -> Tensor:
-        heads = torch.arange(prompt.ordinals.shape[1], device=prompt.ordinals.device)[:, None]
+        places = range(prompt.ordinals.shape[1]) if prompt.heads is None else prompt.heads
+        heads = torch.tensor(tuple(places), device=prompt.ordinals.device)[:, None]
         of_head = _mix(_mix(torch.full_like(heads, self.seed)) ^ heads)
         drawn = _mix(of_head ^ prompt.ordinals)
         return (drawn >> 8).float() / 2**24  # the 24 bits that float32 holds

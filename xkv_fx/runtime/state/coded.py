@@ -55,7 +55,7 @@ class CodedState(KVState):
         try:
             return None if name == "model" else Coding.of(name, size)
         except BudgetError as error:
-            raise BudgetError(f"layer {self.index}: {error}") from error
+            raise BudgetError(f"{self.where}: {error}") from error
 
     @property
     def _stored(self) -> list[Buffer]:

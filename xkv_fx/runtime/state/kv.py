@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xkv_fx.errors import CapacityError
 from xkv_fx.formats import LayerFormats
+from xkv_fx.heads import HeadGroup, heads_in_words
 from xkv_fx.layers import LayerSpec
 from xkv_fx.runtime.attention import distance_bias
 from xkv_fx.runtime.scorers import rescore_tokens, score_tokens, scoring_call
@@ -45,11 +46,13 @@ class KVState(LayerState):
     `keeps_scores` what it was kept by.
 
     Attributes:
-        index: place among the layers that own a cache.
+        index: place among all caches.
         spec: what a slot holds.
         slots: how the slots are used.
         rows: batch rows.
         dtype: of keys and values.
+        group: which KV heads of which layer it is for, where layers are planned by head; None where the caches are
+            those of layers.
         keeps_scores: whether what survivors were chosen by stays with them, for a scorer that reads prompts again.
     """
 
@@ -59,6 +62,7 @@ class KVState(LayerState):
     slots: SlotPlan
     rows: int
     dtype: torch.dtype
+    group: HeadGroup | None = None
     keeps_scores: bool = dataclasses.field(default=False, kw_only=True)
 
     ops: ClassVar[CacheOps] = CacheOps("decode_attention", "decode_scored", "extend_attention", "keep")
@@ -101,6 +105,21 @@ class KVState(LayerState):
         return Buffer(f"{field}_{self.index}", field, shape, dtype, **options)  # type: ignore[arg-type]
 
     @property
+    def layer(self) -> int:
+        """Place of its layer among those that own a cache."""
+        return self.index if self.group is None else self.group.layer
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Which of its layer's KV heads it is for."""
+        return tuple(range(self.spec.kv_heads)) if self.group is None else self.group.heads
+
+    @property
+    def where(self) -> str:
+        """Whose cache it is, in words."""
+        return f"layer {self.layer}" if self.group is None else f"layer {self.layer}, {heads_in_words(self.heads)}"
+
+    @property
     def contents(self) -> str:
         """What a slot holds, in elements, for people."""
         return f"{self.spec.kv_heads} x ({self.spec.key_dim} + {self.spec.value_dim})"
@@ -123,7 +142,9 @@ class KVState(LayerState):
     def prefill(self, build: Build, attention: Attention) -> None:
         """The prompt's tokens are scored and the survivors written; what the buffers held is forgotten."""
         form = attention.form
-        score = scoring_call(score_tokens, build.scorer, sliding_window=form.sliding_window, softcap=form.softcap)
+        score = scoring_call(
+            score_tokens, build.scorer, sliding_window=form.sliding_window, softcap=form.softcap, heads=self._some_heads
+        )
         scores = build.emit(
             score, attention.q, attention.k, attention.v if build.scorer.reads_values else None, build.length, None,
             form.scale, sink_logits=form.sink_logits, slopes=form.slopes, **build.scorer_inputs(attention),
@@ -150,7 +171,7 @@ class KVState(LayerState):
         held, counts, form = build.held(self), _counts(build), attention.form
         score = scoring_call(
             self.rescore, build.scorer, self.slots.slots, plan=self.slots, sliding_window=form.sliding_window,
-            softcap=form.softcap, **self._numbers,
+            softcap=form.softcap, heads=self._some_heads, **self._numbers,
         )  # fmt: skip
         kept = {"held_scores": held["scores"]} if self.keeps_scores else {}
         scores = build.emit(
@@ -159,6 +180,11 @@ class KVState(LayerState):
             **kept, **build.scorer_inputs(attention), **build.constants(self), name=f"scores_{attention.index}",
         )  # fmt: skip
         self._keep(build, attention, scores, fresh=False)
+
+    @property
+    def _some_heads(self) -> tuple[int, ...] | None:
+        """Which of the layer's KV heads these are, None for all of them."""
+        return None if self.group is None else self.group.heads
 
     def _keep(self, build: Build, attention: Attention, scores: Value, fresh: bool) -> None:
         held, counts = build.held(self), _counts(build)
@@ -235,7 +261,7 @@ class KVState(LayerState):
     def refuse_tokens(self, tokens: int) -> None:
         if self.slots.eviction == "none" and tokens > self.slots.slots:
             raise CapacityError(
-                f"{tokens} tokens do not fit into the {self.slots.slots} slots of layer {self.index}, and full budgets "
+                f"{tokens} tokens do not fit into the {self.slots.slots} slots of {self.where}, and full budgets "
                 "never evict; plan larger budgets, or choose an eviction policy"
             )
 
@@ -257,7 +283,7 @@ class KVState(LayerState):
         positions = held["positions"]
         highest = counts["seen"].clamp(min=self.slots.slots)[:, None, None]
         possible = bool(((positions >= 0) & (positions < highest)).all())
-        return None if possible else f"the positions of layer {self.index} are not those of a session"
+        return None if possible else f"the positions of {self.where} are not those of a session"
 
     # Where a decode step returns its token for the caller to write, as TensorRT's may
 

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 
+from xkv_fx.budgets import Plan
 from xkv_fx.errors import BudgetError
 from xkv_fx.formats import LayerFormats
+from xkv_fx.heads import HeadGroup
 from xkv_fx.layers import LayerSpec
 from xkv_fx.mean_keys import MeanKey, MeanKeys
 from xkv_fx.runtime.reading import Reading
 from xkv_fx.runtime.recurrence import StatePart
-from xkv_fx.runtime.slots import SlotPlan
+from xkv_fx.runtime.scorers import reading_of, scorer_of
+from xkv_fx.runtime.slots import SlotPlan, slot_plans
 from xkv_fx.runtime.state.base import Buffer, Constant, LayerState
 from xkv_fx.runtime.state.coded import CodedState
 from xkv_fx.runtime.state.counters import CountersState
@@ -34,15 +37,16 @@ class CachePlan:
 
     Attributes:
         layers: what each layer caches.
-        slots: how each layer uses its slots.
+        slots: how each cache uses its slots.
         rows: batch rows.
         dtype: of keys and values.
         device: where the tensors live.
-        formats: of the keys and values of each layer; None where they are in the model's dtype.
+        formats: of the keys and values of each cache; None where they are in the model's dtype.
         reading: how prompts are read again; None for a scorer that reads them once.
         recurrent: what each layer keeps that mixes tokens by a state, in execution order.
-        mean_keys: what is subtracted from the keys of each layer before they are stored in fewer bits, of the KV heads
+        mean_keys: what is subtracted from the keys of each cache before they are stored in fewer bits, of the KV heads
             that this process has; None where nothing is.
+        groups: the KV heads of each cache, in the order of layers; None where each layer is one cache.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -54,13 +58,64 @@ class CachePlan:
     reading: Reading | None = None
     recurrent: tuple[tuple[StatePart, ...], ...] = ()
     mean_keys: MeanKeys | None = None
+    groups: tuple[HeadGroup, ...] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        budgets: Plan,
+        layers: tuple[LayerSpec, ...],
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_new_tokens: int = 0,
+        recurrent: tuple[tuple[StatePart, ...], ...] = (),
+        part: int = 0,
+        parts: int = 1,
+    ) -> CachePlan:
+        """What `budgets` says, for these layers; layers whose KV heads are planned alike are one cache each.
+
+        Args:
+            part, parts: as in `Plan.subtracted`.
+
+        Raises:
+            BudgetError: the budgets do not fit the layers, `max_new_tokens` is not a whole number of at least 0, or the
+                scorer is unknown.
+        """
+        slots, groups = slot_plans(budgets, layers, max_new_tokens), budgets.groups(layers)
+        formats = tuple(group.formats for group in groups)
+        split = groups if len(groups) > len(layers) else None
+        means = budgets.subtracted(layers, part, parts)
+        if means is not None and split is not None:
+            means = tuple(group.mean_of(means[group.layer]) for group in split)
+        reading = reading_of(scorer_of(budgets.policy))
+        stored = formats if any(formats) else None
+        return cls(layers, slots, rows, dtype, device, stored, reading, recurrent, means, split)
+
+    @functools.cached_property
+    def specs(self) -> tuple[LayerSpec, ...]:
+        """What each cache keeps: that of a layer, or its part."""
+        if self.groups is None:
+            return self.layers
+        return tuple(group.spec_in(self.layers[group.layer]) for group in self.groups)
+
+    def caches_of(self, layer: int) -> tuple[KVState, ...]:
+        """The caches of one layer, by their first heads; one where its heads are planned alike.
+
+        Raises:
+            IndexError: there is no such layer.
+        """
+        if self.groups is None:
+            return (self.caches[layer],)
+        place = range(len(self.layers))[layer]
+        return tuple(cache for cache, group in zip(self.caches, self.groups, strict=True) if group.layer == place)
 
     @functools.cached_property
     def caches(self) -> tuple[KVState, ...]:
-        """The state of each layer that owns a cache, in execution order."""
-        none = (None,) * len(self.layers)
-        each = enumerate(zip(self.layers, self.slots, self.formats or none, self.mean_keys or none, strict=True))
-        return tuple(self._cache(index, *of_layer) for index, of_layer in each)
+        """The state of each cache, in the execution order of layers, those of one layer by their first heads."""
+        none = (None,) * len(self.specs)
+        each = enumerate(zip(self.specs, self.slots, self.formats or none, self.mean_keys or none, strict=True))
+        return tuple(self._cache(index, *of_cache) for index, of_cache in each)
 
     def _cache(
         self, index: int, spec: LayerSpec, slots: SlotPlan, formats: LayerFormats | None, mean_key: MeanKey | None
@@ -68,7 +123,8 @@ class CachePlan:
         kind = next(kind for kind in CACHE_KINDS if kind.serves(spec, formats))
         options: dict[str, Any] = {} if formats is None else {"formats": formats, "mean_key": mean_key}
         options["keeps_scores"] = self.reading is not None
-        return kind(index, spec, slots, self.rows, self.dtype, **options)
+        group = None if self.groups is None else self.groups[index]
+        return kind(index, spec, slots, self.rows, self.dtype, group, **options)
 
     @functools.cached_property
     def recurrences(self) -> tuple[RecurrentState, ...]:
