@@ -28,13 +28,13 @@ FORMATS: dict[str, Any] = {
 
 
 @functools.cache
-def graphs(family: str) -> Graphs:
-    """Of a model with heads of sixteen elements, of which the kernel's vectors are made."""
+def graphs(family: str, policy: Policy) -> Graphs:
+    """Of a model with heads of sixteen elements, which the kernel for the dtype serves as well."""
     formats = FORMATS[family]
     source = capture(FAMILIES[family](len(formats), head_dim=16), rows=2, check=False)
-    plain = cache_plan(source, (14,) * len(formats))
+    plain = cache_plan(source, (14,) * len(formats), policy)
     plan = CachePlan(plain.layers, plain.slots, plain.rows, plain.dtype, plain.device, formats)
-    return Graphs(source, plan, scorer_of(Policy()))
+    return Graphs(source, plan, scorer_of(policy))
 
 
 def conversation(session: Session) -> list[Tensor]:
@@ -42,11 +42,14 @@ def conversation(session: Session) -> list[Tensor]:
     return logits + [session.step(random_ids(2, 1, seed=seed)) for seed in range(6)]
 
 
-@pytest.mark.parametrize("family", FORMATS)
-def test_a_compiled_model_is_served_by_it(family: str) -> None:
-    compiled, eager = (CompiledProgram(graphs(family), backend) for backend in ("inductor", "eager"))
+@pytest.mark.parametrize(
+    ("family", "eviction"), [*((family, "ring") for family in FORMATS), ("gemma2", "scored"), ("gpt_oss", "scored")]
+)
+def test_a_compiled_model_is_served_by_it(family: str, eviction: Any) -> None:
+    policy = Policy(eviction=eviction)
+    compiled, eager = (CompiledProgram(graphs(family, policy), backend) for backend in ("inductor", "eager"))
     layers = len(FORMATS[family])
-    assert f"{layers} layers by CPU kernel" in compiled.describe(Budgets((14,) * layers))
+    assert f"{layers} layers by CPU kernel" in compiled.describe(Budgets((14,) * layers, policy=policy))
     for got, expected in zip(*map(conversation, map(Session, (compiled, eager))), strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
 
@@ -69,7 +72,8 @@ def given(**changed: Any) -> dict[str, Any]:
         ({"mask": torch.empty(2, 1, 1, 30).half()}, "biased attention"),
         ({"q": torch.empty(2, 6, 1, 64).double()}, "dtype torch.float64"),
         ({"v": torch.empty(2, 3, 1, 64).half()}, "queries, keys and values of different dtypes"),
-        ({"v": torch.empty(2, 3, 1, 72)}, "head sizes 64 and 72 are not multiples of 16"),
+        ({"v": torch.empty(2, 3, 1, 72)}, None),
+        ({"v": torch.empty(2, 3, 1, 20)}, "head sizes 64 and 20 are not multiples of 8"),
         ({"key_bits": 0, "value_bits": 0}, "slots in the model's dtype by the op for fewer bits"),
         ({"v_scales": torch.empty(2, 3, 30, 1, 1)}, "slots of fp8"),
         ({"v_cache": torch.empty(2, 3, 30, 0)}, "values that are the keys"),
@@ -83,6 +87,7 @@ def given(**changed: Any) -> dict[str, Any]:
         "double",
         "mixed",
         "72",
+        "20",
         "0 bits",
         "fp8",
         "latents",

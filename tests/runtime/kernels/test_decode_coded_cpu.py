@@ -4,12 +4,14 @@ the vectors that come out of the codes."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import oracles as reference
 import pytest
 import torch
 from exhaustive import exhaustive
+from oracles.attention_loops import probabilities
 from runtime_inputs import random_qkv
 from torch import Tensor
 
@@ -22,7 +24,15 @@ from xkv_fx.runtime.quantize import Coding
 SCALE = 0.2
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 PAIRS = [pair for pair in itertools.product((8, 4, 0), repeat=2) if any(pair)]
-SHAPES = [((9, 3), (64, 64)), ((14, 2), (80, 80)), ((4, 4), (96, 96)), ((8, 1), (128, 128)), ((6, 2), (32, 48))]
+SHAPES = [
+    ((9, 3), (64, 64)),
+    ((14, 2), (80, 80)),
+    ((4, 4), (96, 96)),
+    ((8, 1), (128, 128)),
+    ((6, 2), (256, 48)),
+    ((3, 1), (72, 256)),  # no multiple of sixteen
+    ((27, 1), (24, 8)),  # more query heads than there are registers for, and codes shorter than a vector
+]
 # Each kernel takes seconds to build: a shape and a dtype of each pair, the rest among the exhaustive tests.
 SOME = [
     (pair, SHAPES[number % len(SHAPES)], list(TOLERANCE)[number % len(TOLERANCE)]) for number, pair in enumerate(PAIRS)
@@ -32,6 +42,18 @@ CASES = [
     for case in itertools.product(PAIRS, SHAPES, TOLERANCE)
     if case in SOME or case[2] == torch.float32 or case[1] == SHAPES[0]
 ]
+# What is left out of the instructions that the kernel has code for. A processor that lacks them anyway tests less.
+WITHOUT_LONG = ("__AVX512BW__",)
+WITHOUT_VNNI = ("__AVX512VNNI__", "__AVXVNNI__")
+PORTABLE = ("__AVX512BW__", "__AVX512VNNI__", "__AVXVNNI__", "__AVX2__", "__F16C__")
+INSTRUCTIONS = {
+    "AVX-512": WITHOUT_VNNI,
+    "AVX-512, no byte shuffles": ("__AVX512VBMI__",),
+    "AVX2, VNNI": WITHOUT_LONG,
+    "AVX2": (*WITHOUT_LONG, *WITHOUT_VNNI),
+    "any": PORTABLE,
+}
+BOTH_DTYPES = ("AVX2", "any")
 Pair = tuple[int, int]
 
 
@@ -61,10 +83,15 @@ def inputs(
 
 def attend(args: list[Any], **options: Any) -> Tensor:
     """The op, the kernel for these shapes being built."""
-    q, k, v, *_, key_bits, value_bits = args
-    decode_coded_cpu.build(q.dtype, q.shape[1] // k.shape[1], q.shape[3], v.shape[3], key_bits, value_bits)
+    decode_coded_cpu.build(*kernel_of(args))
     out: Tensor = torch.ops.xkv.decode_coded_cpu(*args, **options)
     return out
+
+
+def kernel_of(args: list[Any]) -> tuple[torch.dtype, int, int, int, int, int]:
+    """What `decode_coded_cpu.build` is to be asked for."""
+    q, k, v, *_, key_bits, value_bits = args
+    return q.dtype, q.shape[1] // k.shape[1], q.shape[3], v.shape[3], key_bits, value_bits
 
 
 def copies(args: list[Any]) -> list[Any]:
@@ -96,7 +123,11 @@ def by_loops(args: list[Any], held: list[Tensor], key_mean: Tensor | None = None
 def assert_same(args: list[Any], **options: Any) -> None:
     """The kernel leaves the same codes and scales, and its output is that of loops over what they stand for."""
     tested = copies(args)
-    out = attend(tested, **options)
+    assert_right(args, tested, attend(tested, **options), **options)
+
+
+def assert_right(args: list[Any], tested: list[Any], out: Tensor, **options: Any) -> None:
+    """`tested` and `out` are what a kernel made of `args`."""
     held = stored(args, options.get("key_mean"))
     for after, should in zip(tested[3:7], held, strict=True):
         assert torch.equal(after, should)
@@ -110,6 +141,100 @@ def test_it_is_the_reference(pair: Pair, shape: tuple[Pair, Pair], dtype: torch.
     for slots in (1, 5, 64, 65, 300, 513):
         assert_same(inputs(*shape, slots, pair, dtype))
     assert_same(inputs(*shape, 77, pair, dtype, mask_heads=shape[0][1]))
+
+
+@pytest.fixture
+def rebuilt() -> Iterator[Callable[[list[Any], tuple[str, ...]], None]]:
+    """Builds the kernel for some arguments without some instructions, and as it was afterwards."""
+    changed = []
+
+    def rebuild(args: list[Any], lacking: tuple[str, ...]) -> None:
+        changed.append(kernel_of(args))
+        decode_coded_cpu.build.__wrapped__(*kernel_of(args), lacking=lacking)
+
+    yield rebuild
+    for kernel in changed:
+        decode_coded_cpu.build.__wrapped__(*kernel)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[] if dtype == torch.float32 or name in BOTH_DTYPES else exhaustive)
+        for name in INSTRUCTIONS
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+    ids=str,
+)
+def test_every_set_of_instructions_computes_the_same(
+    instructions: str, dtype: torch.dtype, rebuilt: Callable[[list[Any], tuple[str, ...]], None]
+) -> None:
+    for slots in (70, 300):
+        args = inputs((6, 2), (80, 64), slots, (8, 4), dtype)
+        rebuilt(args, INSTRUCTIONS[instructions])
+        tested = copies(args)
+        assert_right(args, tested, torch.ops.xkv.decode_coded_cpu(*tested))
+
+
+def scored_inputs(args: list[Any]) -> tuple[list[Any], Tensor]:
+    """Those of the op for eviction by score, each KV head with a slot of its own, and its scores."""
+    q, k, v, *buffers, slot, mask, scale, key_bits, value_bits = args
+    rows, kv_heads, slots = buffers[0].shape[:3]
+    own = (slot[:, None] + torch.arange(kv_heads)) % slots
+    mask = mask.expand(-1, kv_heads, -1, -1).clone().scatter(3, own[:, :, None, None], 0.0)
+    positions = torch.arange(rows * kv_heads * slots, dtype=torch.int32).view(rows, kv_heads, slots)
+    scores = torch.rand(rows, kv_heads, slots)
+    seen = torch.arange(rows) + 1000
+    return [q, k, v, *buffers, positions, scores, own, mask, seen, scale, key_bits, value_bits], scores
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5, "sink_logits": torch.arange(6.0) - 3}], ids=list)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_eviction_by_score_adds_the_attention_of_each_slot(options: dict[str, Any], threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for slots in (1, 70, 513):
+            assert_scored(inputs((6, 2), (80, 64), slots, (8, 4)), options)
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_scored(plain: list[Any], options: dict[str, Any]) -> None:
+    decode_coded_cpu.build(*kernel_of(plain))
+    args, scores = scored_inputs(plain)
+    tested = copies(args)
+    out = torch.ops.xkv.decode_coded_scored_cpu(*tested, **options)
+    q, k, v, *buffers, positions, _, slot, mask, seen, scale, key_bits, value_bits = copies(args)
+    rows, kv_heads = slot.shape
+    at = (torch.arange(rows)[:, None], torch.arange(kv_heads), slot)
+    keys = Stored.of(*buffers[:2], key_bits, k.shape[3])
+    values = Stored.of(*buffers[2:], value_bits, v.shape[3])
+    keys.write(k[:, :, 0], at)
+    values.write(v[:, :, 0], at)
+    positions[at], scores[at] = seen[:, None].expand_as(slot).to(torch.int32), 0.0
+    group = q.shape[1] // kv_heads
+    for row, head in itertools.product(range(rows), range(kv_heads)):
+        shown = mask[row, head, 0] == 0
+        for query in range(head * group, (head + 1) * group):
+            sink = options["sink_logits"][query] if "sink_logits" in options else None
+            weights, _ = probabilities(
+                q[row, query, 0], keys.vectors()[row, head, shown], scale, options.get("softcap"), sink
+            )
+            scores[row, head, shown] += (weights / group).float()
+            expected = (weights @ values.vectors()[row, head, shown].double()).float()
+            torch.testing.assert_close(out[row, query, 0], expected, rtol=1e-5, atol=1e-5)
+    for after, should in zip(tested[3:8], (*buffers, positions), strict=True):
+        assert torch.equal(after, should)
+    torch.testing.assert_close(tested[8], scores, rtol=1e-5, atol=1e-5)
+
+
+def test_a_query_that_no_slot_is_shown_to_gets_nothing() -> None:
+    args = inputs(*SHAPES[0], 70, (8, 8))
+    args[8][1] = float("-inf")
+    out = attend(args)
+    assert not bool(out[1].any())
+    assert bool(out[0].any())
 
 
 MEAN = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
@@ -206,3 +331,9 @@ def test_shapes_and_formats_that_no_kernel_was_built_for_are_refused() -> None:
 def test_a_size_that_no_group_divides_is_refused_by_name() -> None:
     with pytest.raises(BudgetError, match="divides a head size of 20"):
         decode_coded_cpu.build(torch.float32, 1, 20, 20, 8, 8)
+
+
+def test_scored_registration_is_sound() -> None:
+    plain = inputs(*SHAPES[0], 8, (8, 8))
+    decode_coded_cpu.build(*kernel_of(plain))
+    torch.library.opcheck(torch.ops.xkv.decode_coded_scored_cpu.default, tuple(scored_inputs(plain)[0]))

@@ -7,10 +7,18 @@ from typing import Any
 
 import torch
 
+from xkv_fx.lowering.kernels.attention import DECODE_CODED, DECODE_CODED_SCORED
 from xkv_fx.lowering.kernels.kernel import Call
 from xkv_fx.passes.tools.graph import call_instead, emit
 from xkv_fx.runtime.kernels import decode_coded_cpu
-from xkv_fx.runtime.kernels.build_cpu import DTYPES, STEP
+from xkv_fx.runtime.kernels.build_cpu import DTYPES
+from xkv_fx.runtime.kernels.decode_coded_cpu import STEP
+
+SERVED: dict[Any, torch._ops.OpOverload] = {
+    DECODE_CODED: torch.ops.xkv.decode_coded_cpu.default,
+    DECODE_CODED_SCORED: torch.ops.xkv.decode_coded_scored_cpu.default,
+}
+"""By which operator each op is served."""
 
 
 def obstacle(given: Mapping[str, Any]) -> str | None:
@@ -43,4 +51,4 @@ def use(call: Call) -> None:
         if given[name] is not None:
             with graph.inserting_before(call.node):
                 given[name] = emit(graph, torch.ops.aten.to.dtype, given[name], torch.float32)
-    call_instead(call.node, torch.ops.xkv.decode_coded_cpu.default, given)
+    call_instead(call.node, SERVED[call.node.target], given)

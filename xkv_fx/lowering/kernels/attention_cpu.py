@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from xkv_fx.lowering.kernels import attention_coded_cpu
-from xkv_fx.lowering.kernels.attention import ATTENTION, DECODE, DECODE_CODED
+from xkv_fx.lowering.kernels.attention import ATTENTION, DECODE
 from xkv_fx.lowering.kernels.kernel import Call, Kernel
 from xkv_fx.passes.tools.graph import call_instead, emit
 from xkv_fx.runtime.kernels import decode_cpu
@@ -15,7 +15,7 @@ from xkv_fx.runtime.kernels.build_cpu import DTYPES, STEP
 
 
 def _accepts(call: Call) -> str | None:
-    if call.node.target is DECODE_CODED:
+    if call.node.target in attention_coded_cpu.SERVED:
         return attention_coded_cpu.obstacle(call.values)
     if call.node.target is not DECODE:
         return "eviction by score"
@@ -34,7 +34,7 @@ def _accepts(call: Call) -> str | None:
 
 def _use(calls: Sequence[Call]) -> None:
     for call in calls:
-        if call.node.target is DECODE_CODED:
+        if call.node.target in attention_coded_cpu.SERVED:
             attention_coded_cpu.use(call)
             continue
         values, given, graph = call.values, call.given, call.node.graph

@@ -19,7 +19,7 @@ STEP = 16
 # The numbers of c10::ScalarType, which no release may change: tensors are saved by them.
 _SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 
-_SHARED = {"decode_cpu.cpp": ("softmax.h",), "decode_coded_cpu.cpp": ("softmax.h",)}
+_SHARED = {"decode_cpu.cpp": ("softmax.h",), "decode_coded_cpu.cpp": ("softmax.h", "codes.h", "quads.h")}
 """What sources need before them, besides `lanes.h`."""
 _WIDEST = 16
 """Numbers of the longest vectors in `lanes.h`."""
@@ -39,6 +39,7 @@ def build_kernel(
     value_dim: int = 0,
     int8: bool = False,
     codings: Sequence[Coding | None] = (None, None),
+    lacking: Sequence[str] = (),
 ) -> None:
     """Compile a kernel, or load it from the cache on disk, and hand it to the operators.
 
@@ -49,30 +50,30 @@ def build_kernel(
         group, key_dim, value_dim: shapes that it is compiled for, 0 for a kernel that takes any.
         int8: for weights in int8.
         codings: of keys and of values; None for the dtype itself.
+        lacking: instructions that are not used though the processor has them, such as `__AVX512VNNI__`; for tests.
 
     Raises:
         BackendError: there is no C++ compiler, or it refuses the kernel.
     """
     shape = {"GROUP": group, "KEY_DIM": key_dim, "VALUE_DIM": value_dim, "INT8_WEIGHTS": int(int8), DTYPES[dtype]: 1}
-    shape |= _coded(codings) if any(codings) else {}
+    shape |= _coded(codings, (key_dim, value_dim)) if any(codings) else {}
     bits = [0 if coding is None else coding.bits for coding in codings]
     with _building:
         operators = _operators()
-        kernel = _compiled(("lanes.h", *_SHARED.get(source, ()), source), tuple(shape.items()))
+        kernel = _compiled(("lanes.h", *_SHARED.get(source, ()), source), tuple(shape.items()), lacking)
         made = ctypes.cast(getattr(kernel, function), ctypes.c_void_p)
         operators.xkv_hand_in(_SCALAR_TYPES[dtype], group, key_dim, value_dim, int8, *bits, made)
 
 
-def _coded(codings: Sequence[Coding | None]) -> dict[str, int]:
-    """What is defined for slots of fewer bits. Vectors are as long as the machine allows, unless one would then span
-    two groups of a coding or both halves of its bytes."""
+def _coded(codings: Sequence[Coding | None], dims: Sequence[int]) -> dict[str, int]:
+    """What is defined for slots of fewer bits. Vectors are as long as the machine allows, unless numbers in the dtype
+    would not fill them."""
     defined = {"CODED": 1}
-    spans = []
     for name, coding in zip(("KEY", "VALUE"), codings, strict=True):
-        bits, group = (0, 1) if coding is None else (coding.bits, coding.group)
+        bits, group = (0, 0) if coding is None else (coding.bits, coding.group)
         defined |= {f"{name}_BITS": bits, f"{name}_SPAN": group}
-        spans += [] if coding is None else [coding.group, coding.dim // 2 if coding.bits == 4 else coding.dim]
-    return defined | {"WIDE_LANES": int(all(span % _WIDEST == 0 for span in spans))}
+    whole = all(dim % _WIDEST == 0 for dim, coding in zip(dims, codings, strict=True) if coding is None)
+    return defined | {"WIDE_LANES": int(whole)}
 
 
 @functools.cache
@@ -84,11 +85,14 @@ def _operators() -> ctypes.CDLL:
     return operators
 
 
-def _compiled(files: Sequence[str], defined: tuple[tuple[str, int], ...] = ()) -> ctypes.CDLL:
+def _compiled(
+    files: Sequence[str], defined: tuple[tuple[str, int], ...] = (), undefined: Sequence[str] = ()
+) -> ctypes.CDLL:
     from torch._inductor.codecache import CppCodeCache  # loads the compiler, not needed just to run graphs
 
     texts = [importlib.resources.files(__package__).joinpath(file).read_text() for file in files]
-    text = "\n".join([*(f"#define {name} {value}" for name, value in defined), *texts])
+    macros = [*(f"#undef {name}" for name in undefined), *(f"#define {name} {value}" for name, value in defined)]
+    text = "\n".join([*macros, *texts])
     try:
         compiled: ctypes.CDLL = CppCodeCache.load(text, extra_flags=("-ffp-contract=fast",))
     except Exception as error:

@@ -1,380 +1,467 @@
 // Decode attention of one token a row over slots of fewer bits, on CPU.
 //
-// As decode_cpu.cpp, but what is read are codes, which are widened in registers. A group of elements shares a scale and a
-// zero, so that its part of a logit is scale * sum(q * code) + zero * sum(q), and its part of the output is
-// sum(weight * scale * code) + sum(weight * zero). Codes are of rotated vectors: queries are rotated first, outputs last.
+// As decode_cpu.cpp, but what is read are codes. A group of elements shares a scale and a zero, so that its part of a logit
+// is scale * sum(q * code) + zero * sum(q), and its part of the output is sum(weight * scale * code) + sum(weight * zero):
+// codes are multiplied as they are, in quads (quads.h). Codes are of rotated vectors: queries are rotated first, outputs
+// last.
 //
-// Before this text stand lanes.h, softmax.h, and KEY_DIM, VALUE_DIM, GROUP (query heads for each KV head), KEY_BITS and
-// VALUE_BITS (8, 4, or 0 for the dtype itself), KEY_SPAN and VALUE_SPAN (elements that share a scale). Shapes are those of
-// the op; every tensor but the mask is contiguous.
+// The slots of all heads are dealt out to threads evenly, in blocks. What a thread has of one head makes a part, with a
+// running softmax over its runs of blocks; parts are merged at the end.
+//
+// Before this text stand lanes.h, softmax.h, codes.h, quads.h, and KEY_DIM, VALUE_DIM, GROUP (query heads for each KV head),
+// KEY_BITS and VALUE_BITS (8, 4, or 0 for the dtype itself), KEY_SPAN and VALUE_SPAN (elements that share a scale). Shapes
+// are those of the op; every tensor but the mask is contiguous.
 
 namespace {
 
-// Registers for sums, of 32 or of 16: the others hold what is added.
-constexpr int KEY_SUMS = LANES == 16 ? 24 : 8, VALUE_SUMS = LANES == 16 ? 24 : VALUE_BITS == 4 ? 8 : 12;
-constexpr int AT_ONCE = 4 * GROUP <= KEY_SUMS ? 4 : 2 * GROUP <= KEY_SUMS ? 2 : 1;  // slots that share a pass over the query
-constexpr float LARGEST_HALF = 65504.0f;
-
-#if defined(__F16C__)
-inline uint16_t half_of(float x) { return _cvtss_sh(x, 0); }
-inline float of_half(uint16_t x) { return _cvtsh_ss(x); }
-#else
-inline uint16_t half_of(float x) {
-  const _Float16 half = static_cast<_Float16>(x);
-  return read<uint16_t>(&half);
-}
-inline float of_half(uint16_t x) { return static_cast<float>(read<_Float16>(&x)); }
-#endif
-
-// LANES bytes as whole numbers.
-inline vec_int widen_bytes(const uint8_t* from) {
-#if SIXTEEN_LANES
-  return (vec_int)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#elif defined(__AVX2__)
-  return (vec_int)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-#else
-  typedef uint8_t bytes __attribute__((vector_size(LANES)));
-  return __builtin_convertvector(read<bytes>(from), vec_int);
-#endif
-}
-
-// The lower halves of LANES pairs of float16, as floats.
-inline vec lower_halves(vec_int pairs) {
-#if SIXTEEN_LANES
-  return (vec)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)pairs));
-#elif defined(__AVX2__) && defined(__F16C__)
-  const __m256i lower = (__m256i)(pairs & 0xffff);
-  return (vec)_mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(lower), _mm256_extracti128_si256(lower, 1)));
-#else
-  vec made;
-  for (int i = 0; i < LANES; ++i) made[i] = of_half(static_cast<uint16_t>(pairs[i] & 0xffff));
-  return made;
-#endif
-}
+constexpr int64_t RUN = CHUNK;  // slots between two updates of the running softmax
+static_assert(RUN % BLOCK == 0);
 
 // Keys or values as slots hold them.
-template <int BITS, int DIM, int SPAN>
+template <int BITS, int DIM, int OF_SCALE>
 struct Stored {
   static constexpr bool IN_CODES = true;
+  static constexpr float MIDDLE = ((1 << BITS) - 1) / 2.0f;  // of codes
+  static constexpr int CODE_BITS = BITS, SIZE = DIM, SPAN = OF_SCALE, SPANS = DIM / SPAN;
+  static constexpr int OF_SPAN = (SPAN + LANES - 1) / LANES;  // vectors
+  static constexpr int ROW = Layout<BITS, DIM>::ROW;          // elements in memory
+  static constexpr int SCALES = 2 * SPANS;                    // of a slot, zeros included
   using element = uint8_t;
-  static constexpr int ROW = DIM * BITS / 8;  // elements in memory of a vector
-  static constexpr int VECTORS = DIM / LANES, SPANS = DIM / SPAN, OF_SPAN = SPAN / LANES;
-  static constexpr int SCALES = 2 * SPANS;  // of a slot, zeros included
-  static_assert(SPAN % LANES == 0 && (BITS == 8 || DIM / 2 % LANES == 0));
-
-  // LANES codes of a slot: vector `i` of VECTORS.
-  static inline vec load(const element* codes, int i) {
-    if constexpr (BITS == 8) return __builtin_convertvector(widen_bytes(codes + i * LANES), vec);
-    const bool high = i >= VECTORS / 2;
-    const vec_int both = widen_bytes(codes + (high ? i - VECTORS / 2 : i) * LANES);
-    return __builtin_convertvector(high ? both >> 4 : both & 15, vec);
-  }
-
-  // An order of vectors in which those of the same bytes are neighbours.
-  static constexpr int visited(int i) { return BITS == 8 ? i : i % 2 * (VECTORS / 2) + i / 2; }
+  static_assert(SPAN % 8 == 0 && SPAN <= BLOCK && DIM % SPAN == 0);
 };
 
-template <int DIM, int SPAN>
-struct Stored<0, DIM, SPAN> {
+template <int DIM, int OF_SCALE>
+struct Stored<0, DIM, OF_SCALE> {
   static constexpr bool IN_CODES = false;
+  static constexpr int SIZE = DIM, SPAN = DIM, SPANS = 1, OF_SPAN = DIM / LANES, ROW = DIM, SCALES = 0;
   using element = scalar;
-  static constexpr int ROW = DIM, VECTORS = DIM / LANES, SPANS = 1, OF_SPAN = VECTORS, SCALES = 0;
   static_assert(DIM % LANES == 0);
-  static inline vec load(const element* numbers, int i) { return widen_lanes(numbers + i * LANES); }
-  static constexpr int visited(int i) { return i; }
 };
 
 using Keys = Stored<KEY_BITS, KEY_DIM, KEY_SPAN>;
 using Values = Stored<VALUE_BITS, VALUE_DIM, VALUE_SPAN>;
+constexpr int VECTORS = Values::SPANS * Values::OF_SPAN;  // of an output
+
+// Sums are kept in registers: so many vectors of them.
+constexpr int SUMS = LANES == 16 ? 24 : WORDS == 1 ? 12 : 8;
+constexpr int at_most(int number, int most) { return number < most ? number : most; }
+constexpr int at_least_one(int number) { return number < 1 ? 1 : number; }
 
 struct Asked {  // the rotated and scaled queries of a group
-  vec q[Keys::VECTORS][GROUP];
-  float sums[GROUP][Keys::SPANS];
+#if KEY_BITS
+  Digits<KEY_DIM> digits[GROUP];  // of whole numbers, and what one stands for
+  float unit[GROUP], sums[GROUP][Keys::SPANS], rest[GROUP][Keys::SPANS];
+#else
+  vec q[KEY_DIM / LANES][GROUP];
+#endif
   float mean[GROUP];  // what the subtracted mean key would have added to each logit
 };
 
-struct Softmax {  // of one query head over a chunk of slots
+struct Softmax {  // of one query head over some of its slots
   Running running;
-  vec values[Values::VECTORS];
+  vec values[VECTORS];
   float zeros[Values::SPANS];
 };
 
-// A Hadamard matrix times each block of a vector, the additions in the order of `quantize.rotate`.
-template <int DIM>
-void rotate(float* x) {
-  constexpr int BLOCK = DIM & -DIM;
-  const float root = static_cast<float>(std::sqrt(static_cast<double>(BLOCK)));
-  for (int step = 1; step < BLOCK; step *= 2)
-    for (int start = 0; start < DIM; start += 2 * step)
-      for (int i = start; i < start + step; ++i) {
-        const float first = x[i], second = x[i + step];
-        x[i] = first + second;
-        x[i + step] = first - second;
-      }
-  for (int i = 0; i < DIM; ++i) x[i] /= root;
-}
-
-float bounded(float x, float least, float most) { return x < least ? least : x > most ? most : x; }
-
-// Codes and scales of a vector, to the bit those of `quantize.Coding.encode`. A NaN makes its group's scale and zero NaN.
-template <int BITS, int DIM, int SPAN>
-void encode(float* x, uint8_t* codes, uint16_t* scales) {
-  constexpr float STEPS = (1 << BITS) - 1;
-  uint8_t each[DIM];
-  rotate<DIM>(x);
-  for (int start = 0; start < DIM; start += SPAN, scales += 2) {
-    float low = x[start], high = x[start];
-    for (int i = start; i < start + SPAN; ++i) {
-      if (x[i] < low || x[i] != x[i]) low = x[i];
-      if (x[i] > high || x[i] != x[i]) high = x[i];
-    }
-    scales[1] = half_of(bounded(low, -LARGEST_HALF, LARGEST_HALF));
-    const float zero = of_half(scales[1]);
-    scales[0] = half_of(bounded((high - zero) / STEPS, 0.0f, LARGEST_HALF));
-    const float scale = of_half(scales[0]), divisor = scale > 0.0f ? scale : 1.0f;
-    for (int i = start; i < start + SPAN; ++i) {
-      const float code = std::nearbyint((x[i] - zero) / divisor);
-      each[i] = code > 0.0f ? static_cast<uint8_t>(std::min(code, STEPS)) : 0;
-    }
-  }
-  for (int i = 0; i < DIM * BITS / 8; ++i) codes[i] = BITS == 8 ? each[i] : each[i] | each[i + DIM / 2] << 4;
-}
-
-// Stores a vector in a slot, less the mean if any, which is taken off in the dtype.
-template <int BITS, int DIM, int SPAN>
-void store(const scalar* from, const float* mean, typename Stored<BITS, DIM, SPAN>::element* to, uint16_t* scales) {
-  scalar numbers[DIM];
-  std::memcpy(numbers, from, sizeof numbers);
-  if (mean != nullptr)
-    for (int d = 0; d < DIM; ++d) numbers[d] = narrow(widen(numbers[d]) - widen(narrow(mean[d])));
-  if constexpr (BITS == 0) {
-    std::memcpy(to, numbers, sizeof numbers);
-  } else {
-    float x[DIM];
-    for (int d = 0; d < DIM; ++d) x[d] = widen(numbers[d]);
-    encode<BITS, DIM, SPAN>(x, to, scales);
-  }
-}
+// What a run of slots is turned into on its way.
+struct Room {
+  alignas(64) float weights[GROUP][RUN], shown[RUN];
+  alignas(64) float scale[Keys::SPANS > Values::SPANS ? Keys::SPANS : Values::SPANS][RUN];
+  alignas(64) float zero[Keys::SPANS > Values::SPANS ? Keys::SPANS : Values::SPANS][RUN];
+#if KEY_BITS
+  alignas(64) uint32_t keys[KEY_DIM / 4][BLOCK];
+#endif
+#if VALUE_BITS
+  alignas(64) uint32_t values[BLOCK / 4][PADDED<VALUE_DIM>];
+  alignas(64) Digits<RUN> digits[GROUP][Values::SPANS];
+#endif
+  uint8_t filled_up[LANES * (KEY_DIM > VALUE_DIM ? KEY_DIM : VALUE_DIM)];
+};
 
 void ask(const scalar* q, const float* mean, float scale, Asked& asked) {
   for (int g = 0; g < GROUP; ++g) {
-    float x[KEY_DIM], of_mean = 0.0f;
-    for (int d = 0; d < KEY_DIM; ++d) {
-      x[d] = widen(q[g * KEY_DIM + d]) * scale;
-      if (mean != nullptr) of_mean += x[d] * mean[d];
-    }
+    float x[PADDED<KEY_DIM>] = {}, of_mean = 0.0f;
+    for (int d = 0; d < KEY_DIM; ++d) x[d] = widen(q[g * KEY_DIM + d]) * scale;
+    if (mean != nullptr)
+      for (int d = 0; d < KEY_DIM; ++d) of_mean += x[d] * mean[d];
     asked.mean[g] = of_mean;
-    if constexpr (Keys::IN_CODES) rotate<KEY_DIM>(x);
-    for (int i = 0; i < Keys::VECTORS; ++i) asked.q[i][g] = read<vec>(x + i * LANES);
+#if KEY_BITS
+    rotate<KEY_DIM>(x);
     for (int j = 0; j < Keys::SPANS; ++j) {
-      vec sum = {};
-      for (int i = 0; i < Keys::OF_SPAN; ++i) sum += asked.q[j * Keys::OF_SPAN + i][g];
-      asked.sums[g][j] = sum_of(sum);
+      asked.sums[g][j] = 0.0f;
+      for (int d = 0; d < KEY_SPAN; ++d) asked.sums[g][j] += x[j * KEY_SPAN + d];
     }
+    std::memset(x + KEY_DIM, 0, sizeof x - KEY_DIM * sizeof *x);
+    vec most = {};
+    for (int d = 0; d < KEY_DIM; d += LANES) most = larger(larger(read<vec>(x + d), -read<vec>(x + d)), most);
+    const float largest = max_of(most), wholes = largest > 0.0f ? LARGEST / largest : 0.0f;
+    asked.unit[g] = largest / LARGEST;
+    for (int d = 0; d < KEY_DIM; d += LANES) {
+      const vec rest = put_digits(read<vec>(x + d) * wholes, d, asked.digits[g]);
+      std::memcpy(x + d, &rest, sizeof rest);
+    }
+    for (int j = 0; j < Keys::SPANS; ++j) {
+      asked.rest[g][j] = 0.0f;
+      for (int d = 0; d < KEY_SPAN; ++d) asked.rest[g][j] += x[j * KEY_SPAN + d] * (Keys::MIDDLE * asked.unit[g]);
+    }
+#else
+    for (int i = 0; i < KEY_DIM / LANES; ++i) asked.q[i][g] = read<vec>(x + i * LANES);
+#endif
   }
 }
 
-// The scales and zeros of `count` slots, 0 behind them.
-template <int SPANS>
-void read_scales(const uint16_t* scales, int64_t count, float (*scale)[TILE], float (*zero)[TILE]) {
-  for (int j = 0; j < SPANS; ++j) {
-    alignas(64) uint32_t pairs[TILE] = {};
-    if constexpr (SPANS == 1) std::memcpy(pairs, scales, count * sizeof *pairs);
-    else
-      for (int64_t s = 0; s < count; ++s) std::memcpy(pairs + s, scales + (s * SPANS + j) * 2, sizeof *pairs);
-    for (int64_t s = 0; s < TILE; s += LANES) {
-      const vec_int both = read<vec_int>(pairs + s);
-      const vec first = lower_halves(both), second = lower_halves(both >> 16);
-      std::memcpy(scale[j] + s, &first, sizeof first);
-      std::memcpy(zero[j] + s, &second, sizeof second);
-    }
-  }
+// Hands each block of `count` slots to `use`, as codes of a multiple of LANES slots.
+template <typename Stored, typename Use>
+inline void each_block(const uint8_t* codes, int64_t count, Room& room, Use use) {
+  const int64_t whole = count / LANES * LANES;
+  for (int64_t s = 0; s < whole; s += BLOCK) use(s, std::min(BLOCK, whole - s), codes + s * Stored::ROW);
+  if (whole == count) return;
+  std::memcpy(room.filled_up, codes + whole * Stored::ROW, (count - whole) * Stored::ROW);
+  use(whole, static_cast<int64_t>(LANES), room.filled_up);
 }
 
-// Dot products of the group's queries with the codes of COUNT neighbouring keys: sums that are still to be added up,
-// `apart` vectors from one head to the next. Scales of several spans are in them, that of a single one is not.
-template <int COUNT>
-inline void dot_keys(const Asked& asked, const Keys::element* k, const float (*scale)[TILE], int64_t s, vec* parts, int64_t apart) {
-  vec sums[COUNT][GROUP] = {};
+#if KEY_BITS
+
+constexpr int KEY_HEADS = at_most(GROUP, at_least_one(SUMS / DIGITS));
+constexpr int KEY_VECTORS = KEY_HEADS * DIGITS * 4 <= SUMS ? 4 : KEY_HEADS * DIGITS * 2 <= SUMS ? 2 : 1;
+
+// Logits of COUNT * LANES slots: the block's from `in_block` on, the run's from `s` on. Memory from `ahead` on is asked for.
+template <int COUNT, int FIRST = 0>
+inline void dot_codes(const Asked& asked, Room& room, int64_t in_block, int64_t s, const char* ahead) {
+  constexpr int HEADS = at_most(KEY_HEADS, GROUP - FIRST);
+  constexpr int64_t EACH = FIRST ? 0 : COUNT * LANES * Values::ROW * sizeof(Values::element) * 4 / KEY_DIM;
+  vec sums[COUNT][HEADS];
+  for (int c = 0; c < COUNT; ++c)
+    for (int h = 0; h < HEADS; ++h) sums[c][h] = vec{} + asked.mean[FIRST + h];
   for (int j = 0; j < Keys::SPANS; ++j) {
-    vec of_span[COUNT][GROUP] = {};
-#pragma GCC unroll 16
-    for (int n = 0; n < Keys::OF_SPAN; ++n) {
-      const int i = Keys::SPANS == 1 ? Keys::visited(n) : j * Keys::OF_SPAN + n;
-      vec key[COUNT];
+    vec_sum parts[COUNT][HEADS][DIGITS] = {};
+    for (int i = j * KEY_SPAN / 4; i < (j + 1) * KEY_SPAN / 4; ++i, ahead += EACH) {
+      fetch(ahead, EACH);
 #pragma GCC unroll 4
-      for (int c = 0; c < COUNT; ++c) key[c] = Keys::load(k + (s + c) * Keys::ROW, i);
-#pragma GCC unroll 64
-      for (int g = 0; g < GROUP; ++g) {
-        vec query = asked.q[i][g];
-        if constexpr (COUNT > 1) in_register(query);
+      for (int w = 0; w < WORDS; ++w) {
+        vec_sum codes[COUNT];
 #pragma GCC unroll 4
-        for (int c = 0; c < COUNT; ++c) of_span[c][g] += query * key[c];
+        for (int c = 0; c < COUNT; ++c) codes[c] = part_of(read_quads(room.keys[i] + in_block + c * LANES), w);
+#pragma GCC unroll 24
+        for (int h = 0; h < HEADS; ++h)
+#pragma GCC unroll 3
+          for (int d = 0; d < DIGITS; ++d)
+#pragma GCC unroll 4
+            for (int c = 0; c < COUNT; ++c)
+              multiply_add(parts[c][h][d], codes[c], asked.digits[FIRST + h][d][i * APART + w]);
       }
     }
 #pragma GCC unroll 4
-    for (int c = 0; c < COUNT; ++c)
-#pragma GCC unroll 64
-      for (int g = 0; g < GROUP; ++g)
-        sums[c][g] = Keys::SPANS == 1 ? of_span[c][g] : sums[c][g] + of_span[c][g] * scale[j][s + c];
+    for (int c = 0; c < COUNT; ++c) {
+      const vec scale = read<vec>(room.scale[j] + s + c * LANES), zero = read<vec>(room.zero[j] + s + c * LANES);
+#pragma GCC unroll 24
+      for (int h = 0; h < HEADS; ++h)
+        sums[c][h] += (sum_of_digits(parts[c][h]) * asked.unit[FIRST + h] + asked.rest[FIRST + h][j]) * scale +
+                      zero * asked.sums[FIRST + h][j];
+    }
   }
-  for (int g = 0; g < GROUP; ++g)
-    for (int c = 0; c < COUNT; ++c) parts[g * apart + c] = sums[c][g];
+  for (int c = 0; c < COUNT; ++c)
+    for (int h = 0; h < HEADS; ++h) std::memcpy(room.weights[FIRST + h] + s + c * LANES, &sums[c][h], sizeof(vec));
+  if constexpr (FIRST + HEADS < GROUP) dot_codes<COUNT, FIRST + HEADS>(asked, room, in_block, s, ahead);
 }
 
-// Logits of `count` keys; the tile's values are asked for meanwhile.
-void dot(const Asked& asked, const Keys::element* k, const uint16_t* k_scales, const Values::element* v, int64_t count,
-         float (*logits)[TILE]) {
-  alignas(64) float scale[Keys::SPANS][TILE], zero[Keys::SPANS][TILE];
-  if constexpr (Keys::IN_CODES) read_scales<Keys::SPANS>(k_scales, count, scale, zero);
+// Logits of a run's `count` keys; the run's values are asked for meanwhile.
+void dot(const Asked& asked, const Keys::element* k, const uint16_t* k_scales, const Values::element* v,
+         const uint16_t* v_scales, int64_t count, Room& room) {
+  read_scales<Keys::SPANS>(k_scales, count, room.scale, room.zero);
+  each_block<Keys>(k, count, room, [&](int64_t start, int64_t slots, const uint8_t* codes) {
+    fetch(v_scales + start * Values::SCALES, slots * Values::SCALES * sizeof *v_scales);
+    by_slot<KEY_BITS, KEY_DIM>(codes, slots, room.keys);
+    constexpr int AT_ONCE = KEY_VECTORS * LANES;
+    int64_t s = 0;
+    const auto ahead = [&] { return reinterpret_cast<const char*>(v + (start + s) * Values::ROW); };
+    for (; s + AT_ONCE <= slots; s += AT_ONCE) dot_codes<KEY_VECTORS>(asked, room, s, start + s, ahead());
+    for (; s < slots; s += LANES) dot_codes<1>(asked, room, s, start + s, ahead());
+  });
+}
+
+#else
+
+// Logits of LANES keys in the dtype from `s` on, of which there are `count`.
+template <int AT_ONCE, int FIRST = 0>
+inline void dot_numbers(const Asked& asked, const scalar* k, int64_t count, Room& room, int64_t s) {
+  constexpr int HEADS = at_most(at_least_one(SUMS / AT_ONCE), GROUP - FIRST);
+  vec parts[HEADS][LANES] = {};
+  for (int64_t n = 0; n < LANES && s + n < count; n += AT_ONCE) {
+    vec sums[AT_ONCE][HEADS] = {};
+    for (int i = 0; i < KEY_DIM / LANES; ++i)
+#pragma GCC unroll 24
+      for (int h = 0; h < HEADS; ++h)
+#pragma GCC unroll 4
+        for (int c = 0; c < AT_ONCE; ++c)
+          sums[c][h] += asked.q[i][FIRST + h] * widen_lanes(k + (s + n + c) * KEY_DIM + i * LANES);
+    for (int h = 0; h < HEADS; ++h)
+      for (int c = 0; c < AT_ONCE; ++c) parts[h][n + c] = sums[c][h];
+  }
+  for (int h = 0; h < HEADS; ++h) {
+    const vec several = sums_of(parts[h]) + asked.mean[FIRST + h];
+    std::memcpy(room.weights[FIRST + h] + s, &several, sizeof several);
+  }
+  if constexpr (FIRST + HEADS < GROUP) dot_numbers<AT_ONCE, FIRST + HEADS>(asked, k, count, room, s);
+}
+
+// Logits of a run's `count` keys; the run's values are asked for meanwhile.
+void dot(const Asked& asked, const Keys::element* k, const uint16_t*, const Values::element* v, const uint16_t* v_scales,
+         int64_t count, Room& room) {
   for (int64_t s = 0; s < count; s += LANES) {
     fetch(v + s * Values::ROW, LANES * Values::ROW * sizeof *v);
-    vec parts[GROUP][LANES];
-    if (s + LANES <= count) {
-      for (int i = 0; i < LANES; i += AT_ONCE) dot_keys<AT_ONCE>(asked, k, scale, s + i, &parts[0][i], LANES);
-    } else {
-      std::memset(parts, 0, sizeof parts);
-      for (int64_t i = 0; i < count - s; ++i) dot_keys<1>(asked, k, scale, s + i, &parts[0][i], LANES);
-    }
-    for (int g = 0; g < GROUP; ++g) {
-      vec several = sums_of(parts[g]);
-      if constexpr (Keys::IN_CODES) {
-        if constexpr (Keys::SPANS == 1) several *= read<vec>(scale[0] + s);
-        for (int j = 0; j < Keys::SPANS; ++j) several += read<vec>(zero[j] + s) * asked.sums[g][j];
-      }
-      several += asked.mean[g];
-      std::memcpy(&logits[g][s], &several, sizeof several);
-    }
+    fetch(v_scales + s * Values::SCALES, LANES * Values::SCALES * sizeof *v_scales);
+    if (s + LANES <= count) dot_numbers<GROUP * 4 <= SUMS ? 4 : 2>(asked, k, count, room, s);
+    else dot_numbers<1>(asked, k, count, room, s);
   }
 }
 
-// Values are summed BLOCK vectors of all heads at a time.
-constexpr int block_of(int vectors, int least) {
-  int block = least;
-  for (int size = least; size <= vectors; size += least)
-    if (vectors % size == 0 && size * GROUP <= VALUE_SUMS) block = size;
-  return block;
-}
-constexpr int BLOCK = block_of(Values::VECTORS, VALUE_BITS == 4 ? 2 : 1);
+#endif
 
-// Adds the weighted values of `count` slots to each head of the group; the next tile's keys are asked for meanwhile.
-template <int FIRST = 0>
-inline void add_values(const float (*weights)[Values::SPANS][TILE], const Values::element* v, const Keys::element* next_k,
-                       int64_t count, Softmax* heads) {
-  constexpr int64_t ASKED = Keys::ROW * sizeof *next_k * BLOCK / Values::VECTORS;
-  const char* ahead = reinterpret_cast<const char*>(next_k) + count * FIRST / BLOCK * ASKED;
-  vec sums[BLOCK][GROUP] = {};
-  for (int64_t s = 0; s < count; ++s, ahead += ASKED) {
-    fetch(ahead, ASKED);
-#pragma GCC unroll 32
-    for (int n = 0; n < BLOCK; ++n) {
-      const int i = Values::visited(FIRST + n);
-      const vec value = Values::load(v + s * Values::ROW, i);
-#pragma GCC unroll 64
-      for (int g = 0; g < GROUP; ++g) sums[n][g] += weights[g][i / Values::OF_SPAN][s] * value;
+#if VALUE_BITS
+
+constexpr int VALUE_HEADS = at_most(GROUP, at_least_one(SUMS / DIGITS));
+constexpr int VALUES_AT_ONCE = at_least_one(SUMS / (VALUE_HEADS * DIGITS));
+
+// Adds the weighted codes of the block's 4 * `fours` slots, the run's from `s` on. Memory from `ahead` on is asked for.
+template <int VECTOR = 0, int HEAD = 0>
+inline void add_codes(const Room& room, const float* unit, int64_t s, int64_t fours, const char* ahead, Softmax* heads) {
+  constexpr int SPAN = VECTOR / Values::OF_SPAN, IN_SPAN = VECTOR % Values::OF_SPAN;
+  constexpr int COUNT = at_most(VALUES_AT_ONCE, Values::OF_SPAN - IN_SPAN), HEADS = at_most(VALUE_HEADS, GROUP - HEAD);
+  constexpr int64_t EACH = HEAD ? 0 : 4 * Keys::ROW * sizeof(Keys::element) * COUNT / VECTORS;
+  vec_sum sums[COUNT][HEADS][DIGITS] = {};
+  for (int64_t n = 0; n < fours; ++n, ahead += EACH) {
+    fetch(ahead, EACH);
+#pragma GCC unroll 4
+    for (int w = 0; w < WORDS; ++w) {
+      vec_sum codes[COUNT];
+#pragma GCC unroll 24
+      for (int i = 0; i < COUNT; ++i)
+        codes[i] = part_of(read_quads(room.values[n] + SPAN * VALUE_SPAN + (IN_SPAN + i) * LANES), w);
+#pragma GCC unroll 24
+      for (int h = 0; h < HEADS; ++h)
+#pragma GCC unroll 3
+        for (int d = 0; d < DIGITS; ++d)
+#pragma GCC unroll 24
+          for (int i = 0; i < COUNT; ++i)
+            multiply_add(sums[i][h][d], codes[i], room.digits[HEAD + h][SPAN][d][(s / 4 + n) * APART + w]);
     }
   }
-#pragma GCC unroll 32
-  for (int n = 0; n < BLOCK; ++n)
-#pragma GCC unroll 64
-    for (int g = 0; g < GROUP; ++g) heads[g].values[Values::visited(FIRST + n)] += sums[n][g];
-  if constexpr (FIRST + BLOCK < Values::VECTORS) add_values<FIRST + BLOCK>(weights, v, next_k, count, heads);
+#pragma GCC unroll 24
+  for (int i = 0; i < COUNT; ++i)
+#pragma GCC unroll 24
+    for (int h = 0; h < HEADS; ++h) heads[HEAD + h].values[VECTOR + i] += sum_of_digits(sums[i][h]) * unit[SPAN];
+  if constexpr (HEAD + HEADS < GROUP) add_codes<VECTOR, HEAD + HEADS>(room, unit, s, fours, ahead, heads);
+  else if constexpr (VECTOR + COUNT < VECTORS) add_codes<VECTOR + COUNT>(room, unit, s, fours, ahead, heads);
 }
 
-// Weights times scales, for each span of elements; the zeros are added up here.
-inline void weigh(const float* weights, const float (*scale)[TILE], const float (*zero)[TILE], float (*scaled)[TILE],
-                  Softmax& head) {
+// Weights of `count` slots times scales, as whole numbers for each span of elements; the zeros are added up here. A weight
+// is at most 1, so that the largest scale says what a whole number stands for.
+inline void weigh(int64_t count, Room& room, float* unit, Softmax* heads) {
   for (int j = 0; j < Values::SPANS; ++j) {
-    vec zeros = {};
-    for (int64_t s = 0; s < TILE; s += LANES) {
-      const vec weight = read<vec>(weights + s), made = weight * read<vec>(scale[j] + s);
-      std::memcpy(scaled[j] + s, &made, sizeof made);
-      zeros += weight * read<vec>(zero[j] + s);
+    vec most = {};
+    for (int64_t s = 0; s < count; s += LANES) most = larger(read<vec>(room.scale[j] + s), most);
+    const float largest = max_of(most), wholes = largest > 0.0f ? LARGEST / largest : 0.0f;
+    unit[j] = largest / LARGEST;
+    vec zeros[GROUP] = {}, rests[GROUP] = {};
+    for (int64_t s = 0; s < count; s += LANES) {
+      const vec scale = read<vec>(room.scale[j] + s) * wholes, zero = read<vec>(room.zero[j] + s);
+      for (int g = 0; g < GROUP; ++g) {
+        const vec weight = read<vec>(room.weights[g] + s);
+        rests[g] += put_digits(weight * scale, s, room.digits[g][j]);
+        zeros[g] += weight * zero;
+      }
     }
-    head.zeros[j] += sum_of(zeros);
+    for (int g = 0; g < GROUP; ++g) heads[g].zeros[j] += sum_of(zeros[g] + rests[g] * (Values::MIDDLE * unit[j]));
   }
 }
 
-void attend_chunk(const Asked& asked, const Keys::element* k, const uint16_t* k_scales, const Values::element* v,
-                  const uint16_t* v_scales, const scalar* mask, int64_t slots, float softcap, Softmax* heads) {
+// Adds the weighted values of a run's `count` slots to each head of the group; what comes next is asked for meanwhile.
+void add(Room& room, const Values::element* v, const uint16_t* v_scales, int64_t count, const Keys::element* next,
+         const uint16_t* next_scales, Softmax* heads) {
+  float unit[Values::SPANS];
+  read_scales<Values::SPANS>(v_scales, count, room.scale, room.zero);
+  weigh(count, room, unit, heads);
+  each_block<Values>(v, count, room, [&](int64_t start, int64_t slots, const uint8_t* codes) {
+    fetch(next_scales + start * Keys::SCALES, slots * Keys::SCALES * sizeof *next_scales);
+    by_element<VALUE_BITS, VALUE_DIM>(codes, slots, room.values);
+    add_codes(room, unit, start, slots / 4, reinterpret_cast<const char*>(next + start * Keys::ROW), heads);
+  });
+}
+
+#else
+
+// Adds the weighted values of `count` slots to each head of the group; meanwhile memory from `ahead` on is asked for.
+template <int VECTOR = 0, int HEAD = 0>
+inline void add_numbers(const Room& room, const scalar* v, int64_t count, const char* ahead, Softmax* heads) {
+  constexpr int HEADS = at_most(SUMS / 2, GROUP - HEAD);
+  constexpr int COUNT = at_most(SUMS / at_most(SUMS / 2, GROUP), VECTORS - VECTOR);
+  constexpr int64_t EACH = HEAD ? 0 : Keys::ROW * sizeof(Keys::element) * COUNT / VECTORS;
+  vec sums[COUNT][HEADS] = {};
+  for (int64_t s = 0; s < count; ++s, ahead += EACH) {
+    fetch(ahead, EACH);
+#pragma GCC unroll 24
+    for (int i = 0; i < COUNT; ++i) {
+      const vec value = widen_lanes(v + s * VALUE_DIM + (VECTOR + i) * LANES);
+#pragma GCC unroll 24
+      for (int h = 0; h < HEADS; ++h) sums[i][h] += room.weights[HEAD + h][s] * value;
+    }
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < COUNT; ++i)
+#pragma GCC unroll 24
+    for (int h = 0; h < HEADS; ++h) heads[HEAD + h].values[VECTOR + i] += sums[i][h];
+  if constexpr (HEAD + HEADS < GROUP) add_numbers<VECTOR, HEAD + HEADS>(room, v, count, ahead, heads);
+  else if constexpr (VECTOR + COUNT < VECTORS) add_numbers<VECTOR + COUNT>(room, v, count, ahead, heads);
+}
+
+// Adds the weighted values of a run's `count` slots to each head of the group; what comes next is asked for meanwhile.
+void add(Room& room, const Values::element* v, const uint16_t*, int64_t count, const Keys::element* next,
+         const uint16_t* next_scales, Softmax* heads) {
+  fetch(next_scales, count * Keys::SCALES * sizeof *next_scales);
+  add_numbers(room, v, count, reinterpret_cast<const char*>(next), heads);
+}
+
+#endif
+
+// Where the weights of each query head and slot are kept, for eviction by score: relative to the maximum that was known at
+// the slot's block.
+struct Kept {
+  float *weights, *maxima;         // nullptr where nobody asks
+  int64_t of_weights, of_maxima;  // from one query head to the next
+};
+
+// The attention of a group to `slots` neighbouring slots.
+void attend(const Asked& asked, const Keys::element* k, const uint16_t* k_scales, const Values::element* v,
+            const uint16_t* v_scales, const scalar* mask, int64_t slots, float softcap, const Kept& kept, Room& room,
+            Softmax* heads) {
   for (int g = 0; g < GROUP; ++g) heads[g] = {{NOTHING, 0.0f}, {}, {}};
-  alignas(64) float weights[GROUP][TILE], shown[TILE], scaled[GROUP][Values::SPANS][TILE];
-  alignas(64) float scale[Values::SPANS][TILE], zero[Values::SPANS][TILE];
-  for (int64_t start = 0; start < slots; start += TILE) {
-    const int64_t count = std::min(TILE, slots - start);
+  for (int64_t start = 0; start < slots; start += RUN) {
+    const int64_t count = std::min(RUN, slots - start), filled = (count + LANES - 1) / LANES * LANES;
     const Keys::element* keys = k + start * Keys::ROW;
     const Values::element* values = v + start * Values::ROW;
-    dot(asked, keys, k_scales + start * Keys::SCALES, values, count, weights);
-    show(mask + start, count, shown);
-    if constexpr (Values::IN_CODES) read_scales<Values::SPANS>(v_scales + start * Values::SCALES, count, scale, zero);
+    show(mask + start, count, filled, room.shown);
+    dot(asked, keys, k_scales + start * Keys::SCALES, values, v_scales + start * Values::SCALES, count, room);
     for (int g = 0; g < GROUP; ++g) {
-      const float shrink = softmax(weights[g], shown, count, softcap, heads[g].running);
-      if (shrink != 1.0f) {
-        for (vec& value : heads[g].values) value *= shrink;
-        for (float& zeros : heads[g].zeros) zeros *= shrink;
+      const float shrink = softmax(room.weights[g], room.shown, count, filled, softcap, heads[g].running);
+      if (kept.weights != nullptr) {
+        std::memcpy(kept.weights + g * kept.of_weights + start, room.weights[g], count * sizeof(float));
+        for (int64_t s = 0; s < count; s += BLOCK)
+          kept.maxima[g * kept.of_maxima + (start + s) / BLOCK] = heads[g].running.maximum;
       }
-      if constexpr (Values::IN_CODES) weigh(weights[g], scale, zero, scaled[g], heads[g]);
-      else std::memcpy(scaled[g], weights[g], sizeof weights[g]);
+      if (shrink == 1.0f) continue;
+      for (vec& value : heads[g].values) value *= shrink;
+      for (float& zeros : heads[g].zeros) zeros *= shrink;
     }
-    add_values(scaled, values, keys + count * Keys::ROW, count, heads);
+    add(room, values, v_scales + start * Values::SCALES, count, keys + count * Keys::ROW,
+        k_scales + (start + count) * Keys::SCALES, heads);
   }
   for (int g = 0; g < GROUP; ++g)
-    for (int i = 0; i < Values::VECTORS; ++i) heads[g].values[i] += heads[g].zeros[i / Values::OF_SPAN];
+    for (int i = 0; i < VECTORS; ++i) heads[g].values[i] += heads[g].zeros[i / Values::OF_SPAN];
 }
 
-// The output of a query head from its parts, one of each chunk.
-void merge(const Softmax* parts, int64_t chunks, float sink, scalar* out) {
+// The output of a query head from its parts, GROUP from one to the next; 0 for one that no slot is shown to. Returns the
+// softmax of all.
+Running merge(const Softmax* parts, int64_t count, float sink, scalar* out) {
   float maximum = sink;
-  for (int64_t c = 0; c < chunks; ++c) maximum = std::max(maximum, parts[c * GROUP].running.maximum);
+  for (int64_t n = 0; n < count; ++n) maximum = std::max(maximum, parts[n * GROUP].running.maximum);
+  if (maximum == NOTHING) {
+    float sum = 0.0f;  // or no number
+    for (int64_t n = 0; n < count; ++n) sum += parts[n * GROUP].running.sum;
+    std::fill(out, out + VALUE_DIM, narrow(sum));
+    return {0.0f, 1.0f};
+  }
   float sum = sink == NOTHING ? 0.0f : std::exp(sink - maximum);
-  vec values[Values::VECTORS] = {};
-  for (int64_t c = 0; c < chunks; ++c) {
-    const Softmax& part = parts[c * GROUP];
+  vec values[VECTORS] = {};
+  for (int64_t n = 0; n < count; ++n) {
+    const Softmax& part = parts[n * GROUP];
     const float weight = std::exp(part.running.maximum - maximum);
     sum += part.running.sum * weight;
-    for (int i = 0; i < Values::VECTORS; ++i) values[i] += part.values[i] * weight;
+    for (int i = 0; i < VECTORS; ++i) values[i] += part.values[i] * weight;
   }
-  float whole[VALUE_DIM];
-  std::memcpy(whole, values, sizeof whole);
+  float whole[PADDED<VALUE_DIM>];
+  for (int j = 0; j < Values::SPANS; ++j)
+    std::memcpy(whole + j * Values::SPAN, values + j * Values::OF_SPAN, Values::SPAN * sizeof *whole);
   if constexpr (Values::IN_CODES) rotate<VALUE_DIM>(whole);
   for (int d = 0; d < VALUE_DIM; ++d) out[d] = narrow(whole[d] / sum);
+  return {maximum, sum};
+}
+
+// Adds to each slot's score its attention, the mean over the group.
+void add_scores(const Kept& kept, const Running (&all)[GROUP], int64_t slots, float* scores) {
+  for (int64_t start = 0; start < slots; start += BLOCK)
+    for (int g = 0; g < GROUP; ++g) {
+      const float* weights = kept.weights + g * kept.of_weights;
+      const float top = kept.maxima[g * kept.of_maxima + start / BLOCK];
+      const float share = top == NOTHING ? 0.0f : std::exp(top - all[g].maximum) / (all[g].sum * GROUP);
+      const int64_t stop = std::min(slots, start + BLOCK);
+      int64_t s = start;
+      for (; s + LANES <= stop; s += LANES) {
+        const vec sum = read<vec>(scores + s) + read<vec>(weights + s) * share;
+        std::memcpy(scores + s, &sum, sizeof sum);
+      }
+      for (; s < stop; ++s) scores[s] += weights[s] * share;
+    }
 }
 
 }  // namespace
 
-// `mask_row` and `mask_head` are the mask's strides. Returns 1, with nothing written, for a slot outside the cache.
+// `mask_row` and `mask_head` are the mask's strides, `slot_heads` how many slots are given for a row: one, or one for each
+// KV head. With `positions` and `scores` the token is noted there, and attention is added to the scores. Returns 1, with
+// nothing written, for a slot outside the cache.
 extern "C" int xkv_decode_coded(const scalar* q, const scalar* k, const scalar* v, Keys::element* k_cache,
                                 uint16_t* k_scales, Values::element* v_cache, uint16_t* v_scales, const int64_t* slot,
-                                const scalar* mask, const float* sinks, const float* key_mean, scalar* out, int64_t rows,
+                                int64_t slot_heads, const scalar* mask, const float* sinks, const float* key_mean,
+                                int32_t* positions, float* scores, const int64_t* seen, scalar* out, int64_t rows,
                                 int64_t kv_heads, int64_t slots, int64_t mask_row, int64_t mask_head, float scale,
                                 float softcap, int threads) {
-  for (int64_t row = 0; row < rows; ++row)
-    if (slot[row] < 0 || slot[row] >= slots) return 1;
-  const int64_t heads = rows * kv_heads, chunks = (slots + CHUNK - 1) / CHUNK;
-  const Buffer<Asked> asked(heads);
-  const Buffer<Softmax> parts(heads * chunks * GROUP);
+  for (int64_t i = 0; i < rows * slot_heads; ++i)
+    if (slot[i] < 0 || slot[i] >= slots) return 1;
+  const int64_t heads = rows * kv_heads, blocks = (slots + BLOCK - 1) / BLOCK;
+  const int64_t workers = std::min<int64_t>(threads, heads * blocks);
+  const auto first_of = [&](int64_t worker) { return worker * heads * blocks / workers; };
+  const Buffer<Softmax> parts((heads + workers) * GROUP);  // that of a head and a worker is number head + worker
+  const Buffer<float> weights(scores == nullptr ? 0 : heads * GROUP * slots);
+  const Buffer<float> maxima(scores == nullptr ? 0 : heads * GROUP * blocks);
+  const auto kept_of = [&](int64_t head, int64_t block) {
+    if (scores == nullptr) return Kept{};
+    return Kept{weights.at + head * GROUP * slots + block * BLOCK, maxima.at + head * GROUP * blocks + block, slots, blocks};
+  };
 #pragma omp parallel num_threads(threads)
   {
+#pragma omp for schedule(static, 1)
+    for (int64_t worker = 0; worker < workers; ++worker) {
+      Room room;
+      Asked asked;
+      const int64_t last = first_of(worker + 1);
+      for (int64_t block = first_of(worker), head = block / blocks; block < last; block = ++head * blocks) {
+        const int64_t row = head / kv_heads, of_row = head % kv_heads;
+        const int64_t into = slot[row * slot_heads + of_row % slot_heads], written = head * slots + into;
+        const int64_t start = block % blocks * BLOCK, stop = std::min(slots, (last - head * blocks) * BLOCK);
+        const int64_t at = head * slots + start;
+        const float* mean = key_mean == nullptr ? nullptr : key_mean + of_row * KEY_DIM;
+        if (start <= into && into < stop) {
+          store<Keys>(k + head * KEY_DIM, mean, k_cache + written * Keys::ROW, k_scales + written * Keys::SCALES);
+          store<Values>(v + head * VALUE_DIM, nullptr, v_cache + written * Values::ROW, v_scales + written * Values::SCALES);
+          if (scores != nullptr) positions[written] = static_cast<int32_t>(seen[row]), scores[written] = 0.0f;
+        }
+        ask(q + head * GROUP * KEY_DIM, mean, scale, asked);
+        attend(asked, k_cache + at * Keys::ROW, k_scales + at * Keys::SCALES, v_cache + at * Values::ROW,
+               v_scales + at * Values::SCALES, mask + row * mask_row + of_row * mask_head + start, stop - start, softcap,
+               kept_of(head, start / BLOCK), room, parts.at + (head + worker) * GROUP);
+      }
+    }
 #pragma omp for schedule(static)
     for (int64_t head = 0; head < heads; ++head) {
-      const int64_t at = head * slots + slot[head / kv_heads];
-      const float* mean = key_mean == nullptr ? nullptr : key_mean + head % kv_heads * KEY_DIM;
-      store<KEY_BITS, KEY_DIM, KEY_SPAN>(k + head * KEY_DIM, mean, k_cache + at * Keys::ROW, k_scales + at * Keys::SCALES);
-      store<VALUE_BITS, VALUE_DIM, VALUE_SPAN>(v + head * VALUE_DIM, nullptr, v_cache + at * Values::ROW,
-                                               v_scales + at * Values::SCALES);
-      ask(q + head * GROUP * KEY_DIM, mean, scale, asked.at[head]);
+      int64_t first = head * workers / heads, count = 0;  // the workers that its blocks fell to
+      while (first_of(first + 1) <= head * blocks) ++first;
+      while (first + count < workers && first_of(first + count) < (head + 1) * blocks) ++count;
+      Running all[GROUP];
+      for (int g = 0; g < GROUP; ++g)
+        all[g] = merge(parts.at + (head + first) * GROUP + g, count,
+                       sinks == nullptr ? NOTHING : sinks[head % kv_heads * GROUP + g], out + (head * GROUP + g) * VALUE_DIM);
+      if (scores != nullptr) add_scores(kept_of(head, 0), all, slots, scores + head * slots);
     }
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < heads * chunks; ++task) {
-      const int64_t head = task / chunks, start = task % chunks * CHUNK, at = head * slots + start;
-      attend_chunk(asked.at[head], k_cache + at * Keys::ROW, k_scales + at * Keys::SCALES, v_cache + at * Values::ROW,
-                   v_scales + at * Values::SCALES, mask + head / kv_heads * mask_row + head % kv_heads * mask_head + start,
-                   std::min(CHUNK, slots - start), softcap, parts.at + task * GROUP);
-    }
-#pragma omp for schedule(static)
-    for (int64_t query = 0; query < heads * GROUP; ++query)
-      merge(parts.at + query / GROUP * chunks * GROUP + query % GROUP, chunks,
-            sinks == nullptr ? NOTHING : sinks[query % (kv_heads * GROUP)], out + query * VALUE_DIM);
   }
   return 0;
 }

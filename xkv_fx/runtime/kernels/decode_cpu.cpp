@@ -92,9 +92,9 @@ void attend_chunk(const Queries& q, const scalar* k, const scalar* v, const scal
   for (int64_t start = 0; start < slots; start += TILE) {
     const int64_t count = std::min(TILE, slots - start);
     dot(q, k + start * KEY_DIM, v + start * VALUE_DIM, count, weights);
-    show(mask + start, count, shown);
+    show(mask + start, count, TILE, shown);
     for (int g = 0; g < GROUP; ++g) {
-      const float shrink = softmax(weights[g], shown, count, softcap, heads[g].running);
+      const float shrink = softmax(weights[g], shown, count, TILE, softcap, heads[g].running);
       if (shrink == 1.0f) continue;
       for (Pair& value : heads[g].values) {
         value.first *= shrink;

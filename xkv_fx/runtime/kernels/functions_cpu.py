@@ -35,13 +35,14 @@ def _function(name: str, *arguments: str) -> str:
     return f"AOTITorchError aoti_torch_cpu_{name}({', '.join((*arguments, 'AtenTensorHandle* out'))})"
 
 
-_CODED = *["AtenTensorHandle"] * 9, "double", "int64_t", "int64_t"
+_CODED = "double", "int64_t", "int64_t", "double*", "AtenTensorHandle*", "AtenTensorHandle*"
 _TENSORS = "const AtenTensorHandle*", "int64_t"
 FUNCTIONS = {
     _Operator("decode_attention_cpu"): [
         _function("decode_attention_cpu", *["AtenTensorHandle"] * 7, "double", "double*", "AtenTensorHandle*")
     ],
-    _Operator("decode_coded_cpu"): [_function("decode_coded_cpu", *_CODED, "double*", *["AtenTensorHandle*"] * 2)],
+    _Operator("decode_coded_cpu"): [_function("decode_coded_cpu", *["AtenTensorHandle"] * 9, *_CODED)],
+    _Operator("decode_coded_scored_cpu"): [_function("decode_coded_scored_cpu", *["AtenTensorHandle"] * 12, *_CODED)],
     _Operator("linear_cpu"): [_function("linear_cpu", "AtenTensorHandle", *_TENSORS, *_TENSORS)],
 }
 """How each is declared, for Inductor's setting `aot_inductor.custom_ops_to_c_shims`; `ops_cpu.cpp` defines them."""

@@ -15,7 +15,7 @@
 
 namespace {
 
-#if WIDE_LANES && defined(__AVX512F__)
+#if WIDE_LANES && defined(__AVX512BW__)
 #define SIXTEEN_LANES 1
 constexpr int LANES = 16, STEP = 2 * LANES;
 #else
@@ -137,16 +137,21 @@ inline void add_step(const vec* x, const T* y, int64_t apart, vec (*sums)[ROWS])
   }
 }
 
-// The numbers that stand eight, four or two lanes further on, for sums and the like over all lanes.
+// The numbers that stand eight, four, two lanes or one further on, for sums and the like over all lanes.
 #if SIXTEEN_LANES
+template <typename Vec>
+inline Vec one_on(Vec x) {
+  return __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+}
+template <typename Vec>
+inline Vec two_on(Vec x) {
+  return __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+}
 inline vec eight_on(vec x) {
   return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
 }
 inline vec four_on(vec x) {
   return __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-}
-inline vec two_on(vec x) {
-  return __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
 }
 
 // Neighbours added, of two vectors at once: within each quarter the sums of x, then those of y.
@@ -169,9 +174,16 @@ inline vec sums_of(const vec* x) {
   return quarters(quarters(four[0], four[1]), quarters(four[2], four[3]));
 }
 #else
-inline vec eight_on(vec x) { return x; }
+template <typename Vec>
+inline Vec one_on(Vec x) {
+  return __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
+}
+template <typename Vec>
+inline Vec two_on(Vec x) {
+  return __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+}
 inline vec four_on(vec x) { return __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3); }
-inline vec two_on(vec x) { return __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5); }
+inline vec eight_on(vec x) { return x; }
 
 // Neighbours added, of two vectors at once.
 inline vec halved(vec x, vec y) {

@@ -25,9 +25,9 @@ namespace {
 using Shape = std::array<int64_t, 7>;
 using Decode = int (*)(const void*, const void*, const void*, void*, void*, const int64_t*, const void*, const float*,
                        void*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float, int);
-using DecodeCoded = int (*)(const void*, const void*, const void*, void*, void*, void*, void*, const int64_t*, const void*,
-                            const float*, const float*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float,
-                            int);
+using DecodeCoded = int (*)(const void*, const void*, const void*, void*, void*, void*, void*, const int64_t*, int64_t,
+                            const void*, const float*, const float*, int32_t*, float*, const int64_t*, void*, int64_t,
+                            int64_t, int64_t, int64_t, int64_t, float, float, int);
 using Linear = void (*)(const void*, const void* const*, const void* const*, void*, const int64_t*, int64_t, int64_t,
                         int64_t, int);
 
@@ -121,9 +121,14 @@ Made decode_attention(Lent q, Lent k, Lent v, Lent k_cache, Lent v_cache, Lent s
   return out;
 }
 
-Made decode_coded(Lent q, Lent k, Lent v, Lent k_cache, Lent k_scales, Lent v_cache, Lent v_scales, Lent slot, Lent mask,
-                  double scale, int64_t key_bits, int64_t value_bits, std::optional<double> softcap,
-                  std::optional<Lent> sinks, std::optional<Lent> key_mean) {
+// What eviction by score reads and changes besides.
+struct Scored {
+  Lent positions, scores, seen;
+};
+
+Made decode_coded(Lent q, Lent k, Lent v, Lent k_cache, Lent k_scales, Lent v_cache, Lent v_scales,
+                  std::optional<Scored> scored, Lent slot, Lent mask, double scale, int64_t key_bits, int64_t value_bits,
+                  std::optional<double> softcap, std::optional<Lent> sinks, std::optional<Lent> key_mean) {
   const int64_t *asked = q.sizes(), *kept = k_cache.sizes();
   const int64_t rows = asked[0], heads = asked[1], kv_heads = kept[1], slots = kept[2], value_dim = v.sizes()[3];
   const auto decode = reinterpret_cast<DecodeCoded>(
@@ -131,18 +136,31 @@ Made decode_coded(Lent q, Lent k, Lent v, Lent k_cache, Lent k_scales, Lent v_ca
   for (const Lent& held : {k_cache, k_scales, v_cache, v_scales})
     STD_TORCH_CHECK(held.is_contiguous(), "the caches must be contiguous");
   const Dense queries(q), keys(k), values(v), into(slot), shown(mask, mask.strides()[3] == 1);
-  const std::optional<Dense> extra = sinks.has_value() ? std::optional<Dense>(*sinks) : std::nullopt;
-  const std::optional<Dense> mean = key_mean.has_value() ? std::optional<Dense>(*key_mean) : std::nullopt;
+  const auto dense = [](const std::optional<Lent>& x) {
+    return x.has_value() ? std::optional<Dense>(*x) : std::nullopt;
+  };
+  const std::optional<Dense> extra = dense(sinks), mean = dense(key_mean);
+  std::optional<Dense> seen;
+  if (scored.has_value()) {
+    STD_TORCH_CHECK(scored->positions.is_contiguous() && scored->positions.dtype() == aoti_torch_dtype_int32(),
+                    "the positions must be contiguous int32");
+    STD_TORCH_CHECK(scored->scores.is_contiguous() && scored->scores.dtype() == aoti_torch_dtype_float32(),
+                    "the scores must be contiguous float32");
+    seen.emplace(scored->seen);
+  }
   const auto floats = [](const std::optional<Dense>& x) {
     return x.has_value() ? static_cast<const float*>(x->seen.data()) : nullptr;
   };
   const int64_t* apart = shown.seen.strides();
   Made out(q.dtype(), std::array{rows, heads, asked[2], value_dim});
-  const int wrong = decode(queries.seen.data(), keys.seen.data(), values.seen.data(), k_cache.data(), k_scales.data(),
-                           v_cache.data(), v_scales.data(), static_cast<const int64_t*>(into.seen.data()),
-                           shown.seen.data(), floats(extra), floats(mean), out.data(), rows, kv_heads, slots, apart[0],
-                           mask.sizes()[1] == 1 ? 0 : apart[1], static_cast<float>(scale),
-                           static_cast<float>(softcap.value_or(0.0)), threads());
+  const int wrong = decode(
+      queries.seen.data(), keys.seen.data(), values.seen.data(), k_cache.data(), k_scales.data(), v_cache.data(),
+      v_scales.data(), static_cast<const int64_t*>(into.seen.data()), slot.numel() / rows, shown.seen.data(),
+      floats(extra), floats(mean), seen.has_value() ? static_cast<int32_t*>(scored->positions.data()) : nullptr,
+      seen.has_value() ? static_cast<float*>(scored->scores.data()) : nullptr,
+      seen.has_value() ? static_cast<const int64_t*>(seen->seen.data()) : nullptr, out.data(), rows, kv_heads, slots,
+      apart[0], mask.sizes()[1] == 1 ? 0 : apart[1], static_cast<float>(scale),
+      static_cast<float>(softcap.value_or(0.0)), threads());
   STD_TORCH_CHECK(wrong == 0, "a slot lies outside the ", slots, " slots of the cache");
   return out;
 }
@@ -181,11 +199,14 @@ Made linear(Lent x, const Each* weights, size_t layers, const Each* biases, size
   return out;
 }
 
+std::optional<Lent> lent(const std::optional<Tensor>& x) {
+  return x.has_value() ? std::optional<Lent>(*x) : std::nullopt;
+}
+
 Tensor decode_attention_of_tensors(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
                                    const Tensor& v_cache, const Tensor& slot, const Tensor& mask, double scale,
                                    std::optional<double> softcap, const std::optional<Tensor>& sinks) {
-  const std::optional<Lent> extra = sinks.has_value() ? std::optional<Lent>(*sinks) : std::nullopt;
-  return Tensor(decode_attention(q, k, v, k_cache, v_cache, slot, mask, scale, softcap, extra).release());
+  return Tensor(decode_attention(q, k, v, k_cache, v_cache, slot, mask, scale, softcap, lent(sinks)).release());
 }
 
 Tensor decode_coded_of_tensors(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
@@ -193,16 +214,29 @@ Tensor decode_coded_of_tensors(const Tensor& q, const Tensor& k, const Tensor& v
                                const Tensor& slot, const Tensor& mask, double scale, int64_t key_bits,
                                int64_t value_bits, std::optional<double> softcap, const std::optional<Tensor>& sinks,
                                const std::optional<Tensor>& key_mean) {
-  const auto lent = [](const std::optional<Tensor>& x) {
-    return x.has_value() ? std::optional<Lent>(*x) : std::nullopt;
-  };
-  return Tensor(decode_coded(q, k, v, k_cache, k_scales, v_cache, v_scales, slot, mask, scale, key_bits, value_bits,
-                             softcap, lent(sinks), lent(key_mean))
+  return Tensor(decode_coded(q, k, v, k_cache, k_scales, v_cache, v_scales, std::nullopt, slot, mask, scale, key_bits,
+                             value_bits, softcap, lent(sinks), lent(key_mean))
+                    .release());
+}
+
+Tensor decode_coded_scored_of_tensors(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                                      const Tensor& k_scales, const Tensor& v_cache, const Tensor& v_scales,
+                                      const Tensor& positions, const Tensor& scores, const Tensor& slot,
+                                      const Tensor& mask, const Tensor& seen, double scale, int64_t key_bits,
+                                      int64_t value_bits, std::optional<double> softcap,
+                                      const std::optional<Tensor>& sinks, const std::optional<Tensor>& key_mean) {
+  return Tensor(decode_coded(q, k, v, k_cache, k_scales, v_cache, v_scales, Scored{positions, scores, seen}, slot, mask,
+                             scale, key_bits, value_bits, softcap, lent(sinks), lent(key_mean))
                     .release());
 }
 
 Tensor linear_of_tensors(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
   return Tensor(linear(x, weights.data(), weights.size(), biases.data(), biases.size()).release());
+}
+
+std::optional<double> given(const double* x) { return x == nullptr ? std::nullopt : std::optional<double>(*x); }
+std::optional<Lent> given(const AtenTensorHandle* x) {
+  return x == nullptr ? std::nullopt : std::optional<Lent>(*x);
 }
 
 template <typename Compute>
@@ -229,9 +263,7 @@ extern "C" AOTITorchError aoti_torch_cpu_decode_attention_cpu(
     AtenTensorHandle slot, AtenTensorHandle mask, double scale, double* softcap, AtenTensorHandle* sinks,
     AtenTensorHandle* out) {
   return hand_over(out, [&] {
-    return decode_attention(q, k, v, k_cache, v_cache, slot, mask, scale,
-                            softcap == nullptr ? std::nullopt : std::optional<double>(*softcap),
-                            sinks == nullptr ? std::nullopt : std::optional<Lent>(*sinks));
+    return decode_attention(q, k, v, k_cache, v_cache, slot, mask, scale, given(softcap), given(sinks));
   });
 }
 
@@ -241,10 +273,19 @@ extern "C" AOTITorchError aoti_torch_cpu_decode_coded_cpu(
     int64_t key_bits, int64_t value_bits, double* softcap, AtenTensorHandle* sinks, AtenTensorHandle* key_mean,
     AtenTensorHandle* out) {
   return hand_over(out, [&] {
-    return decode_coded(q, k, v, k_cache, k_scales, v_cache, v_scales, slot, mask, scale, key_bits, value_bits,
-                        softcap == nullptr ? std::nullopt : std::optional<double>(*softcap),
-                        sinks == nullptr ? std::nullopt : std::optional<Lent>(*sinks),
-                        key_mean == nullptr ? std::nullopt : std::optional<Lent>(*key_mean));
+    return decode_coded(q, k, v, k_cache, k_scales, v_cache, v_scales, std::nullopt, slot, mask, scale, key_bits,
+                        value_bits, given(softcap), given(sinks), given(key_mean));
+  });
+}
+
+extern "C" AOTITorchError aoti_torch_cpu_decode_coded_scored_cpu(
+    AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle k_cache, AtenTensorHandle k_scales,
+    AtenTensorHandle v_cache, AtenTensorHandle v_scales, AtenTensorHandle positions, AtenTensorHandle scores,
+    AtenTensorHandle slot, AtenTensorHandle mask, AtenTensorHandle seen, double scale, int64_t key_bits,
+    int64_t value_bits, double* softcap, AtenTensorHandle* sinks, AtenTensorHandle* key_mean, AtenTensorHandle* out) {
+  return hand_over(out, [&] {
+    return decode_coded(q, k, v, k_cache, k_scales, v_cache, v_scales, Scored{positions, scores, seen}, slot, mask,
+                        scale, key_bits, value_bits, given(softcap), given(sinks), given(key_mean));
   });
 }
 
@@ -259,5 +300,6 @@ extern "C" AOTITorchError aoti_torch_cpu_linear_cpu(AtenTensorHandle x, const At
 STABLE_TORCH_LIBRARY_IMPL(xkv, CPU, library) {
   library.impl("decode_attention_cpu", TORCH_BOX(&decode_attention_of_tensors));
   library.impl("decode_coded_cpu", TORCH_BOX(&decode_coded_of_tensors));
+  library.impl("decode_coded_scored_cpu", TORCH_BOX(&decode_coded_scored_of_tensors));
   library.impl("linear_cpu", TORCH_BOX(&linear_of_tensors));
 }

@@ -1,4 +1,4 @@
-// The running softmax of decode attention over the slots of a layer, tile after tile.
+// The running softmax of decode attention over the slots of a layer, some at a time.
 //
 // Before this text stands lanes.h.
 
@@ -13,52 +13,63 @@ struct Running {  // of one query head over a chunk of slots
   float maximum, sum;
 };
 
-// exp for x <= 0, to about 1e-7 of its value: a power of two times a polynomial on [-ln 2 / 2, ln 2 / 2].
+// exp for x <= 0, to about 3e-7 of its value above 1e-4: a power of two times a polynomial on [-1/2, 1/2].
 inline vec exp_of(vec x) {
+#if SIXTEEN_LANES
+  const vec bounded = (vec)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // in this order a NaN stays one
+  const vec n = (vec)_mm512_roundscale_ps((__m512)(bounded * 1.44269504088896341f), 0), r = bounded * 1.44269504088896341f - n;
+#else
   const vec bounded = x < -87.0f ? vec{} - 87.0f : x;
   const vec_int n = __builtin_convertvector(bounded * 1.44269504088896341f - 0.5f, vec_int);
-  const vec rounded = __builtin_convertvector(n, vec);
-  const vec r = (bounded - rounded * 0.693359375f) + rounded * 2.12194440e-4f;
-  vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const vec_int bits = (n + 127) << 23;
-  return x < -87.0f ? vec{} : p * read<vec>(&bits);
+  const vec r = bounded * 1.44269504088896341f - __builtin_convertvector(n, vec);
+#endif
+  vec p = r * 1.5403530e-4f + 1.3333558e-3f;
+  p = p * r + 9.6181291e-3f;
+  p = p * r + 5.5504109e-2f;
+  p = p * r + 2.4022651e-1f;
+  p = p * r + 6.9314718e-1f;
+  p = p * r + 1.0f;
+#if SIXTEEN_LANES
+  return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const vec_int bits = read<vec_int>(&p) + (n << 23);
+  return x < -87.0f ? vec{} : read<vec>(&bits);
+#endif
 }
 
-// The mask of a tile; what is behind `count` is not shown.
-void show(const scalar* mask, int64_t count, float* shown) {
+// The mask of `count` slots; what is behind them, up to `filled`, is not shown.
+void show(const scalar* mask, int64_t count, int64_t filled, float* shown) {
   int64_t s = 0;
   for (; s + LANES <= count; s += LANES) {
     const vec several = widen_lanes(mask + s);
     std::memcpy(shown + s, &several, sizeof several);
   }
   for (; s < count; ++s) shown[s] = widen(mask[s]);
-  for (; s < TILE; ++s) shown[s] = NOTHING;
+  for (; s < filled; ++s) shown[s] = NOTHING;
 }
 
-// Turns logits into weights relative to the running maximum. Entries from `count` on get weight 0. Returns what values that
-// were summed under an older maximum are to be multiplied by.
-float softmax(float* logits, const float* shown, int64_t count, float softcap, Running& head) {
+// Turns logits into weights relative to the running maximum. Entries from `count` on, up to `filled`, a multiple of LANES,
+// get weight 0. Returns what values that were summed under an older maximum are to be multiplied by.
+float softmax(float* logits, const float* shown, int64_t count, int64_t filled, float softcap, Running& head) {
   if (softcap > 0.0f)
     for (int64_t s = 0; s < count; ++s) logits[s] = softcap * std::tanh(logits[s] / softcap);
-  for (int64_t s = count; s < TILE; ++s) logits[s] = 0.0f;
+  for (int64_t s = count; s < filled; ++s) logits[s] = 0.0f;
   vec most = vec{} + head.maximum;
-  for (int64_t s = 0; s < TILE; s += LANES) {
+  for (int64_t s = 0; s < filled; s += LANES) {
     const vec x = read<vec>(logits + s) + read<vec>(shown + s);
     std::memcpy(logits + s, &x, sizeof x);
     most = larger(x, most);
   }
   const float maximum = max_of(most);
-  if (maximum == NOTHING) {
-    std::fill(logits, logits + TILE, 0.0f);
+  if (maximum == NOTHING) {  // nothing is shown, or what is shown are no numbers, which the sum tells
+    vec sum = {};
+    for (int64_t s = 0; s < filled; s += LANES) sum += read<vec>(logits + s);
+    head.sum += sum_of(sum) == NOTHING ? 0.0f : sum_of(sum);
+    std::fill(logits, logits + filled, 0.0f);
     return 1.0f;
   }
   vec sum = {};
-  for (int64_t s = 0; s < TILE; s += LANES) {
+  for (int64_t s = 0; s < filled; s += LANES) {
     const vec weight = exp_of(read<vec>(logits + s) - maximum);
     std::memcpy(logits + s, &weight, sizeof weight);
     sum += weight;
