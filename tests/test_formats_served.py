@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exhaustive import exhaustive
 from tiny_models import llama, random_ids
 
 import xkv_fx
@@ -48,7 +49,11 @@ def test_int8_of_every_token_is_nearly_the_full_cache() -> None:
     assert float((got - expected).abs().max() / expected.abs().max()) < 0.02
 
 
-@pytest.mark.parametrize("formats", [MIXED.formats, (("fp8", "int4"), ("fp8", "fp8"))], ids=["int", "fp8"])
+@pytest.mark.parametrize(
+    "formats",
+    [MIXED.formats, pytest.param((("fp8", "int4"), ("fp8", "fp8")), marks=exhaustive)],
+    ids=["whole numbers", "fp8"],
+)
 def test_an_engine_and_a_compiled_model_generate_the_same(tmp_path: Path, formats: Any) -> None:
     model, ids = llama(2), random_ids(1, 30)
     mixed = dataclasses.replace(MIXED, formats=formats, mean_keys=(MEAN, MEAN))

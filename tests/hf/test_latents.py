@@ -108,7 +108,7 @@ def test_scorers_see_the_latents(llm: BudgetedLM, policy: Policy) -> None:
 
 
 def test_latents_in_fewer_bits_on_every_road(model: Any, llm: BudgetedLM, tmp_path: Path) -> None:
-    """Counted, calibrated, solved, saved in a plan, generated from, and exported: the same tokens everywhere."""
+    """Calibrated, solved, saved in a plan, served, counted and described."""
     prompts, append = [TOKENS[0, :LENGTH]], Policy(eviction="append")
     measured = xkv_fx.calibrate(model, prompts, policy=append, formats=("int8", "int4", "fp8"), continuation=4)
     assert measured.pairs == (("int8", "int8"), ("fp8", "fp8"), ("int4", "int4"))
@@ -117,16 +117,22 @@ def test_latents_in_fewer_bits_on_every_road(model: Any, llm: BudgetedLM, tmp_pa
     plan = Budgets(CAPACITIES, append, formats=(("fp8", "fp8"), ("int4", "int4")))
     stored = llm.with_budgets(plan, max_new_tokens=STEPS)
     session = stored.new_session()
-    expected = stored.generate(TOKENS[:, :LENGTH], max_new_tokens=STEPS, past_key_values=session)
+    stored.generate(TOKENS[:, :LENGTH], max_new_tokens=STEPS, past_key_values=session)
     first, second = plan.slots(llm.layers, STEPS)
     assert session.kv_bytes == stored.kv_bytes == first * (24 + 2) + second * (12 + 4)
     assert plan.kv_bytes(model, max_new_tokens=STEPS) == stored.kv_bytes
     assert "latent of 24 fp8" in stored.describe()
-    xkv_fx.export(stored, tmp_path / "engine", target="pt2")
-    engine = xkv_fx.load(tmp_path / "engine", trust=True)
-    assert torch.equal(engine.generate(TOKENS[:, :LENGTH], STEPS), expected)
     with pytest.raises(BudgetError, match="layer 0 as int8 and its values as int4, but keys and values are one latent"):
         llm.with_budgets(Budgets(CAPACITIES, formats=(("int8", "int4"), None)))
+
+
+@exhaustive
+def test_an_engine_of_latents_in_fewer_bits_generates_the_same(llm: BudgetedLM, tmp_path: Path) -> None:
+    stored = llm.with_budgets(Budgets(CAPACITIES, formats=(("fp8", "fp8"), ("int4", "int4"))))
+    xkv_fx.export(stored, tmp_path / "engine", target="pt2")
+    engine = xkv_fx.load(tmp_path / "engine", trust=True)
+    prompt = TOKENS[:, :LENGTH]
+    assert torch.equal(engine.generate(prompt, STEPS), stored.generate(prompt, max_new_tokens=STEPS))
 
 
 class Paid(ExpectedAttention):
