@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton_cases import DEVICE, DRAWN, LAUNCHES, TOLERANCE, copies, count_of, masked_inputs, scored_inputs
 
+from xkv_fx.evaluation.speed.gpu_session.stage import run_stage
 from xkv_fx.runtime import coded_ops  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.kernels import decode_coded_triton  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.kernels.decode_triton import Launch
@@ -147,6 +149,15 @@ def test_scores_are_the_ops(
     expected = xkv.decode_coded_scored(q, k, v, *theirs, slot, mask, seen, scale, *held.bits, *options)
     torch.testing.assert_close(ours[5].cpu(), theirs[5], rtol=0, atol=max(TOLERANCE[dtype], 1e-5))
     assert_same(out, ours[:5], expected, theirs[:5])
+
+
+def test_the_kernels_stage_of_a_session_finds_them_equal(tmp_path: Path) -> None:
+    record = run_stage("kernels", tmp_path, DEVICE)
+    assert record.state == "done", record.why
+    assert {row["format"] for row in record.rows} == {"model", "int8", "int4", "fp8"}
+    for row in record.rows:
+        assert row["error"] < (1e-5 if row["dtype"] == "torch.float32" else 1e-2), row
+        assert row["written"], row
 
 
 def test_what_an_invalid_slot_holds_does_not_matter() -> None:

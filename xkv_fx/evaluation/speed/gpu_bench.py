@@ -99,7 +99,7 @@ def attention_runs(
     for rows in dict.fromkeys((1, settings.rows or 16)):
         for slots in dict.fromkeys((settings.context, *(kept_slots(settings, part) for part in settings.fractions))):
             attend, size = _attention(spec, rows, slots, dtype, device)
-            copy, copied = _copy(device)
+            copy, copied = copy_run(device)
             medians = medians_in_turns({"attend": attend, "copy": copy}, settings.rounds, device)
             speed, copy_speed = size / medians["attend"] * 1e3, copied / medians["copy"] * 1e3
             runs.append(
@@ -124,7 +124,7 @@ def _attention(
     q = random(rows, spec.query_heads, 1, spec.key_dim)
     k, v = random(rows, spec.kv_heads, 1, spec.key_dim), random(rows, spec.kv_heads, 1, spec.value_dim)
     size = rows * slots * spec.slot_bytes(dtype)
-    layers = max(1, _beyond_caches(device) // size)
+    layers = max(1, beyond_caches(device) // size)
     buffers = [
         (random(rows, spec.kv_heads, slots, spec.key_dim), random(rows, spec.kv_heads, slots, spec.value_dim))
         for _ in range(layers)
@@ -157,13 +157,15 @@ def _attention(
     return graph.replay, layers * size
 
 
-def _copy(device: torch.device) -> tuple[Callable[[], Any], int]:
-    source = torch.ones(_beyond_caches(device), dtype=torch.uint8, device=device)
+def copy_run(device: torch.device) -> tuple[Callable[[], Any], int]:
+    """A copy within the device's memory, and the bytes that it reads and writes."""
+    source = torch.ones(beyond_caches(device), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * source.numel()
 
 
-def _beyond_caches(device: torch.device) -> int:
+def beyond_caches(device: torch.device) -> int:
+    """Bytes that no cache of the device holds."""
     return (512 if device.type == "cuda" else 16) * 1024 * 1024
 
 
@@ -192,11 +194,11 @@ def throughput_runs(model: PreTrainedModel, settings: GpuBenchSettings) -> list[
     runs = []
     for name, make in makers.items():
         plan = plans.get(name, full)
-        runs.append(_largest(name, make, plan.kv_bytes(model, batch_size=1), settings, model.device))
+        runs.append(largest_run(name, make, plan.kv_bytes(model, batch_size=1), settings, model.device))
     return runs
 
 
-def _largest(
+def largest_run(
     name: str, make: Callable[[int], Contestant], row_bytes: int, settings: GpuBenchSettings, device: torch.device
 ) -> Run:
     """The run of the largest batch that fits, from the one that memory has room for downwards."""

@@ -1,0 +1,1 @@
+"""A short session on a GPU: everything that must be known of one, in stages ordered by worth."""
