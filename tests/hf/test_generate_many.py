@@ -59,6 +59,9 @@ def alone(name: str, request: Request, **options: Any) -> tuple[int, ...]:
 class Letters:
     """A tokenizer of 61 characters; token 60 is special, and 59 the first half of a character."""
 
+    def __repr__(self) -> str:  # it names a test, which must be the same in every process
+        return "Letters()"
+
     def __call__(self, text: str) -> dict[str, list[int]]:
         if "!" in text:
             raise OverflowError("no such letter\nat all")
