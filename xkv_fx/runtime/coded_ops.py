@@ -41,17 +41,26 @@ def _keep(
     slots = positions.shape[2]
     buffers, bits = (k_cache, k_scales, v_cache, v_scales), (key_bits, value_bits)
     keys, values = Stored.pair(buffers, bits, (k.shape[-1], v.shape[-1]), key_mean)
+    arrived = (source - slots).clamp(min=0)
     for stored, new in ((keys, k),) if values is keys else ((keys, k), (values, v)):
-        index = (source - slots).clamp(min=0)[..., None].expand(-1, -1, -1, new.shape[-1])
-        made = stored.encode(new.gather(2, index))
+        # of a prompt, what is kept is encoded; of a turn, which is mostly shorter than what is kept, what is new
+        made = stored.encode(_taken(new, arrived)) if fresh else (_taken(part, arrived) for part in stored.encode(new))
         for buffer, part in zip((stored.cache, stored.scales), made, strict=False):  # no scales without codes
             if not fresh:
-                origin = source.clamp(max=slots - 1).view(*source.shape, *(1,) * (buffer.dim() - 3))
-                held = buffer.gather(2, origin.expand(*source.shape, *buffer.shape[3:]))
-                old = (source < slots).view(*source.shape, *(1,) * (buffer.dim() - 3))
-                part = torch.where(old, held, part)
+                held = _taken(buffer, source.clamp(max=slots - 1))
+                part = torch.where(_along(source < slots, buffer), held, part)
             buffer[:, :, :capacity].copy_(part)
     positions.copy_(placed)
+
+
+def _taken(tokens: Tensor, which: Tensor) -> Tensor:
+    """Some of the tokens `[rows, kv_heads, N, ...]` of each head, by their indices `[rows, kv_heads, count]`."""
+    return tokens.gather(2, _along(which, tokens).expand(*which.shape, *tokens.shape[3:]))
+
+
+def _along(numbers: Tensor, tokens: Tensor) -> Tensor:
+    """Numbers `[rows, kv_heads, count]`, one a token, with as many axes as the tokens have."""
+    return numbers.view(*numbers.shape, *(1,) * (tokens.dim() - 3))
 
 
 keep_coded = torch.library.custom_op(
