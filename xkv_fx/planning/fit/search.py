@@ -19,6 +19,8 @@ from torch import Tensor
 from xkv_fx.budgets import Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, PromptError
+from xkv_fx.formats import codes_keys
+from xkv_fx.mean_keys import MeanKeys
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.profile_data import check_context
 from xkv_fx.planning.fit.advice import advice_on_limit
@@ -30,6 +32,8 @@ from xkv_fx.planning.fit.settings import FitSettings
 from xkv_fx.planning.fit_quality import smallest_plan
 from xkv_fx.planning.measure.bootstrap import ratio_of_means
 from xkv_fx.planning.measure.calibrate import CALIBRATE_CONTINUATION, measure_calibration
+from xkv_fx.planning.measure.continuation import cut_model
+from xkv_fx.planning.measure.mean_keys import gathered, means_of, sums_of_keys
 from xkv_fx.planning.measure.verify import held_out_summary
 from xkv_fx.planning.solve.plan import solve_plan
 from xkv_fx.policy import Policy
@@ -94,6 +98,7 @@ class _Search:
         self.context = planned_context(prompts, settings.context, settings.continuation)
         self.full_bytes = Plan.full(len(self.layers), self.context).kv_bytes(self.layers, settings.batch_size)
         self.pairs = settings.pairs(self.layers)
+        self.means: MeanKeys | None = None
         self.plans: dict[str, Plan] = {}
         self.kl: dict[str, NDArray[np.float64]] = {}
         self.left_out: list[str] = []
@@ -102,6 +107,7 @@ class _Search:
     def run(self) -> Fit:
         if self.settings.kv_bytes is not None and self.settings.kv_bytes >= self._bytes_of_all():
             return self._fit_of_all()
+        self.means = self._mean_keys()
         self._try_even_plans()
         scorers = self._scorers_by_worth()
         policy = next(one for one in self.settings.policies if one.scorer == scorers[0])
@@ -139,6 +145,29 @@ class _Search:
 
     # Candidates
 
+    def _mean_keys(self) -> MeanKeys | None:
+        """The mean keys over as many measured prompts as a part of the time allows; None where no keys are coded."""
+        if not any(map(codes_keys, self.pairs)):
+            return None
+        model = cut_model(self.captured)
+        sums: list[dict[str, NDArray[np.float64]]] = []
+
+        def add(prompt: int) -> None:
+            sums.append(sums_of_keys(model, self.measured[prompt].to(self.captured.device)))
+
+        def while_there_is_time() -> int:
+            for prompt in range(len(self.measured)):
+                if sums and not self.clock.within(_FIRST / 2):
+                    break
+                add(prompt)
+            return len(sums)
+
+        count = self.decisions.decide("prompts of mean keys", while_there_is_time)
+        for prompt in range(len(sums), count):
+            add(prompt)
+        tokens = sum(ids.shape[1] for ids in self.measured[:count])
+        return gathered(means_of(sums, tokens, len(self.layers)), self.captured.shard, self.captured.device)
+
     def _try_even_plans(self) -> None:
         settings = self.settings
         limit = self._bytes_of_all() if settings.kv_bytes is None else settings.kv_bytes
@@ -148,7 +177,7 @@ class _Search:
             policy = next(one for one in settings.policies if one.eviction == eviction)
             most = self.context + (settings.max_new_tokens if eviction == "ring" else 0)
             of_eviction = even_plans(
-                self.layers, policy, pairs, most, limit, settings.batch_size, settings.max_new_tokens
+                self.layers, policy, pairs, most, limit, settings.batch_size, settings.max_new_tokens, self.means
             )
             plans |= {self._named(name, policy): plan for name, plan in of_eviction.items()}
         if not plans:
@@ -217,6 +246,7 @@ class _Search:
             resume=self.folder,
             formats=tuple(("model", "model") if pair is None else pair for pair in self.pairs),
             continuation=CALIBRATE_CONTINUATION,
+            means=self.means,
         )
 
     def _try_solved(self, calibration: Calibration, by: str, scorers: Sequence[str]) -> None:

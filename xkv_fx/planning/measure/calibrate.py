@@ -63,6 +63,7 @@ def measure_calibration(
     resume: str | os.PathLike[str] | None = None,
     team: Team = ALONE,
     formats: Sequence[str | LayerFormats] | None = None,
+    means: MeanKeys | None = None,
 ) -> Calibration:
     """Measure each layer alone at each capacity and in each of the formats, all others full, on every prompt.
 
@@ -80,6 +81,7 @@ def measure_calibration(
             prompt and mean keys are read from there instead of measured.
         team: who measures.
         formats: see `pairs_to_measure`; the model's dtype alone when None.
+        means: mean keys that were measured before; measured here when None.
 
     Raises:
         PromptError, BudgetError, UnsupportedModelError: see `xkv_fx.calibrate`.
@@ -111,9 +113,11 @@ def measure_calibration(
         cut = cut_checked(captured, scorer, ids, continuation) if cut is None else cut
         return cut
 
-    means: MeanKeys | None = None
-    if any(map(codes_keys, pairs)):
+    if not any(map(codes_keys, pairs)):
+        means = None
+    elif means is None:
         means = _mean_keys(model, rows, done, team)
+    if means is not None:
         done = done.of([mean and mean.digest for mean in means])
 
     def measure(prompt: int) -> Arrays:
