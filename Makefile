@@ -100,7 +100,7 @@ docs: .venv/.installed  ## Write the API reference from the docstrings to out/do
 	$(VENV_PYTHON) docs/draw_imports.py
 	$(VENV_PYTHON) -m pdoc --docformat google --output-directory out/docs xkv_fx
 
-# A quick form: make paper PROMPTS=2 CONTEXT=256
+# A quick form: make paper PROMPTS=1 CONTEXT=256
 PROMPTS ?= 20
 CONTEXT ?= 1024
 

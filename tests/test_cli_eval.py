@@ -138,6 +138,20 @@ def test_interruption_says_where_it_goes_on(tmp_path: Path, monkeypatch: pytest.
     assert out.exists()
 
 
+def test_kvpress_is_asked_of_its_own_python_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xkv_fx.evaluation.speed.bench_command.locate", lambda name: (tmp_path, None))
+    python = tmp_path / "python"
+    python.write_text("""#!/bin/sh\necho '{"job": 0, "answers": [[5, 6]]}'\n""")
+    python.chmod(0o755)
+    asked = ["--tasks", "needle_single", "--forms", "inside", *SHORT[2:], "--fractions", "0.5", "--json"]
+    data = json.loads(invoke(*asked, "--kvpress-python", python, "--presses", "snapkv"))
+    row = next(row for row in data["rows"] if row["name"] == "kvpress snapkv")
+    assert (row["size"], row["policy"], row["kv_bytes"]) == ("50.0%", None, data["full_bytes"] // 2)
+    assert (len(row["texts"]), row["means"]) == (1, {"score": 0.0})
+    with pytest.raises(BackendError, match=r"kvpress did not answer adakv at 50.0% on needle_single"):
+        invoke(*asked, "--kvpress-python", python, "--out", tmp_path / "found.json")
+
+
 @needs_fp8
 def test_a_quantized_cache_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(QUANTIZED, "int4", Quantized("hqq", 4, "no_such_module", "hqq"))

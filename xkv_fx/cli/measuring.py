@@ -66,6 +66,8 @@ def eval_(
     quantized: Annotated[
         str | None, typer.Option(help="transformers' quantized caches: int8, int4, fp8; by default those installed.")
     ] = None,
+    kvpress_python: Annotated[Path | None, typer.Option(help="The Python that has kvpress, to ask it too.")] = None,
+    presses: Annotated[str, typer.Option(help="kvpress's, between commas: snapkv, kvzip, adakv.")] = "snapkv,adakv",
     backend: Annotated[str, typer.Option(help=f"{BACKEND_NAMES}; inductor compiles every plan.")] = "eager",
     out: Annotated[Path | None, out_file("Write the result as JSON here, its tables beside it.")] = None,
     pictures: Annotated[Path | None, typer.Option(help="Write pictures into this folder.")] = None,
@@ -79,11 +81,17 @@ def eval_(
     from xkv_fx.evaluation.dtypes import dtype_of
     from xkv_fx.evaluation.quality import command
     from xkv_fx.evaluation.quality.evaluate import EvaluationSettings
+    from xkv_fx.evaluation.quality.kvpress import Kvpress
     from xkv_fx.evaluation.quality.parts import remove_parts
     from xkv_fx.evaluation.quality.results import CONTINUATION_TASK
+    from xkv_fx.evaluation.speed.bench_command import place_of
     from xkv_fx.evaluation.tasks import task_names
 
     named = (*task_names(), CONTINUATION_TASK) if tasks is None else names(tasks)
+    kvpress = None
+    if kvpress_python is not None:
+        folder, gguf = place_of(model.model)
+        kvpress = Kvpress(kvpress_python, folder, gguf, shares(fractions), names(presses))
     request = command.Request(
         plans=tuple(plans or ()),
         measured=tuple(load_measured(path) for path in measured or ()),
@@ -95,6 +103,7 @@ def eval_(
         formats=None if formats is None else pairs(formats),
         dtype=dtype_of(bytes_of),
         backend=backend,
+        kvpress=kvpress,
     )
     loaded, tokenizer = model.load()
     parts = None if out is None else out.with_name(f"{out.name}.parts")

@@ -263,6 +263,8 @@ def test_formats_alone_capacities_alone_and_both_take_equal_bytes_of_bfloat16(re
     assert found["all int4", "60.0%"].capacities == (LENGTH, LENGTH), "nothing is evicted, whatever is left"
     assert taken["all int4", "60.0%"] == 0.5
     assert found["joint", "60.0%"].formats is not None
+    assert found["all int4", "60.0%"].mean_keys == found["joint", "60.0%"].mean_keys == measured[0].mean_keys
+    assert measured[0].mean_keys is not None
     assert bits_per_element(found["all int8", "60.0%"], counted) == 12
     assert bits_per_element(found["uniform", "60.0%"], counted) == 16
     with pytest.raises(BudgetError, match="'joint' needs a calibration of formats"):

@@ -13,6 +13,7 @@ from xkv_fx.errors import BudgetError
 from xkv_fx.formats import LayerFormats, pair_name
 from xkv_fx.heads import planned_slot_bytes
 from xkv_fx.layers import HasItemSize, LayerSpec, with_itemsize
+from xkv_fx.mean_keys import MeanKeys
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.profile_data import Profile
 from xkv_fx.planning.measure.verify import uniform_like
@@ -47,7 +48,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What is asked: a plan, or without budgets a quantized cache of transformers'."""
+    """What is asked: a plan, or without budgets a quantized cache of transformers', or kvpress."""
 
     name: str
     size: str
@@ -126,19 +127,15 @@ def _of_bytes(
 ) -> tuple[Candidate, ...]:
     counted, found = _counted(layers, dtype), list[Candidate]()
     for size, kv_bytes in sizes.items():
-        solved = []
         for source, name in _solvable(measured, allocators):
             allocator = None if name == JOINT else name
             budgets = xkv_fx.solve(source, kv_bytes=kv_bytes, context=context, allocator=allocator, dtype=dtype)
-            solved.append(Candidate(name or own_name(source), size, budgets))
-        found += solved
+            found.append(Candidate(name or own_name(source), size, budgets))
         for policy in _policies(measured, scorers):
-            even = _alike(Budgets.uniform(len(layers), 1, policy), counted, context, kv_bytes, None)
-            found.append(Candidate(UNIFORM, size, even))
-            like = next((of.budgets for of in solved if of.policy == policy and of.budgets.formats), even)
+            found.append(Candidate(UNIFORM, size, _alike(policy, counted, context, kv_bytes)))
             for pair in formats:
                 if sum(spec.slot_bytes(formats=pair) for spec in counted) <= kv_bytes:  # else not a slot each
-                    alike = _alike(like, counted, context, kv_bytes, pair)
+                    alike = _alike(policy, counted, context, kv_bytes, pair, _mean_keys(measured, policy))
                     found.append(Candidate(name_of_format(pair), size, alike))
     return tuple(found)
 
@@ -160,12 +157,23 @@ def formats_of(measured: Iterable[Profile | Calibration]) -> tuple[LayerFormats,
 
 
 def _alike(
-    like: Budgets, layers: Sequence[LayerSpec], context: int, kv_bytes: int, pair: LayerFormats | None
+    policy: Policy,
+    layers: Sequence[LayerSpec],
+    context: int,
+    kv_bytes: int,
+    pair: LayerFormats | None = None,
+    mean_keys: MeanKeys | None = None,
 ) -> Budgets:
-    """The largest plan of at most so many bytes whose layers hold equally much in one format, otherwise as `like`."""
+    """The largest plan of at most so many bytes whose layers hold equally much in one format."""
     capacities = tuple(uniform_within_bytes(layers, context, kv_bytes, pair).tolist())
-    provenance = Provenance(model=like.provenance.model, allocator=UNIFORM, context=context)
-    return dataclasses.replace(like, capacities=capacities, formats=(pair,) * len(layers), provenance=provenance)
+    provenance = Provenance(allocator=UNIFORM, context=context)
+    return Budgets(capacities, policy, provenance, formats=(pair,) * len(layers), mean_keys=mean_keys)
+
+
+def _mean_keys(measured: Iterable[Profile | Calibration], policy: Policy) -> MeanKeys | None:
+    """Those that a calibration of this policy found, which cost a plan of one format nothing either."""
+    of_policy = (source for source in measured if isinstance(source, Calibration) and source.policy == policy)
+    return next((source.mean_keys for source in of_policy if source.mean_keys is not None), None)
 
 
 def _counted(layers: Sequence[LayerSpec], dtype: HasItemSize | None) -> tuple[LayerSpec, ...]:

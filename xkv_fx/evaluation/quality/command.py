@@ -23,6 +23,7 @@ from xkv_fx.evaluation.quality.candidates import (
     own_name,
 )
 from xkv_fx.evaluation.quality.evaluate import EvaluationSettings, evaluate
+from xkv_fx.evaluation.quality.kvpress import Kvpress
 from xkv_fx.evaluation.quality.quantized import QUANTIZED, planned_bytes, quantized
 from xkv_fx.evaluation.quality.results import CONTINUATION_TASK, Evaluation, smallest_sizes
 from xkv_fx.evaluation.quality.smallest import smallest_shares
@@ -54,6 +55,7 @@ class Request:
         formats: that all layers store in, one plan for each; None for those that `measured` has.
         dtype: that bytes are counted in.
         backend: as in `xkv_fx.transform`.
+        kvpress: where it is installed, if it is to be compared with.
     """
 
     plans: tuple[Path, ...]
@@ -66,6 +68,7 @@ class Request:
     formats: tuple[LayerFormats, ...] | None
     dtype: torch.dtype
     backend: str = "eager"
+    kvpress: Kvpress | None = None
 
 
 def run(
@@ -106,6 +109,7 @@ def run(
         dtype=request.dtype,
         resume=resume,
         progress=progress,
+        kvpress=request.kvpress,
     )
     return dataclasses.replace(found, not_installed=missing)
 

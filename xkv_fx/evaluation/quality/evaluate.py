@@ -25,6 +25,7 @@ from xkv_fx.evaluation.quality.answering import (
     forced,
 )
 from xkv_fx.evaluation.quality.candidates import Candidate, Entry, check_equal_bytes
+from xkv_fx.evaluation.quality.kvpress import Job, Kvpress, answers_of
 from xkv_fx.evaluation.quality.metrics import compare
 from xkv_fx.evaluation.quality.parts import Parts
 from xkv_fx.evaluation.quality.quantized import quantized_reader
@@ -97,8 +98,9 @@ def evaluate(
     progress: Progress | None = None,
     llm: Any = None,
     dtype: torch.dtype | None = None,
+    kvpress: Kvpress | None = None,
 ) -> Evaluation:
-    """Ask everything of the full cache, of every plan, and of transformers' quantized caches.
+    """Ask everything of the full cache, of every plan, of transformers' quantized caches, and of kvpress.
 
     Args:
         model: a transformers causal language model.
@@ -110,13 +112,14 @@ def evaluate(
         progress: called as `progress(done, total)`, counting examples times plans.
         llm: the model, transformed for one row already; it is captured here when None.
         dtype: that bytes are counted in, whatever the model computes in; the model's own by default.
+        kvpress: where it is installed, if it is to be asked, too.
 
     Raises:
         PromptError: an unknown task or form, or a length that is too short for a task or too long for the model.
         BudgetError: plans of one size that take different bytes, two of one name, or one that the model cannot have.
         ModelMismatchError: a plan, or a `resume` folder, of another model.
         FileFormatError: a `resume` folder of a run with other settings.
-        BackendError: an unknown quantized cache, or one that is not installed.
+        BackendError: an unknown quantized cache, or one that is not installed; or kvpress did not answer.
     """
     examples = {task: settings.instances(task, tokenizer) for task in settings.tasks}
     room = max(instance.new_tokens for made in examples.values() for instance in made)
@@ -143,7 +146,8 @@ def evaluate(
             quantized_reader(entry.name, model, asked.dtype)  # says what is not installed before anything is run
 
     jobs = [(task, form) for task in settings.tasks for form in settings.forms_of(task)]
-    steps = sum(len(entries) * len(examples[task]) for task, _ in jobs)
+    peer = [job for task, form in jobs for job in (kvpress.jobs(task, form, examples[task]) if kvpress else ())]
+    steps = sum(len(entries) * len(examples[task]) for task, _ in jobs) + sum(len(job.made) for job in peer)
     done = 0
 
     def count() -> None:
@@ -165,6 +169,8 @@ def evaluate(
                 parts.write(entry, task, form, made, row)
             found[entry] = row
         rows += [row for row in found.values() if row is not None]
+    if kvpress is not None:
+        rows += _ask_kvpress(kvpress, peer, asked, parts, full_bytes(counted, settings.length), count)
     return Evaluation(
         model=captured.fingerprint,
         dtype=str(dtype or llm.dtype).removeprefix("torch."),
@@ -216,6 +222,31 @@ class _Asked:
         policy = entry.budgets.policy
         ranked = Policy(policy.scorer, policy.scorer_options)
         return ranked if can_record(self.llm, ranked) else None
+
+
+def _ask_kvpress(
+    kvpress: Kvpress,
+    jobs: Sequence[Job],
+    asked: _Asked,
+    parts: Parts | None,
+    of_full: int,
+    count: Callable[[], None],
+) -> list[Row]:
+    """What kvpress answers; what was kept of an earlier run is taken."""
+    found: dict[Job, Row | None] = {
+        job: None if parts is None else parts.read(job.entry, job.task, job.form, job.made) for job in jobs
+    }
+    missing = [job for job, row in found.items() if row is None]
+    for _ in range(sum(len(job.made) for job, row in found.items() if row is not None)):
+        count()
+    dtype = str(asked.llm.dtype).removeprefix("torch.")
+    for job, row in answers_of(kvpress, missing, dtype, sorted(asked.ends), asked.tokenizer.decode, of_full):
+        found[job] = row
+        if parts is not None:
+            parts.write(job.entry, job.task, job.form, job.made, row)
+        for _ in job.made:
+            count()
+    return [row for row in found.values() if row is not None]
 
 
 def _measure(

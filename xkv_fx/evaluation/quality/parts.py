@@ -81,7 +81,7 @@ class Parts:
             )
 
     def _path(self, entry: Entry, task: str, form: str, made: Sequence[Instance]) -> Path:
-        plan: list[Any] = [entry.name]
+        plan: list[Any] = [entry.name, entry.size]
         if entry.budgets is not None and entry.name != FULL:  # how much more room than needed that has is no matter
             plan = [identity_of(entry.budgets), self.room if entry.budgets.policy.eviction == "append" else 0]
         described = json.dumps([VERSION, self.base, self.counted_in, plan, task, form], sort_keys=True)
