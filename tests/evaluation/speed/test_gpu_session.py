@@ -84,12 +84,12 @@ def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
 class Program:
     """What runs in the place of a stage: it notes a row, then does what it is told."""
 
-    def __init__(self, then: str) -> None:
-        self.then = then
+    def __init__(self, then: str, told: str = "running") -> None:
+        self.then, self.told = then, told
 
     def __call__(self, arguments: list[str], **options: Any) -> Any:
         name, out = arguments[3:5]
-        told = {"stage": name, "state": "running", "why": None, "seconds": 0, "rows": [{"found": 1}]}
+        told = {"stage": name, "state": self.told, "why": None, "seconds": 0, "rows": [{"found": 1}]}
         path = str(Path(out) / f"{name}.json")
         program = f"open({path!r}, 'w').write({json.dumps(told)!r}); import os, time; {self.then}"
         return self.popen([sys.executable, "-S", "-c", program], **options)
@@ -113,6 +113,14 @@ def test_a_stage_that_ends_early_leaves_what_it_found(
     found = command.run_stages(["machine"], tmp_path, "cpu", 1 / 3)
     assert [(record.state, record.why) for record in found] == [(state, why)]
     assert Record.load(tmp_path, "machine").rows == [{"found": 1}]
+
+
+def test_a_stage_that_is_done_was_not_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its process, which has said so, takes longer to end than it may."""
+    monkeypatch.setattr(command.subprocess, "Popen", Program("time.sleep(60)", "done"))
+    monkeypatch.setattr(command, "LIMITS", {"machine": 0.1})
+    monkeypatch.setattr(command, "_LEAST_SECONDS", 0.0)
+    assert [record.state for record in command.run_stages(["machine"], tmp_path, "cpu", 1 / 3)] == ["done"]
 
 
 def test_a_stage_for_which_no_time_is_left_is_left_out(tmp_path: Path) -> None:

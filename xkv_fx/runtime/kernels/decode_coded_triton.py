@@ -15,7 +15,6 @@ Importing this module imports triton; it registers two `torch.library.triton_op`
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -32,37 +31,8 @@ _LARGEST_HALF = tl.constexpr(65504.0)
 _LARGEST_FLOAT8 = tl.constexpr(448.0)
 _FLOAT8_AS_HALF = tl.constexpr(256.0)  # what the bits of a float of 8 bits, read as float16, are smaller by
 _TO_WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to whole numbers, halves to even ones
-_TURNED = tl.constexpr(32)  # columns that are rotated at once, for whose signs there are registers
 _TO_512THS = tl.constexpr(16384.0)  # 2**14, in the same way
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """How the kernel works on keys or values.
-
-    Attributes:
-        bits: of an element; 0 for the model's dtype.
-        dim: elements of a vector.
-        coding: as in `Stored`.
-    """
-
-    bits: int
-    dim: int
-    coding: Coding | None
-
-    def constants(self, name: str) -> dict[str, Any]:
-        block = self.dim & -self.dim
-        coding = self.coding
-        return {
-            f"{name}_DIM": self.dim,
-            f"{name}_BITS": self.bits,
-            f"{name}_FLOATS": coding is not None and coding.floats,
-            f"{name}_SPAN": self.dim if coding is None else coding.group,
-            f"{name}_LOG": 0 if coding is None else block.bit_length() - 1,
-            f"{name}_ROOT": math.sqrt(block),
-            f"{name}_PAD": padded(self.dim),
-            f"{name}_HALF": padded(self.dim // 2),
-        }
+_TURNED = tl.constexpr(32)  # columns that are rotated at once, for whose signs there are registers
 
 
 def layouts(buffers: tuple[Tensor, ...], bits: tuple[int, int], dims: tuple[int, int]) -> dict[str, Any]:
@@ -71,12 +41,23 @@ def layouts(buffers: tuple[Tensor, ...], bits: tuple[int, int], dims: tuple[int,
     made: dict[str, Any] = {}
     for name, scales, of, dim in zip(("KEY", "VALUE"), buffers[1::2], bits, dims, strict=True):
         coding = Coding.of_bits(of, dim, floats=scales.shape[-1] == 1) if of else None
-        made |= _Layout(of, dim, coding).constants(name)
+        block = dim & -dim
+        made |= {
+            f"{name}_DIM": dim,
+            f"{name}_BITS": of,
+            f"{name}_FLOATS": coding is not None and coding.floats,
+            f"{name}_SPAN": dim if coding is None else coding.group,
+            f"{name}_LOG": 0 if coding is None else block.bit_length() - 1,
+            f"{name}_ROOT": math.sqrt(block),
+            f"{name}_PAD": padded(dim),
+            f"{name}_HALF": padded(dim // 2),
+        }
     return made
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of the products that rotate. Signs and what a half precision holds are exact in tf32."""
+    """Of the products that rotate. In tf32, signs and half-precision queries are exact, and outputs are rounded to as
+    many bits as float16 has."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
@@ -358,17 +339,15 @@ def _attend_coded(
             )  # fmt: skip
         else:
             tl.store(k_cache + taken * KEY_DIM + d, key.to(k_cache.dtype.element_ty), mask=d < KEY_DIM)
+        e = tl.arange(0, VALUE_PAD)
+        value = tl.load(v + pair * VALUE_DIM + e, mask=e < VALUE_DIM, other=0.0)
         if VALUE_BITS:
-            e = tl.arange(0, VALUE_PAD)
-            value = tl.load(v + pair * VALUE_DIM + e, mask=e < VALUE_DIM, other=0.0)
             new_value = _store_token(
                 value.to(tl.float32), v_cache + taken * (VALUE_DIM * VALUE_BITS // 8),
                 v_scales + taken * value_groups * (1 if VALUE_FLOATS else 2), VALUE_DIM, VALUE_BITS, VALUE_FLOATS,
                 VALUE_SPAN, VALUE_LOG, VALUE_ROOT, VALUE_PAD,
             )  # fmt: skip
         else:
-            e = tl.arange(0, VALUE_PAD)
-            value = tl.load(v + pair * VALUE_DIM + e, mask=e < VALUE_DIM, other=0.0)
             tl.store(v_cache + taken * VALUE_DIM + e, value, mask=e < VALUE_DIM)
         maximum = (tl.sum(query * key.to(tl.float32)[None, :], 1) + by_mean) * scale
         if CAPPED:

@@ -60,9 +60,11 @@ def _run(stage: str, out: Path, device: str, limit: float) -> Record:
         process.kill()
         process.wait()
     record = Record.load(out, stage)
+    if record.state != RUNNING:  # it has said itself how it ended, even if its process took longer to
+        return record
     if code is None:
         record.end(STOPPED, f"after its limit of {limit:.0f} s", time.monotonic() - started)
-    elif record.state == RUNNING:  # it could not even say so itself
+    else:
         record.end(FAILED, f"its process ended with {code}", time.monotonic() - started)
     return record
 
