@@ -121,3 +121,11 @@ def test_the_demo_says_what_it_does_and_what_was_answered(
     full, *others = (run["kv_bytes"] for run in report["runs"])
     assert {round(kept / full, 2) for kept in others} == {0.38}
     assert (tmp_path / "capacities.png").exists()
+
+
+def test_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run_here("fit.py", capsys)
+    allocated, limit = (int(part.split()[0].replace(",", "")) for part in lines[-2].split(" bytes allocated of "))
+    assert 0 < allocated <= limit
+    assert lines[0].split(":")[0] not in {"uniform, model, ring", "uniform, model, append"}
+    assert lines[-1].startswith("generated [")
