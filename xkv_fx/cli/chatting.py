@@ -14,7 +14,7 @@ import typer
 from rich.text import Text
 
 import xkv_fx
-from xkv_fx.cli.common import BACKEND_NAMES, Json, Plan, app, console, errors, show
+from xkv_fx.cli.common import BACKEND_NAMES, Json, OverLimit, Plan, app, console, errors, show
 from xkv_fx.cli.model_options import THE_MODEL, ModelOptions, transform, with_options
 from xkv_fx.cli.sampling_options import SAMPLING, SamplingOptions
 from xkv_fx.errors import CapacityError, PromptError
@@ -36,6 +36,7 @@ def chat(
     sampling: SamplingOptions = SAMPLING,
     model: ModelOptions = THE_MODEL,
     backend: Annotated[str, typer.Option(help=f"{BACKEND_NAMES}.")] = "inductor",
+    over_limit: OverLimit = False,
     json_: Json = False,
 ) -> None:
     """Talk with a model in the memory that a plan gives, however long the conversation.
@@ -49,7 +50,8 @@ def chat(
     budgets = xkv_fx.Budgets.load(plan)
     loaded, tokenizer = model.load()
     check_template(tokenizer)
-    llm = transform(loaded, budgets, backend=backend, max_new_tokens=sampling.max_new_tokens)
+    room = sampling.max_new_tokens
+    llm = transform(loaded, budgets, backend=backend, max_new_tokens=room, over_limit=over_limit)
     import torch
 
     generator = torch.Generator(llm.device).manual_seed(sampling.seed)

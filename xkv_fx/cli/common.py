@@ -70,6 +70,7 @@ def text_file(help: str) -> Any:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+OverLimit = Annotated[bool, typer.Option("--over-limit", help="Allow more bytes than the plan was solved for.")]
 Plan = Annotated[Path, typer.Argument(help="A budgets file.")]
 BACKEND_NAMES = " or ".join(BACKENDS)
 """For the help of commands."""

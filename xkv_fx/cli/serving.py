@@ -14,6 +14,7 @@ from xkv_fx.cli.answering import answer_into, answers_to, record_of, requests_of
 from xkv_fx.cli.common import (
     BACKEND_NAMES,
     Json,
+    OverLimit,
     Plan,
     app,
     console,
@@ -31,8 +32,6 @@ from xkv_fx.engines.targets import TARGETS
 from xkv_fx.errors import BudgetError, EngineError, PromptError
 from xkv_fx.file_kinds import kind_of_file
 from xkv_fx.planning.data.load_measured import MEASURED, load_measured
-
-OverLimit = Annotated[bool, typer.Option("--over-limit", help="Allow more bytes than the plan was solved for.")]
 
 
 @app.command()
