@@ -43,6 +43,7 @@ def profile(
     progress: Callable[[int, int], None] | None = None,
     statistics: Sequence[str] = (),
     group: ProcessGroup | None = None,
+    by: str = "layer",
 ) -> Profile:
     """Measure how much attention mass each layer keeps at every capacity (XKV, arXiv 2412.05896).
 
@@ -61,6 +62,8 @@ def profile(
             `accelerate launch`; when None, this process measures them all. Every process of the group makes the same
             call and gets the same profile, bit for bit the one that a single process with as many threads would get. An
             error in one is raised in all; `progress` is called in the first.
+        by: `"head"` for a curve of each KV head: the plan then gives each its own capacity. Heads are pooled by their
+            scores, as the paper pools layers. `"layer"` by default.
 
     Raises:
         PromptError: no prompts, an empty one, one too short to rank or too long for the model's positions, or one with
@@ -82,7 +85,7 @@ def profile(
 
     team = team_of(group, model)
     sampled, captured = team.together(prepare)
-    return measure_profile(captured, sampled, policy, progress, statistics, team)
+    return measure_profile(captured, sampled, policy, progress, statistics, team, by)
 
 
 def calibrate(
@@ -96,6 +99,7 @@ def calibrate(
     resume: str | os.PathLike[str] | None = None,
     group: ProcessGroup | None = None,
     formats: Sequence[str | LayerFormats] | None = None,
+    by: str = "layer",
 ) -> Calibration:
     """Measure how far the output strays from the full cache when one layer alone holds less, or stores fewer bits.
 
@@ -128,6 +132,9 @@ def calibrate(
         formats: what slots may store, `"model"` (the model's dtype), `"int8"`, `"int4"` and `"fp8"`: each for keys and
             values alike, and int8 keys with int4 values where both are named and no layer caches latents. Or pairs of
             such names, of keys and of values. The model's dtype alone by default.
+        by: `"head"` measures each KV head alone, all other heads full, at fewer points than layers: up to four heads a
+            layer take about half as much again as layers, more heads in proportion. The plan then gives each head its
+            own capacity, and formats. `"layer"` by default.
 
     Raises:
         PromptError: no prompts, one that is too short for its continuation or too long for the model's positions, or
@@ -152,7 +159,7 @@ def calibrate(
 
     team = team_of(group, model)
     rows, captured = team.together(prepare)
-    return measure_calibration(captured, rows, policy, grid, continuation, progress, resume, team, formats)
+    return measure_calibration(captured, rows, policy, grid, continuation, progress, resume, team, formats, by=by)
 
 
 def solve(
@@ -226,7 +233,7 @@ def solve(
         dtype=dtype,
         max_new_tokens=max_new_tokens,
     )
-    unused = unused_limit(plan, profile.layers, dtype) if context is None else None
+    unused = unused_limit(plan, profile.model_layers, dtype) if context is None else None
     if unused is not None:
         warnings.warn(unused, stacklevel=2)
     return budgets_of(plan)

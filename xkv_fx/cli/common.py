@@ -194,7 +194,8 @@ def show(result: dict[str, Any], as_json: bool) -> None:
 def summary_of(measured: Profile | Calibration) -> dict[str, Any]:
     return {
         "model": measured.model,
-        "layers": len(measured.layers),
+        "layers": len(measured.model_layers),
+        **({} if measured.heads is None else {"kv_heads": len(measured.layers)}),
         "prompts": len(measured.lengths),
         "longest": measured.context_default,
     }

@@ -47,6 +47,9 @@ Sinks = Annotated[int, typer.Option(help="First tokens always kept.")]
 Continuation = Annotated[int, typer.Option(help="Last tokens of each prompt, fed as decode would and measured.", min=1)]
 
 
+By = Annotated[str, typer.Option(help="What gets a capacity of its own: layer or head.")]
+
+
 @app.command()
 @with_model
 def profile(
@@ -64,6 +67,7 @@ def profile(
     eviction: Annotated[str, typer.Option(help="ring, scored, append or none.")] = "ring",
     recent: Recent = None,
     sinks: Sinks = 0,
+    by: By = "layer",
     json_: Json = False,
 ) -> None:
     """Measure how much attention mass each layer keeps at every capacity.
@@ -83,6 +87,7 @@ def profile(
                 progress=advance,
                 statistics=tuple(statistics or ()),
                 group=group,
+                by=by,
             )
         if is_first(group):
             measured.save(out)
@@ -108,6 +113,7 @@ def calibrate(
     eviction: Annotated[str, typer.Option(help="ring, scored or append: what will serve.")] = "ring",
     recent: Recent = None,
     sinks: Sinks = 0,
+    by: By = "layer",
     json_: Json = False,
 ) -> None:
     """Measure the KL to the full cache when one layer alone holds less, or stores fewer bits.
@@ -132,6 +138,7 @@ def calibrate(
                 resume=parts,
                 group=group,
                 formats=None if formats is None else names(formats),
+                by=by,
             )
         if is_first(group):
             measured.save(out)

@@ -35,8 +35,8 @@ def smallest_plan(
     continuation: int = VERIFY_CONTINUATION,
     progress: Progress | None = None,
 ) -> Plan:
-    """The plan of the fewest tokens, or bytes where formats were measured, whose mean held-out KL is at most `kl`; see
-    `xkv_fx.fit_quality`.
+    """The plan of the fewest tokens, or bytes where formats or heads were measured, whose mean held-out KL is at most
+    `kl`; see `xkv_fx.fit_quality`.
 
     Totals are narrowed down by rounds of several plans at once, to within `resolution` of the full cache.
     """
@@ -107,10 +107,10 @@ class _Totals:
 
     @classmethod
     def of(cls, calibration: Calibration, context: int) -> _Totals:
-        """Tokens; bytes where formats were measured, since tokens then differ in size."""
+        """Tokens; bytes where formats or heads were measured, since tokens then differ in size or in what they are."""
         layers = calibration.layers
         held = [spec.effective_capacity(context) for spec in layers]
-        if calibration.formats is None:
+        if calibration.formats is None and calibration.heads is None:
             return cls("total_tokens", len(layers), sum(held), sum(held))
         sizes = [[spec.slot_bytes(formats=pair) for pair in calibration.pairs] for spec in layers]
         return cls(

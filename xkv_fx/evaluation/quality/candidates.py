@@ -173,7 +173,7 @@ def _alike(
 def _mean_keys(measured: Iterable[Profile | Calibration], policy: Policy) -> MeanKeys | None:
     """Those that a calibration of this policy found, which cost a plan of one format nothing either."""
     of_policy = (source for source in measured if isinstance(source, Calibration) and source.policy == policy)
-    return next((source.mean_keys for source in of_policy if source.mean_keys is not None), None)
+    return next((source.layer_mean_keys for source in of_policy if source.mean_keys is not None), None)
 
 
 def _counted(layers: Sequence[LayerSpec], dtype: HasItemSize | None) -> tuple[LayerSpec, ...]:
@@ -263,7 +263,7 @@ def _solvable(
             if source in joint:
                 continue
             try:
-                xkv_fx.solve(source, total_tokens=len(source.layers), allocator=name)
+                xkv_fx.solve(source, total_tokens=len(source.model_layers), allocator=name)
             except BudgetError as error:
                 errors.append(str(error))
             else:

@@ -1,4 +1,4 @@
-"""A calibration: how far the output strays when one layer alone holds less, and its file."""
+"""A calibration: how far the output strays when one layer or KV head alone holds less, and its file."""
 
 from __future__ import annotations
 
@@ -17,30 +17,35 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from xkv_fx.errors import BudgetError, FileFormatError
-from xkv_fx.fields import HEADER, LIST, NUMBER, OBJECT, TEXT, Fields, list_of, read_header, whole
+from xkv_fx.fields import HEADER, LIST, NUMBER, OBJECT, TEXT, Fields, list_of, or_null, read_header, whole
 from xkv_fx.files import check_safetensors_size, is_int, written_whole
 from xkv_fx.formats import LayerFormats, checked_pair, codes_keys, pair_name
 from xkv_fx.layers import LayerSpec, layer_specs
 from xkv_fx.mean_keys import MeanKeys, arrays_of, check_fits, checked_mean_keys, mean_keys_of
 from xkv_fx.planning.data.as_table import as_table
+from xkv_fx.planning.data.by_head import checked_counts, joined_means, whole_layers
 from xkv_fx.planning.data.hull import gain_curve, kl_curve
 from xkv_fx.planning.data.measured_file import reading
 from xkv_fx.planning.data.profile_data import check_context
 from xkv_fx.policy import Policy
 
 FORMAT = "xkv_fx.calibration"
-FORMAT_VERSION = 3  # 1 has no formats, 2 no mean keys
+FORMAT_VERSION = 4  # 1 has no formats, 2 no mean keys, 3 no single KV heads
 MAX_CALIBRATION_BYTES = 256 * 2**20
 _FIELDS: Fields = {
     "sha256": TEXT, "model": TEXT, "policy": OBJECT, "layers": LIST, "grid": list_of(NUMBER),
     "lengths": list_of(whole(1)), "continuation": whole(1),
 }  # fmt: skip
-_SINCE: Mapping[int, Fields] = {2: {"formats": LIST}}
+_SINCE: Mapping[int, Fields] = {
+    2: {"formats": LIST}, 4: {"formats": or_null(LIST), "heads": list_of(whole(1))},
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
     """Measured KL divergence to the full cache, for each layer alone at several capacities, and in several formats.
+
+    By KV head, each head of each layer stands in the place of a layer.
 
     Attributes:
         kl: mean over continuation tokens of KL(full || cut), nats, float32 `[prompts, layers, grid]`, read-only.
@@ -56,10 +61,12 @@ class Calibration:
             in that. In the model's dtype, holding all tokens strays by nothing, and is not measured.
         mean_keys: of each layer over the tokens of the prompts, taken off the keys that were stored in fewer bits; None
             where nothing was.
+        heads: how many KV heads each layer of the model has, where heads were measured: `layers` are then these heads
+            one after another, each a spec of one KV head, and so is what belongs to each layer. None by layer.
 
     Raises:
         BudgetError: values of the wrong shape, negative or not finite; formats that a layer cannot be stored in, or
-            mean keys that are not its own.
+            mean keys that are not its own; heads that are not those of `layers`.
     """
 
     kl: NDArray[np.float32]
@@ -71,6 +78,7 @@ class Calibration:
     model: str
     formats: tuple[LayerFormats | None, ...] | None = None
     mean_keys: MeanKeys | None = None
+    heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
@@ -80,6 +88,7 @@ class Calibration:
         layers = tuple(self.layers)
         if not layers or not all(isinstance(spec, LayerSpec) for spec in layers):
             raise BudgetError("layers must be LayerSpecs, one for each layer that owns a KV cache; at least one")
+        heads = checked_counts(self.heads, layers)
         lengths = tuple(check_context(length) for length in self.lengths)
         if not lengths:
             raise BudgetError("a calibration needs at least one prompt")
@@ -103,6 +112,7 @@ class Calibration:
                 check_fits(mean, layer, spec.kv_heads, spec.key_dim)
         checked = {
             "kl": kl, "grid": grid, "lengths": lengths, "layers": layers, "formats": formats, "mean_keys": means,
+            "heads": heads,
         }  # fmt: skip
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -114,15 +124,17 @@ class Calibration:
         return hash((self.model, self.policy, self.layers, self.lengths))
 
     def __repr__(self) -> str:
+        what = "layers" if self.heads is None else f"KV heads in {len(self.heads)} layers"
         return (
-            f"<calibration of {self.model}: {len(self.layers)} layers, {len(self.lengths)} prompts of up to "
+            f"<calibration of {self.model}: {len(self.layers)} {what}, {len(self.lengths)} prompts of up to "
             f"{self.context_default:,} tokens, formats {', '.join(map(pair_name, self.pairs))}, {self.policy.scorer}, "
             f"{self.policy.eviction}>"
         )
 
     def __str__(self) -> str:
         """A short table for each pair of formats: the mean KL of each layer at the shares that were measured."""
-        parts = [repr(self), "KL to the full cache in nats when one layer alone holds a share of the tokens"]
+        what = "layer" if self.heads is None else "KV head"
+        parts = [repr(self), f"KL to the full cache in nats when one {what} alone holds a share of the tokens"]
         for pair in self.pairs:
             shares, kl = self._points_of(pair)
             parts += [f"stored as {pair_name(pair)}", as_table([f"{share:.1%}" for share in shares], kl)]
@@ -137,6 +149,16 @@ class Calibration:
     def statistics(self) -> dict[str, NDArray[np.float64]]:
         """What else was measured of each layer: nothing."""
         return {}
+
+    @property
+    def model_layers(self) -> tuple[LayerSpec, ...]:
+        """The layers of the model that own a KV cache; `layers` unless heads were measured."""
+        return self.layers if self.heads is None else whole_layers(self.layers, self.heads)
+
+    @property
+    def layer_mean_keys(self) -> MeanKeys | None:
+        """`mean_keys` of these layers."""
+        return self.mean_keys if self.heads is None else joined_means(self.mean_keys, self.heads)
 
     @property
     def pairs(self) -> tuple[LayerFormats | None, ...]:
@@ -253,17 +275,19 @@ class Calibration:
         }
         if self.formats is not None:
             description["formats"] = [None if pair is None else list(pair) for pair in self.formats]
+        if self.heads is not None:
+            description = {"formats": None, **description, "heads": list(self.heads)}
         return json.dumps(description, sort_keys=True, default=operator.index)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the calibration as a safetensors file; it appears whole or not at all.
 
-        One without mean keys says nothing that version 2 did not, and one without formats nothing that version 1 did
-        not; they stay of these versions.
+        It is of the oldest version that can say all of it: 4 with single KV heads, 3 with mean keys, 2 with formats.
         """
+        version = 3 if self.mean_keys is not None else 1 if self.formats is None else 2
         header = {
             "format": FORMAT,
-            "version": 3 if self.mean_keys is not None else 1 if self.formats is None else 2,
+            "version": version if self.heads is None else 4,
             "sha256": self.digest(),
             **json.loads(self._description()),
         }
@@ -284,7 +308,7 @@ class Calibration:
             with safetensors.safe_open(os.fspath(path), framework="np") as file:
                 header = read_header(file.metadata(), FORMAT, FORMAT_VERSION, _FIELDS, since=_SINCE)
                 names = set(file.keys())
-                with_means = header["version"] >= 3
+                with_means = header["version"] == 3 or (header["version"] > 3 and len(names) > 1)
                 if "kl" not in names or (len(names) > 1) != with_means:
                     raise FileFormatError(
                         f"it does not hold an array 'kl'{' and mean keys' if with_means else ' alone'}"
@@ -303,6 +327,7 @@ class Calibration:
                 model=header["model"],
                 formats=header.get("formats"),
                 mean_keys=mean_keys_of(arrays, len(header["layers"])),
+                heads=header.get("heads"),
             )
             if calibration.digest() != header["sha256"]:
                 raise FileFormatError("its content does not match its checksum; it is damaged, so calibrate again")

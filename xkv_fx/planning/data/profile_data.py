@@ -18,19 +18,23 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from xkv_fx.errors import BudgetError, FileFormatError
-from xkv_fx.fields import HEADER, LIST, OBJECT, TEXT, Fields, read_header
+from xkv_fx.fields import HEADER, LIST, OBJECT, TEXT, Fields, list_of, read_header, whole
 from xkv_fx.files import check_safetensors_size, is_int, written_whole
 from xkv_fx.layers import LayerSpec, layer_specs
 from xkv_fx.planning.data.as_table import as_table
+from xkv_fx.planning.data.by_head import checked_counts, whole_layers
 from xkv_fx.planning.data.curves import mean_retention, rescale
 from xkv_fx.planning.data.measured_file import reading
 from xkv_fx.policy import Policy
 
 FORMAT = "xkv_fx.profile"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 has no single KV heads
 MAX_PROFILE_BYTES = 8 * 1024**3  # 190 prompts of 131,072 tokens in 80 layers
 _SHOWN = (0.0625, 0.125, 0.25, 0.5, 0.75)
 _FIELDS: Fields = {"sha256": TEXT, "model": TEXT, "policy": OBJECT, "layers": LIST, "layer_means": OBJECT}
+_SINCE: Mapping[int, Fields] = {2: {"heads": list_of(whole(1))}}
+MASS = "mass"
+"""In `layer_means` by KV head: the scores of a head together, their mean over all heads being 1."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -44,6 +48,8 @@ class Profile:
         model: fingerprint of the model.
         layer_means: what else was measured, by name: for each layer a finite number, the mean over prompts.
             The allocators `"entropy"` and `"squeeze"` need `"preference"` and `"similarity"`.
+        heads: how many KV heads each layer of the model has, where heads were profiled: `layers` are then these heads
+            one after another, each a spec of one KV head, and each has a curve. None by layer.
 
     Raises:
         BudgetError: no prompts, or curves that do not run from 0 to 1 without falling, one for each layer.
@@ -54,6 +60,7 @@ class Profile:
     layers: tuple[LayerSpec, ...]
     model: str
     layer_means: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
@@ -68,6 +75,7 @@ class Profile:
         means = {str(name): _checked_means(name, values, len(layers)) for name, values in self.layer_means.items()}
         object.__setattr__(self, "layer_means", dict(sorted(means.items())))
         object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "heads", checked_counts(self.heads, layers))
         object.__setattr__(self, "curves", tuple(_frozen(c, i, len(layers)) for i, c in enumerate(curves)))
 
     def __eq__(self, other: object) -> bool:
@@ -77,8 +85,9 @@ class Profile:
         return hash((self.model, self.policy, self.layers, self.lengths))
 
     def __repr__(self) -> str:
+        what = "layers" if self.heads is None else f"KV heads in {len(self.heads)} layers"
         return (
-            f"<profile of {self.model}: {len(self.layers)} layers, {len(self.curves)} prompts of up to "
+            f"<profile of {self.model}: {len(self.layers)} {what}, {len(self.curves)} prompts of up to "
             f"{self.context_default:,} tokens, {self.policy.scorer}, {self.policy.eviction}>"
         )
 
@@ -93,6 +102,11 @@ class Profile:
     def lengths(self) -> tuple[int, ...]:
         """The number of tokens of each profiled prompt."""
         return tuple(curves.shape[1] - 1 for curves in self.curves)
+
+    @property
+    def model_layers(self) -> tuple[LayerSpec, ...]:
+        """The layers of the model that own a KV cache; `layers` unless heads were profiled."""
+        return self.layers if self.heads is None else whole_layers(self.layers, self.heads)
 
     @property
     def context_default(self) -> int:
@@ -126,6 +140,12 @@ class Profile:
         if len(self.curves) > 1:
             mean /= len(self.curves)
         return mean
+
+    def objective(self, context: int) -> NDArray[np.float64]:
+        """What the allocator `"xkv"` makes as large as it can be: `mean_curve`, by KV head each times the mass of its
+        head, so that heads are pooled by their scores."""
+        curves = self.mean_curve(context)
+        return curves * np.array(self.layer_means[MASS])[:, None] if MASS in self.layer_means else curves
 
     def retention(self, capacities: Sequence[int], context: int | None = None) -> float:
         """The mean over layers of the share of attention mass that these capacities keep.
@@ -166,6 +186,7 @@ class Profile:
             "policy": self.policy.to_dict(),
             "layers": [dataclasses.asdict(spec) for spec in self.layers],
             "layer_means": {name: list(values) for name, values in self.layer_means.items()},
+            **({} if self.heads is None else {"heads": list(self.heads)}),
         }
         return json.dumps(description, sort_keys=True, default=operator.index)
 
@@ -173,7 +194,7 @@ class Profile:
         """Write the profile as a safetensors file; it appears whole or not at all."""
         header = {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": 1 if self.heads is None else 2,
             "sha256": self.digest(),
             **json.loads(self._description()),
         }
@@ -192,7 +213,7 @@ class Profile:
         with reading(path, FORMAT, "Profile again."):
             check_safetensors_size(path, MAX_PROFILE_BYTES)
             with safetensors.safe_open(os.fspath(path), framework="np") as file:
-                header = read_header(file.metadata(), FORMAT, FORMAT_VERSION, _FIELDS)
+                header = read_header(file.metadata(), FORMAT, FORMAT_VERSION, _FIELDS, since=_SINCE)
                 curves = _read_curves(file, len(header["layers"]))
             profile = cls(
                 curves,
@@ -200,6 +221,7 @@ class Profile:
                 layer_specs(header["layers"]),
                 header["model"],
                 header["layer_means"],
+                header.get("heads"),
             )
             if profile.digest() != header["sha256"]:
                 raise FileFormatError("its content does not match its checksum; it is damaged, so profile again")

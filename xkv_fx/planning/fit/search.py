@@ -247,6 +247,7 @@ class _Search:
             formats=tuple(("model", "model") if pair is None else pair for pair in self.pairs),
             continuation=CALIBRATE_CONTINUATION,
             means=self.means,
+            by=by,
         )
 
     def _try_solved(self, calibration: Calibration, by: str, scorers: Sequence[str]) -> None:

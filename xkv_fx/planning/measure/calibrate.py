@@ -27,10 +27,12 @@ from xkv_fx.formats import LayerFormats, codes_keys
 from xkv_fx.layers import LayerSpec
 from xkv_fx.mean_keys import MeanKeys
 from xkv_fx.passes.measure.cut_at_attention import CutModel
+from xkv_fx.planning.data.by_head import check_by, one_head_means, one_head_specs
 from xkv_fx.planning.data.calibration_data import Calibration, check_grid
 from xkv_fx.planning.measure.continuation import (
     FULL,
     FullRun,
+    HeadPlans,
     LayerPlan,
     LayerPlans,
     cut_model,
@@ -45,7 +47,7 @@ from xkv_fx.planning.measure.prompts import check_tokens
 from xkv_fx.planning.measure.team import ALONE, Arrays, Progress, Team
 from xkv_fx.planning.measure.weights import digest_of_weights
 from xkv_fx.policy import Policy
-from xkv_fx.runtime.scorers import Scorer, scorer_of
+from xkv_fx.runtime.scorers import Scorer, check_scores_parts, scorer_of
 from xkv_fx.runtime.slots import slot_plans
 
 CALIBRATE_CONTINUATION = 16
@@ -64,8 +66,10 @@ def measure_calibration(
     team: Team = ALONE,
     formats: Sequence[str | LayerFormats] | None = None,
     means: MeanKeys | None = None,
+    by: str = "layer",
 ) -> Calibration:
-    """Measure each layer alone at each capacity and in each of the formats, all others full, on every prompt.
+    """Measure each layer, or each KV head of each layer, alone at each capacity and in each of the formats, all others
+    full, on every prompt.
 
     Where keys are stored in fewer bits, their means over the tokens of all prompts are measured first, since what is
     left without them is what is stored.
@@ -82,13 +86,18 @@ def measure_calibration(
         team: who measures.
         formats: see `pairs_to_measure`; the model's dtype alone when None.
         means: mean keys that were measured before; measured here when None.
+        by: `"layer"` or `"head"`.
 
     Raises:
         PromptError, BudgetError, UnsupportedModelError: see `xkv_fx.calibrate`.
     """
     check_measurable(policy, continuation, grid)
+    check_by(by)
     pairs = pairs_to_measure(formats, captured.layers)
-    points = points_to_measure(pairs, grid, captured.layers)
+    points = points_to_measure(pairs, grid, captured.layers, by)
+    alone: list[tuple[int, int | None]] = [(layer, None) for layer in range(len(captured.layers))]
+    if by == "head":
+        alone = [(layer, head) for layer, spec in enumerate(captured.layers) for head in range(spec.kv_heads)]
 
     def prepare() -> tuple[list[Tensor], Scorer, _Partial]:
         team.check_whole(captured)
@@ -97,11 +106,19 @@ def measure_calibration(
                 "what processes measured that share a model cannot be resumed: one might find a result that another "
                 "lacks; leave resume out"
             )
+        if by == "head" and captured.shard.size > 1:
+            raise BudgetError(
+                "by='head' is not taken for a model whose heads processes share: each would cut another head at the "
+                "same time; calibrate by layer, or the whole model in one process"
+            )
         rows = [check_prompt(index, prompt, captured, continuation) for index, prompt in enumerate(prompts)]
         scorer = captured.scorer_of(policy)
+        if by == "head":
+            check_scores_parts(scorer)
         settings: list[Any] = [policy.to_dict(), list(points.shares), int(continuation)]
         settings += [] if points.formats is None else [points.formats]
-        shape = (len(captured.layers), len(points))
+        settings += [by] if by == "head" else []
+        shape = (len(alone), len(points))
         return rows, scorer, _Partial(resume, captured, settings, {"kl": (shape, np.dtype(np.float32))})
 
     rows, scorer, done = team.together(prepare)
@@ -124,21 +141,30 @@ def measure_calibration(
         ids = rows[prompt]
         return done.results(
             ids,
-            lambda: {"kl": _measure(model(ids), scorer, captured.layers, policy, points, ids, continuation, means)},
+            lambda: {
+                "kl": _measure(model(ids), scorer, captured.layers, policy, points, ids, continuation, means, alone)
+            },
         )
 
     kl = np.stack([result["kl"] for result in team.measure(len(rows), measure, progress)])
     lengths = tuple(ids.shape[1] - continuation for ids in rows)
+    measured_means = None if means is None else gathered(means, captured.shard, captured.device)
+    layers, heads = captured.layers, None
+    if by == "head":
+        layers, heads = one_head_specs(captured.layers), tuple(spec.kv_heads for spec in captured.layers)
+        if measured_means is not None:
+            measured_means = one_head_means(measured_means, captured.layers)
     return Calibration(
         kl,
         points.shares,
         lengths,
         continuation,
         policy,
-        captured.layers,
+        layers,
         captured.fingerprint,
         points.formats,
-        None if means is None else gathered(means, captured.shard, captured.device),
+        measured_means,
+        heads,
     )
 
 
@@ -221,14 +247,20 @@ def single_layer_plan(
     policy: Policy,
     tokens: int,
     continuation: int,
+    head: int | None = None,
 ) -> LayerPlans:
-    """The plan under which `layer` holds a share of the `tokens` of a prompt, stored so, and all others everything."""
+    """The plan under which `layer`, or one KV head of it, holds a share of the `tokens` of a prompt, stored so, and all
+    others everything."""
     slots = None
     if share < 1:
         capacity = max(1, round(share * layers[layer].effective_capacity(tokens)))
         (slots,) = slot_plans(Plan((capacity,), policy), (layers[layer],), continuation)
-    plans: list[LayerPlan] = [FULL] * len(layers)
+    plans: list[LayerPlan | HeadPlans] = [FULL] * len(layers)
     plans[layer] = (slots, storing)
+    if head is not None and layers[layer].kv_heads > 1:
+        plans[layer] = HeadPlans(
+            tuple((slots, storing) if place == head else FULL for place in range(layers[layer].kv_heads))
+        )
     return plans
 
 
@@ -241,18 +273,25 @@ def _measure(
     ids: Tensor,
     continuation: int,
     means: MeanKeys | None,
+    alone: Sequence[tuple[int, int | None]],
 ) -> NDArray[np.float32]:
-    """KL of one prompt, float32 `[layers, points]`."""
+    """KL of one prompt, float32 `[layers or heads, points]`.
+
+    Args:
+        alone: what is measured alone, one after another: a layer, and which of its KV heads or None for all of them.
+    """
     full: FullRun = run_full(model, scorer, ids, continuation)
+    mean_of = means or (None,) * len(layers)
     plans = [
         single_layer_plan(
-            layers, layer, share, storing_as(layers[layer], formats, mean), policy, full.prompt_tokens, continuation
+            layers, layer, share, storing_as(layers[layer], formats, mean_of[layer]), policy, full.prompt_tokens,
+            continuation, head,
         )
-        for layer, mean in enumerate(means or (None,) * len(layers))
+        for layer, head in alone
         for share, formats in points
-    ]
+    ]  # fmt: skip
     measured = full.divergence(plans).mean(1).numpy()
-    kl: NDArray[np.float32] = measured.reshape(len(layers), len(points)).astype(np.float32)
+    kl: NDArray[np.float32] = measured.reshape(len(alone), len(points)).astype(np.float32)
     if not np.isfinite(kl).all():
         raise PromptError("the model's output is not finite; was it run in a dtype that overflows?")
     return kl

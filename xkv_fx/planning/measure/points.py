@@ -18,6 +18,19 @@ _FEWEST_BYTES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 _OTHERS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 _MODEL = (3 / 4,)
 
+# Heads are measured at fewer points, so that all of a layer's cost about half as much again as the layer.
+_OF_HEADS: dict[int, tuple[float, ...]] = {
+    1: GRID,
+    2: (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4),
+    3: (1 / 32, 1 / 8, 3 / 8, 3 / 4),
+    4: (1 / 16, 1 / 4, 5 / 8),
+}
+_OF_MORE_HEADS = (1 / 8, 1 / 2)
+_FEWEST_BYTES_OF_HEADS = (1 / 16, 1 / 4)
+_OTHERS_OF_HEADS = (1 / 8, 1 / 2)
+_OTHERS_OF_MORE_HEADS = (1 / 4,)
+_FEW_HEADS = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Points:
@@ -62,25 +75,32 @@ def pairs_to_measure(
 
 
 def points_to_measure(
-    pairs: Sequence[LayerFormats | None], grid: Sequence[float] | None, layers: Sequence[LayerSpec]
+    pairs: Sequence[LayerFormats | None], grid: Sequence[float] | None, layers: Sequence[LayerSpec], by: str = "layer"
 ) -> Points:
-    """Where to measure layers in these formats.
+    """Where to measure layers, or their KV heads, in these formats.
 
     Args:
         pairs: as `pairs_to_measure` gives them.
         grid: ascending shares for each of them, above 0 and below 1; chosen by their bytes when None.
+        by: `"layer"` or `"head"`; a head is measured at fewer points, by how many heads there are in a layer.
 
     Raises:
         BudgetError: a grid out of range, or a layer that cannot be stored so.
     """
     check_storable(pairs, layers)
+    heads = max(spec.kv_heads for spec in layers) if by == "head" else 1
     if list(pairs) == [None]:
-        return Points(check_grid(GRID if grid is None else grid))
+        return Points(check_grid(_OF_HEADS.get(heads, _OF_MORE_HEADS) if grid is None else grid))
+    fewest: tuple[float, ...] = _FEWEST_BYTES
+    others: tuple[float, ...] = _OTHERS
+    if heads > 1:
+        fewest = _FEWEST_BYTES_OF_HEADS
+        others = _OTHERS_OF_HEADS if heads <= _FEW_HEADS else _OTHERS_OF_MORE_HEADS
     by_bytes = sorted(pairs, key=lambda pair: -sum(spec.slot_bytes(formats=pair) for spec in layers))
     shares: list[float] = []
     formats: list[LayerFormats | None] = []
     for pair in by_bytes:
-        chosen = _FEWEST_BYTES if pair == by_bytes[-1] else _MODEL if pair is None else _OTHERS
+        chosen = fewest if pair == by_bytes[-1] else _MODEL if pair is None else others
         measured = chosen if grid is None else check_grid(grid)
         if pair is not None:  # in the model's dtype, all tokens are the full cache, which strays by nothing
             measured += (1.0,)

@@ -13,15 +13,16 @@ from torch import Tensor
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, PromptError
 from xkv_fx.passes.pipeline import profile_pipeline, run_pipeline
+from xkv_fx.planning.data.by_head import check_by, one_head_specs
 from xkv_fx.planning.data.curves import retention_curve
-from xkv_fx.planning.data.profile_data import Profile
+from xkv_fx.planning.data.profile_data import MASS, Profile
 from xkv_fx.planning.measure.continuation import cut_model
 from xkv_fx.planning.measure.prompts import check_tokens
 from xkv_fx.planning.measure.second_reading import scores_of_second_reading
 from xkv_fx.planning.measure.team import ALONE, Arrays, Progress, Team
 from xkv_fx.planning.measure.weights import digest_of_weights
 from xkv_fx.policy import Policy
-from xkv_fx.runtime.scorers import Scorer, check_measures_attention, reading_of, scorer_of
+from xkv_fx.runtime.scorers import Scorer, check_measures_attention, check_scores_parts, reading_of, scorer_of
 from xkv_fx.sizes import check_share, share_of
 
 Measure = Callable[[Tensor], tuple[Tensor, ...]]
@@ -61,6 +62,7 @@ def measure_profile(
     progress: Progress | None = None,
     statistics: Sequence[str] = (),
     team: Team = ALONE,
+    by: str = "layer",
 ) -> Profile:
     """Run the score graph on each prompt and turn the scores into retention curves.
 
@@ -71,6 +73,7 @@ def measure_profile(
         progress: called as `progress(done, total)` after each prompt.
         statistics: what else to measure of each layer; see `AddStatistics`.
         team: who measures.
+        by: `"layer"`, or `"head"` for a curve of each KV head.
 
     Raises:
         BudgetError: see `profiling_scorer`; or an unknown statistic; or processes that were not given the same.
@@ -78,17 +81,21 @@ def measure_profile(
             model does not have.
     """
 
+    check_by(by)
+
     def prepare() -> tuple[list[Tensor], Measure]:
         team.check_whole(captured)
         profiling_scorer(policy)
         scorer = captured.scorer_of(policy)
         if statistics and captured.shard.size > 1:
             raise BudgetError("statistics are of all heads, and each process of this model has some; leave them out")
+        if by == "head":
+            _check_by_head(captured, scorer, statistics)
         rows = [_check_prompt(index, prompt, captured) for index, prompt in enumerate(prompts)]
         return rows, _measuring(captured, scorer, tuple(statistics))
 
     rows, run = team.together(prepare)
-    described = [captured.fingerprint, str(captured.dtype), policy.to_dict(), list(statistics)]
+    described = [captured.fingerprint, str(captured.dtype), policy.to_dict(), list(statistics), by]
     team.check_same(lambda: (json.dumps(described), digest_of_weights(captured), *rows))
     layers = len(captured.layers)
 
@@ -96,15 +103,36 @@ def measure_profile(
         ids = rows[prompt]
         measured = run(ids)
         scores = [captured.shard.all_heads(layer)[0].cpu().numpy() for layer in measured[:layers]]
+        if by == "head":
+            scores = [head for layer in scores for head in np.split(layer, len(layer))]
         curves = [retention_curve(layer, policy) for layer in scores]
         more = torch.cat(measured[layers:]).view(len(statistics), layers) if statistics else torch.empty(0, layers)
-        return {"curves": np.stack(curves).astype(np.float32), "more": more.cpu().numpy()}
+        mass = np.array([of_one.sum(dtype=np.float64) for of_one in scores])
+        return {
+            "curves": np.stack(curves).astype(np.float32),
+            "more": more.cpu().numpy(),
+            "mass": mass / mass.mean() if mass.any() else np.ones_like(mass),
+        }
 
     found = team.measure(len(rows), measure, progress)
     more = np.stack([result["more"] for result in found]).astype(np.float64)
     means = {name: tuple(more[:, index].mean(0).tolist()) for index, name in enumerate(statistics)}
     curves = tuple(result["curves"] for result in found)
-    return Profile(curves, policy, captured.layers, captured.fingerprint, means)
+    if by == "layer":
+        return Profile(curves, policy, captured.layers, captured.fingerprint, means)
+    mass = np.stack([result["mass"] for result in found]).mean(0)
+    counts = tuple(spec.kv_heads for spec in captured.layers)
+    measured_heads = one_head_specs(captured.layers)
+    return Profile(curves, policy, measured_heads, captured.fingerprint, {MASS: tuple(mass.tolist())}, counts)
+
+
+def _check_by_head(captured: CapturedModel, scorer: Scorer, statistics: Sequence[str]) -> None:
+    """Refuse what has no meaning for single KV heads."""
+    check_scores_parts(scorer)
+    if statistics:
+        raise BudgetError(f"{', '.join(statistics)} are of layers, not of single KV heads; leave statistics out")
+    if captured.shard.size > 1:
+        raise BudgetError("by='head' is not taken for a model whose heads processes share; profile it in one process")
 
 
 def _measuring(captured: CapturedModel, scorer: Scorer, statistics: tuple[str, ...]) -> Measure:

@@ -198,6 +198,16 @@ def calibrated(curves: NDArray[np.floating[Any]], total: int, limits: Limits) ->
     return fill(dataclasses.replace(blocks, lows=spread(blocks, total // 4)), total)
 
 
+@within_limits
+def _calibrated_by_head(curves: NDArray[np.floating[Any]], total: int, limits: Limits) -> NDArray[np.int64]:
+    return fill(blocks_of_curves(checked_curves(curves), limits), total)
+
+
+CALIBRATED_BY_HEAD = _Checked("calibrated", _calibrated_by_head, "kl")
+"""`calibrated` for KV heads: nothing is shared alike, since a head that does not matter leaves the others of its layer
+to hold what it lets go of."""
+
+
 def calibrated_floor(mean: int, limits: Limits) -> int:
     """The fewest slots of a layer when layers have `mean` on average: a quarter of that, or what was asked for."""
     return max(limits.floor, min(mean // 4, limits.context))

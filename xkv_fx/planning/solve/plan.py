@@ -12,6 +12,7 @@ from xkv_fx.budgets import Plan, Provenance
 from xkv_fx.errors import BudgetError
 from xkv_fx.formats import LayerFormats
 from xkv_fx.layers import HasItemSize, LayerSpec
+from xkv_fx.planning.data.by_head import planned_by_layer, tokens_of_heads
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.curves import mean_retention
 from xkv_fx.planning.data.profile_data import Profile, check_context
@@ -35,6 +36,8 @@ from xkv_fx.policy import Policy
 
 Curves = NDArray[np.float64]
 Capacities = NDArray[np.int64]
+_OF_LAYERS = ("pyramid",)
+"""Allocators that share by the order of layers."""
 
 
 def solve_plan(
@@ -67,11 +70,17 @@ def solve_plan(
     calibrated = isinstance(profile, Calibration)
     if allocator is None:
         allocator = "calibrated" if calibrated else "xkv"
+    if profile.heads is not None:
+        if isinstance(allocator, str):
+            _check_shares_heads(allocator)
+        allocator = allocators.CALIBRATED_BY_HEAD if calibrated and allocator == "calibrated" else allocator
     share = allocators.allocator(allocator).reading("kl" if calibrated else "retention", profile.statistics)
     if calibrated and name == "retention":
         raise BudgetError("a calibration holds no retention; give a fraction, total_tokens or kv_bytes, or a profile")
     limits = make_limits(len(layers), context, floor, room.caps, multiple)
     constraint: dict[str, float] = {name: value}
+    if name == "total_tokens" and profile.heads is not None:
+        value = tokens_of_heads(value, profile.heads)
     if name == "fraction":
         name, value = what_fraction_is(value, layers, context)
         batch_size, dtype = 1, None
@@ -80,19 +89,19 @@ def solve_plan(
         slot_bytes = slot_bytes_of(layers, batch_size, dtype)
         if name in constraint:
             constraint |= what_bytes_are_of(batch_size, dtype, room.tokens)
-        curves = profile.mean_curve(context)
+        curves = _objective(profile, share, context)
         capacities = capacities_within_bytes(share, curves, slot_bytes, value, limits, room)
     elif name == "retention":
         check_retention(value, 1.0)
-        curves = profile.mean_curve(context)
+        curves = _objective(profile, share, context)
         capacities = _with_retention(share, curves, value, limits)
     else:
         limits.for_total(value)
-        curves = profile.mean_curve(context)
+        curves = _objective(profile, share, context)
         capacities = _share(share, curves, value, limits)
 
     return Plan(
-        capacities=tuple(capacities.tolist()),
+        capacities=planned_by_layer(capacities.tolist(), profile.heads),
         policy=profile.policy,
         provenance=Provenance(
             model=profile.model,
@@ -104,9 +113,29 @@ def solve_plan(
             expected_kl=profile.expected_kl(capacities.tolist(), context) if isinstance(profile, Calibration) else None,
             kv_bytes=bytes_held(layers, capacities.tolist()),
             full_kv_bytes=full_bytes(layers, context),
-            sliding_windows=tuple(spec.sliding_window for spec in layers),
+            sliding_windows=tuple(spec.sliding_window for spec in profile.model_layers),
         ),
     )
+
+
+def _objective(profile: Profile | Calibration, share: Allocator, context: int) -> Curves:
+    """The curves that an allocator reads."""
+    if isinstance(profile, Profile) and share is allocators.allocator("xkv"):
+        return profile.objective(context)
+    return profile.mean_curve(context)
+
+
+def _check_shares_heads(name: str) -> None:
+    """Refuse an allocator that knows layers only, where KV heads have capacities of their own.
+
+    Raises:
+        BudgetError: it is one.
+    """
+    if name in _OF_LAYERS:
+        raise BudgetError(
+            f"the allocator {name!r} is made for layers, and this was measured by KV head; leave allocator out, choose "
+            "'uniform', or measure by layer"
+        )
 
 
 def _check_chooses_formats(allocator: str | Allocator | None) -> None:
@@ -145,7 +174,7 @@ def capacities_within_bytes(
     if (slot_bytes == slot_bytes[0]).all():
         return room.grown(_share(share, curves, min(kv_bytes // int(slot_bytes[0]), most), limits))
     calibrated = share is allocators.allocator("calibrated")
-    if calibrated or share is allocators.allocator("xkv"):
+    if calibrated or share in (allocators.allocator("xkv"), allocators.CALIBRATED_BY_HEAD):
         mean = kv_bytes // int(slot_bytes.sum())
         floor = allocators.calibrated_floor(mean, limits) if calibrated else limits.floor
         filled = capacities_for_bytes(

@@ -9,6 +9,7 @@ import numpy as np
 from xkv_fx.budgets import Plan, Provenance
 from xkv_fx.errors import BudgetError
 from xkv_fx.layers import HasItemSize
+from xkv_fx.planning.data.by_head import planned_by_layer
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.solve.constraints import (
     bytes_held,
@@ -65,7 +66,7 @@ def plan_with_formats(
     capacities = room.grown(capacities)
     formats = tuple(calibration.pairs[pair] for pair in pairs)
     return Plan(
-        capacities=tuple(capacities.tolist()),
+        capacities=planned_by_layer(capacities.tolist(), calibration.heads),
         policy=calibration.policy,
         provenance=Provenance(
             model=calibration.model,
@@ -76,8 +77,8 @@ def plan_with_formats(
             expected_kl=calibration.expected_kl(capacities.tolist(), context, formats),
             kv_bytes=bytes_held(layers, capacities.tolist(), formats),
             full_kv_bytes=full_bytes(layers, context),
-            sliding_windows=tuple(spec.sliding_window for spec in layers),
+            sliding_windows=tuple(spec.sliding_window for spec in calibration.model_layers),
         ),
-        formats=formats,
-        mean_keys=calibration.mean_keys,
+        formats=planned_by_layer(formats, calibration.heads),
+        mean_keys=calibration.layer_mean_keys,
     )
