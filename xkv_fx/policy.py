@@ -13,7 +13,8 @@ from xkv_fx.files import is_finite, is_int
 Eviction = Literal["ring", "scored", "append", "none"]
 EVICTIONS: tuple[str, ...] = get_args(Eviction)
 SCORERS = (
-    "expected_attention", "h2o", "key_diff", "key_norm", "random", "snapkv", "streaming", "tova", "value_norm",
+    "expected_attention", "h2o", "key_diff", "key_norm", "random", "reconstruction", "snapkv", "streaming", "tova",
+    "value_norm",
 )  # fmt: skip
 """The scorers that come with this package; a policy may name others, which must be registered where it is used."""
 
