@@ -286,7 +286,7 @@ def test_other_safetensors_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "format version 2 is newer than 1, the newest that is read here; upgrade"),
+        ({"version": 3}, "format version 3 is newer than 2, the newest that is read here; upgrade"),
         ({"version": 0}, "version 0 is not a whole number"),
         ({"version": True}, "version True is not a whole number"),
         ({"version": "1"}, "version '1' is not a whole number"),
