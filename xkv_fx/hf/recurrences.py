@@ -24,6 +24,7 @@ from xkv_fx.errors import UnsupportedModelError
 from xkv_fx.hf.cache_name import CACHE_NAME
 from xkv_fx.hf.inspect import TransformersFacts, layer_kinds
 from xkv_fx.hf.recurrent_module import CONV, PROBED, RECURRENT, LoneModule, OneStep, Place, StatefulCall, tensors_in
+from xkv_fx.passes.prepare.return_states import ReturnStates
 from xkv_fx.runtime.recurrence import Recurrence, StatePart
 
 _WITHOUT_STATE = {"mlp", "moe"}
@@ -81,7 +82,9 @@ def with_step(recurrence: Recurrence, rows: int) -> Recurrence:
     module: Any = recurrence.module
     inputs = tuple(part.expand(rows, *part.shape[1:]).contiguous() for part in module.example)
     states = recurrence.empty_states(rows, inputs[0].device)
-    return dataclasses.replace(recurrence, step=export_step(OneStep(module, len(inputs)), (*inputs, *states)))
+    step = export_step(OneStep(module, len(inputs)), (*inputs, *states))
+    ReturnStates()(step)
+    return dataclasses.replace(recurrence, step=step)
 
 
 def _watch(twin: PreTrainedModel, facts: TransformersFacts) -> tuple[list[StatefulCall], Any]:
