@@ -31,6 +31,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Each keeps its states in another way."""
 _OTHERS: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_5_text": _TWO,
     "jamba_last": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 0},  # no attention at the end
 }
 _ENTRIES = {entry.model_type: entry for entry in registered()}

@@ -319,8 +319,6 @@ def test_refused(name: str, reason: str) -> None:
         capture(tiny_model(ENTRIES[name]))
 
 
-def test_where_states_are_not_carried_along(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="1 recurrent layers, whose states engines do not carry along"):
-        xkv_fx.export(transformed("lfm2_moe"), tmp_path / "engine", target="pt2")
+def test_the_compile_backend_does_not_carry_states_along() -> None:
     with pytest.raises(UnsupportedModelError, match="whose states the backend 'xkv' does not carry along"):
         xkv_fx.Cache(hybrid_models.model("lfm2_moe"), Budgets((8,)))

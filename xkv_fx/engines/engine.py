@@ -19,7 +19,7 @@ from xkv_fx.engines.records import spec_of
 from xkv_fx.engines.targets import TARGETS
 from xkv_fx.errors import BackendError, EngineError, FileFormatError, PromptError
 from xkv_fx.files import check_safetensors_size
-from xkv_fx.lowering.describe import describe_layers
+from xkv_fx.lowering.describe import describe_layers, describe_recurrences
 from xkv_fx.runtime.autocast import refuse_autocast
 from xkv_fx.runtime.choose_tokens import token_chooser
 from xkv_fx.runtime.decode_steps import generate_tokens
@@ -52,6 +52,11 @@ class Engine:
     def state_bytes(self) -> int:
         """Bytes of positions, scores and counters that each session allocates."""
         return self._program.plan.state_bytes
+
+    @property
+    def other_state_bytes(self) -> int:
+        """Bytes of recurrent and convolution states that each session allocates."""
+        return self._program.plan.other_state_bytes
 
     def new_session(self) -> Session:
         """An empty session; feed it prompts and turns with `feed`, decoded tokens with `step`."""
@@ -121,6 +126,7 @@ class Engine:
                 f"policy        scorer {policy.scorer}, eviction {policy.eviction}",
                 f"rows          {manifest.batch_size}",
                 f"KV bytes      {self.kv_bytes:,} a session, and {self.state_bytes:,} for positions and counters",
+                *describe_recurrences(self._program.plan),
                 "",
                 *describe_layers(self._program.plan),
             )

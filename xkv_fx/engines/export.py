@@ -42,10 +42,10 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
             f"this model is split among {graphs.captured.shard.size} processes, and an engine runs in one; export what "
             "was made from the whole model"
         )
-    if plan.recurrent:
+    if plan.recurrent and target == "tensorrt":
         raise UnsupportedModelError(
-            f"this model has {len(plan.recurrent)} recurrent layers, whose states engines do not carry along yet; "
-            "llm.generate serves it"
+            f"this model has {len(plan.recurrent)} recurrent layers, whose states engines of the target 'tensorrt' do "
+            "not carry along; the target 'aoti' does"
         )
     for form in forms.values():
         form.check_tools()
@@ -72,6 +72,7 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
                 program=llm.program.key,
                 budgets=llm.budgets,
                 layers=plan.layers,
+                recurrent=plan.recurrent,
                 room=max(slots.slots - slots.capacity for slots in plan.slots),
                 batch_size=plan.rows,
                 dtype=str(plan.dtype).removeprefix("torch."),

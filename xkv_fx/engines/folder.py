@@ -44,6 +44,7 @@ def inspect_engine(folder: Path) -> dict[str, Any]:
         "end_tokens": list(manifest.end_tokens),
         "kv_bytes": plan.kv_bytes,
         "state_bytes": plan.state_bytes,
+        "other_state_bytes": plan.other_state_bytes,
         "file_bytes": sum(record.size for record in manifest.files.values()),
         "capacities": list(manifest.budgets.capacities),
         "slots": list(manifest.budgets.slots(manifest.layers, manifest.room)),

@@ -20,13 +20,16 @@ from xkv_fx.engines.records import (
     Package,
     TensorRTBuild,
     TensorSpec,
+    read_states,
     spec_of,
+    write_states,
 )
 from xkv_fx.engines.targets import TARGETS
 from xkv_fx.errors import EngineError, FileFormatError, XkvError
 from xkv_fx.fields import DOCUMENT, LIST, OBJECT, TEXT, Field, check_fields, list_of, or_null, whole
 from xkv_fx.files import read_sealed_json, write_sealed_json
 from xkv_fx.layers import LayerSpec, layer_specs
+from xkv_fx.runtime.recurrence import StatePart
 from xkv_fx.runtime.state import GRAPH_KINDS, CachePlan, GraphKind
 
 FORMAT = "xkv_fx.engine"
@@ -60,6 +63,7 @@ class Manifest:
         packages: the graphs, by their kind.
         files: size and hash of every file of the folder but the manifest.
         tensorrt: what TensorRT made of decode, where that is the target.
+        recurrent: what each layer keeps that mixes tokens by a state; left out of the file where there is none.
     """
 
     target: str
@@ -83,6 +87,7 @@ class Manifest:
     packages: Mapping[GraphKind, Package]
     files: Mapping[str, FileRecord]
     tensorrt: TensorRTBuild | None = None
+    recurrent: tuple[tuple[StatePart, ...], ...] = ()
 
     @property
     def plan(self) -> CachePlan:
@@ -92,7 +97,10 @@ class Manifest:
             BudgetError: the budgets do not fit the layers.
         """
         device = torch.device(self.machine.device)
-        return CachePlan.of(self.budgets, self.layers, self.batch_size, DTYPES[self.dtype], device, self.room)
+        dtype = DTYPES[self.dtype]
+        return CachePlan.of(
+            self.budgets, self.layers, self.batch_size, dtype, device, self.room, recurrent=self.recurrent
+        )
 
     def package_key(self, kind: GraphKind) -> str:
         """SHA-256 of all that a package was compiled for; the package holds it too."""
@@ -112,6 +120,8 @@ class Manifest:
             "weights": [shapes[name] for name in package.weights],
             "inputs": [spec.to_dict() for spec in package.inputs],
         }
+        if self.recurrent:
+            compiled_for["recurrent"] = write_states(self.recurrent)
         if self.budgets.formats is not None:
             compiled_for["formats"] = self.budgets.formats
         if self.budgets.mean_keys is not None:
@@ -153,7 +163,8 @@ class Manifest:
 
     def _to_dict(self) -> dict[str, Any]:
         stored = _stored()
-        return {field.name: stored[field.name].write(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        told = (field.name for field in dataclasses.fields(self) if field.name != "recurrent" or self.recurrent)
+        return {name: stored[name].write(getattr(self, name)) for name in told}
 
     @classmethod
     def load(cls, folder: Path, plan_type: type[Plan] = Plan) -> Manifest:
@@ -179,8 +190,9 @@ class Manifest:
     @classmethod
     def _from_dict(cls, data: dict[str, Any], folder: Path, plan_type: type[Plan]) -> Manifest:
         stored = _stored(lambda plan: plan_type.from_dict(plan, folder))
-        fields = check_fields(data, {**DOCUMENT, **{name: each.field for name, each in stored.items()}})
-        return cls(**{name: each.read(fields[name]) for name, each in stored.items()})
+        expected = {**DOCUMENT, **{name: each.field for name, each in stored.items()}}
+        fields = check_fields(data, expected, optional=("recurrent",))
+        return cls(**{name: each.read(fields[name]) for name, each in stored.items() if name in fields})
 
     def _check(self) -> None:
         """Check that names, files, shapes and the plan agree.
@@ -275,6 +287,7 @@ def _stored(read_plan: Callable[[Any], Plan] = Plan.from_dict) -> dict[str, _Sto
         "packages": _Stored(OBJECT, _write_named, _read_packages),
         "files": _Stored(OBJECT, _write_named, _read_files),
         "tensorrt": _Stored(or_null(OBJECT), _write_build, _read_build),
+        "recurrent": _Stored(LIST, write_states, read_states),
     }
 
 

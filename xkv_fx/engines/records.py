@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import os
 import platform
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from xkv_fx.errors import EngineError, FileFormatError
 from xkv_fx.fields import LIST, TEXT, Field, check_fields, list_of, one_of, whole
 from xkv_fx.files import is_int
+from xkv_fx.runtime.recurrence import StatePart
 
 LENGTH = "S"
 """Stands in a shape for the number of columns of a prompt."""
@@ -163,3 +166,26 @@ class Machine:
 
 def spec_of(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> TensorSpec:
     return TensorSpec(name, tuple(shape), str(dtype).removeprefix("torch."))
+
+
+def write_states(recurrent: Sequence[Sequence[StatePart]]) -> list[Any]:
+    """What layers keep that mix tokens by a state, as a file holds it."""
+    return [[spec_of(part.field, part.shape, part.dtype).to_dict() for part in parts] for parts in recurrent]
+
+
+def read_states(data: list[Any]) -> tuple[tuple[StatePart, ...], ...]:
+    """As `write_states` wrote it.
+
+    Raises:
+        FileFormatError: it did not.
+    """
+    if not all(isinstance(parts, list) and parts for parts in data):
+        raise FileFormatError("'recurrent' has a layer without states")
+    return tuple(tuple(_state_part(TensorSpec.from_dict(part)) for part in parts) for parts in data)
+
+
+def _state_part(spec: TensorSpec) -> StatePart:
+    sizes = tuple(size for size in spec.shape if isinstance(size, int) and size > 0)
+    if len(sizes) != len(spec.shape) or not re.fullmatch(r"[a-z]+\d{0,3}", spec.name):
+        raise FileFormatError(f"'recurrent' has a state {spec.name!r:.100} of the shape {list(spec.shape)}")
+    return StatePart(spec.name, sizes, DTYPES[spec.dtype])

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from xkv_fx.engines.token_loops import with_token_loops
 from xkv_fx.errors import BackendError, UnsupportedModelError, XkvError, first_line
 from xkv_fx.lowering.lift_weights import lift_weights
 from xkv_fx.passes.tools.graph import placeholders
@@ -46,7 +47,7 @@ def trace_program(
         UnsupportedModelError: a weight that is not a plain tensor.
         BackendError: what the graph does cannot be traced for every length, or only with an op that is not aten's.
     """
-    lifted, weights = lift_weights(module)
+    lifted, weights = lift_weights(with_token_loops(module))
     weights = {name: _plain_tensor(name, weight) for name, weight in weights.items()}
     instead = {**_OURS, **forms}
     for node in lifted.graph.nodes:

@@ -7,7 +7,7 @@ tokens; a decoded token runs the aten ops of its `step`, which take the node's p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from xkv_fx.errors import PassError
-from xkv_fx.runtime.graph_calls import named_call
 
 
 @torch.library.custom_op("xkv::recurrence", mutates_args=())
@@ -76,9 +75,8 @@ class Recurrence:
     goes_on: bool = True
     step: GraphModule | None = None
 
-    # What a graph needs of a target; see `named_call`.
+    # what a graph needs of a target; see `named_call`
     __name__: ClassVar[str] = "recurrence"
-    __qualname__: ClassVar[str] = "recurrence"
     reads_cache: ClassVar[bool] = True
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -110,36 +108,48 @@ class Recurrence:
         """The states of rows without tokens."""
         return tuple(torch.zeros((rows, *part.shape), dtype=part.dtype, device=device) for part in self.parts)
 
-    def prompt_call(self, fresh: bool) -> Callable[..., Tensor]:
-        """What graphs of prompts call: `(kept, fed, *inputs, *states)` -> output `[rows, S, width]`, the states changed
-        in place.
 
-        `fed` `[rows]` are the valid tokens, which come first in each row; outputs elsewhere are zero. The states end up
-        behind the first `kept` of them.
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptCall:
+    """What graphs of prompts call for such a layer: `(kept, fed, *inputs, *states)` -> output `[rows, S, width]`, the
+    states changed in place.
 
-        Args:
-            fresh: whether rows start from nothing; otherwise from the states.
-        """
-        count = len(self.parts)
+    `fed` `[rows]` are the valid tokens, which come first in each row; outputs elsewhere are zero. The states end up
+    behind the first `kept` of them.
 
-        def run(kept: Tensor, fed: Tensor, *given: Tensor) -> Tensor:
-            return self._run_prompt(kept, fed, given[:-count], given[-count:], fresh)
+    Attributes:
+        recurrence: the layer.
+        fresh: whether rows start from nothing; otherwise from the states.
+    """
 
-        def fake(kept: Tensor, fed: Tensor, *given: Any) -> Tensor:
-            return self.fake(*given[:-count])
+    recurrence: Recurrence
+    fresh: bool
 
-        name = f"recurrence_{self.index}_of_{'prompt' if fresh else 'turn'}"
-        run.changes_states = True  # type: ignore[attr-defined]  # for the check that each state is
-        return named_call(run, fake, name, __name__)
+    reads_cache: ClassVar[bool] = True
 
-    def _run_prompt(
-        self, kept: Tensor, fed: Tensor, inputs: Sequence[Tensor], held: Sequence[Tensor], fresh: bool
-    ) -> Tensor:
+    @property
+    def __name__(self) -> str:
+        return f"recurrence_{self.recurrence.index}_of_{'prompt' if self.fresh else 'turn'}"
+
+    def __call__(self, kept: Tensor, fed: Tensor, *given: Tensor) -> Tensor:
+        inputs, held = self.split(given)
+        return self._run(kept, fed, inputs, held)
+
+    def fake(self, kept: Tensor, fed: Tensor, *given: Any) -> Tensor:
+        """What a call returns, on fake values."""
+        return self.recurrence.fake(*self.split(given)[0])
+
+    def split(self, given: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Inputs and states."""
+        count = len(self.recurrence.parts)
+        return given[:-count], given[-count:]
+
+    def _run(self, kept: Tensor, fed: Tensor, inputs: Sequence[Tensor], held: Sequence[Tensor]) -> Tensor:
         """Rows of equal lengths go together, so that no row's state sees padding."""
-        rows, tokens = inputs[0].shape[:2]
-        out = inputs[0].new_zeros((rows, tokens, self.width))
+        recurrence, (rows, tokens) = self.recurrence, inputs[0].shape[:2]
+        out = inputs[0].new_zeros((rows, tokens, recurrence.width))
         lengths = list(zip(kept.tolist(), fed.tolist(), strict=True))
-        if fresh:
+        if self.fresh:
             for state in held:
                 state.zero_()
         for pair in sorted(set(lengths)):
@@ -148,16 +158,16 @@ class Recurrence:
                 continue
             chosen = torch.tensor([row for row in range(rows) if lengths[row] == pair], device=out.device)
             part = [_rows_of(values, chosen, 0, first) for values in inputs]
-            if fresh:
-                made, states = self.begin(part)
+            if self.fresh:
+                made, states = recurrence.begin(part)
             else:
-                made, states = self.go_on(part, [state[chosen] for state in held])
+                made, states = recurrence.go_on(part, [state[chosen] for state in held])
             out[chosen, :first] = made
             for state, new in zip(held, states, strict=True):
                 state[chosen] = new
             if total > first:
                 again = [_rows_of(values, chosen, first, total) for values in inputs]
-                out[chosen, first:total] = self.go_on(again, states)[0]
+                out[chosen, first:total] = recurrence.go_on(again, states)[0]
         return out
 
 

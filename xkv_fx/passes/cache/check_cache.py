@@ -14,6 +14,7 @@ from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.tools.graph import arguments, calls, changed_by
 from xkv_fx.passes.tools.roles import nodes_by_role
 from xkv_fx.runtime import coded_ops, ops  # noqa: F401  (register the ops)
+from xkv_fx.runtime.recurrence import PromptCall
 from xkv_fx.runtime.state import CACHE_KINDS, CachePlan, GraphKind
 
 xkv = torch.ops.xkv
@@ -104,7 +105,7 @@ def _owners(attentions: list[Node], cached: tuple[str, ...]) -> list[Node]:
 
 def _changes(user: Node, state: Node) -> bool:
     """Whether a node changes a state in place; graphs of prompts do so in a call of the layer itself."""
-    return state in changed_by(user) or getattr(user.target, "changes_states", False)
+    return state in changed_by(user) or isinstance(user.target, PromptCall)
 
 
 def _is_pair_mask(node: Node) -> bool:

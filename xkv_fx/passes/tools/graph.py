@@ -118,8 +118,7 @@ def splice(module: GraphModule, part: GraphModule, inputs: Sequence[Any], name: 
     copies: dict[Node, Any] = dict(zip(placeholders(part.graph).values(), inputs, strict=True))
     for node in part.graph.nodes:
         if node.op == "get_attr":
-            target = f"{name}_{node.target}".replace(".", "_")
-            copies[node] = _shared(module, target, attribute(part, str(node.target)))
+            copies[node] = share_weight(module, f"{name}_{node.target}", attribute(part, str(node.target)))
         elif node.op == "call_function":
             args, kwargs = (map_arg(given, copies.__getitem__) for given in (node.args, node.kwargs))
             copies[node] = emit(module.graph, node.target, *args, **kwargs)
@@ -129,7 +128,9 @@ def splice(module: GraphModule, part: GraphModule, inputs: Sequence[Any], name: 
     return tuple(copies[node] for node in outputs)
 
 
-def _shared(module: GraphModule, name: str, weight: torch.Tensor) -> Node:
+def share_weight(module: GraphModule, name: str, weight: torch.Tensor) -> Node:
+    """A node that reads a weight of another module, which becomes an attribute of `module`, at the insertion point."""
+    name = name.replace(".", "_")
     if isinstance(weight, torch.nn.Parameter):
         module.register_parameter(name, weight)
     else:

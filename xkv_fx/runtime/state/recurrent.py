@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from xkv_fx.runtime.recurrence import Recurrence, StatePart
+from xkv_fx.runtime.recurrence import PromptCall, Recurrence, StatePart
 from xkv_fx.runtime.state.base import Buffer, Build, GraphKind, LayerState, Value
 
 aten = torch.ops.aten
@@ -51,7 +51,7 @@ class RecurrentState(LayerState):
         recurrence, held = site.recurrence, tuple(build.held(self).values())
         name = f"recurrence_{self.index}"
         if kind != "decode":
-            run = recurrence.prompt_call(fresh=kind == "prefill")
+            run = PromptCall(recurrence, fresh=kind == "prefill")
             return build.emit(run, build.length, build.fed, *site.inputs, *held, name=name)
         out, *states = build.splice(recurrence.step, (*site.inputs, *held), name)
         for state, new in zip(held, states, strict=True):
