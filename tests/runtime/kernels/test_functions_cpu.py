@@ -10,7 +10,8 @@ from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.kernels.functions_cpu import FUNCTIONS
 
 OPERATORS = [
-    getattr(torch.ops.xkv, name).default for name in ("decode_attention_cpu", "decode_coded_cpu", "linear_cpu")
+    getattr(torch.ops.xkv, name).default
+    for name in ("decode_attention_cpu", "decode_coded_cpu", "decode_heads_cpu", "linear_cpu")
 ]
 
 

@@ -9,7 +9,6 @@ import torch
 
 from xkv_fx.lowering.kernels.attention import DECODE_CODED, DECODE_CODED_SCORED
 from xkv_fx.lowering.kernels.kernel import Call
-from xkv_fx.passes.tools.graph import call_instead, emit
 from xkv_fx.runtime.kernels import decode_coded_cpu
 from xkv_fx.runtime.kernels.build_cpu import DTYPES
 from xkv_fx.runtime.kernels.decode_coded_cpu import STEP
@@ -41,14 +40,9 @@ def obstacle(given: Mapping[str, Any]) -> str | None:
     return None
 
 
-def use(call: Call) -> None:
-    """Build the kernel for the call's shapes and formats, and put it in the place of the call."""
-    values, given, graph = call.values, call.given, call.node.graph
+def build(call: Call) -> None:
+    """Build the kernel for the call's shapes and formats."""
+    values = call.values
     q, k, v = values["q"], values["k"], values["v"]
     group = q.shape[1] // k.shape[1]
     decode_coded_cpu.build(q.dtype, group, q.shape[3], v.shape[3], values["key_bits"], values["value_bits"])
-    for name in ("sink_logits", "key_mean"):
-        if given[name] is not None:
-            with graph.inserting_before(call.node):
-                given[name] = emit(graph, torch.ops.aten.to.dtype, given[name], torch.float32)
-    call_instead(call.node, SERVED[call.node.target], given)

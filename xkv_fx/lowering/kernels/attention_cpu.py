@@ -1,17 +1,25 @@
-"""Decode attention on CPU by our C++ kernels: one for slots in the model's dtype, one for slots of fewer bits."""
+"""Decode attention on CPU by our C++ kernels: one for slots in the model's dtype, one for slots of fewer bits. A layer
+whose KV heads have several caches is served by one call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from xkv_fx.lowering.kernels import attention_coded_cpu
+from xkv_fx.lowering.kernels import attention_coded_cpu, attention_heads_cpu
 from xkv_fx.lowering.kernels.attention import ATTENTION, DECODE
 from xkv_fx.lowering.kernels.kernel import Call, Kernel
 from xkv_fx.passes.tools.graph import call_instead, emit
 from xkv_fx.runtime.kernels import decode_cpu
 from xkv_fx.runtime.kernels.build_cpu import DTYPES, STEP
+
+SERVED: dict[Any, torch._ops.OpOverload] = {
+    DECODE: torch.ops.xkv.decode_attention_cpu.default,
+    **attention_coded_cpu.SERVED,
+}
+"""By which operator each op is served, one cache alone."""
 
 
 def _accepts(call: Call) -> str | None:
@@ -35,15 +43,28 @@ def _accepts(call: Call) -> str | None:
 def _use(calls: Sequence[Call]) -> None:
     for call in calls:
         if call.node.target in attention_coded_cpu.SERVED:
-            attention_coded_cpu.use(call)
+            attention_coded_cpu.build(call)
             continue
-        values, given, graph = call.values, call.given, call.node.graph
-        q, k_cache, v_cache = values["q"], values["k_cache"], values["v_cache"]
+        q, k_cache, v_cache = (call.values[name] for name in ("q", "k_cache", "v_cache"))
         decode_cpu.build(q.dtype, q.shape[1] // k_cache.shape[1], k_cache.shape[3], v_cache.shape[3])
-        if given["sink_logits"] is not None:
-            with graph.inserting_before(call.node):
-                given["sink_logits"] = emit(graph, torch.ops.aten.to.dtype, given["sink_logits"], torch.float32)
-        call_instead(call.node, torch.ops.xkv.decode_attention_cpu.default, given)
+    layer = attention_heads_cpu.layer_of(calls)
+    if layer is not None:
+        attention_heads_cpu.use(layer)
+        return
+    for call in calls:
+        given, graph = call.given, call.node.graph
+        for name in ("sink_logits", "key_mean"):
+            if given.get(name) is not None:
+                with graph.inserting_before(call.node):
+                    given[name] = emit(graph, torch.ops.aten.to.dtype, given[name], torch.float32)
+        call_instead(call.node, SERVED[call.node.target], given)
 
 
-KERNEL = Kernel(ATTENTION, "CPU kernel", _accepts, _use, device="cpu")
+KERNEL = Kernel(
+    ATTENTION,
+    "CPU kernel",
+    _accepts,
+    _use,
+    device="cpu",
+    together=lambda call: attention_heads_cpu.joined_in(call.node),
+)

@@ -19,8 +19,13 @@ STEP = 16
 # The numbers of c10::ScalarType, which no release may change: tensors are saved by them.
 _SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 
-_SHARED = {"decode_cpu.cpp": ("softmax.h",), "decode_coded_cpu.cpp": ("softmax.h", "codes.h", "quads.h")}
-"""What sources need before them, besides `lanes.h`."""
+_SHARED = {
+    "ops_cpu.cpp": ("decode.h",),
+    "decode_cpu.cpp": ("decode.h", "lanes.h", "softmax.h"),
+    "decode_coded_cpu.cpp": ("decode.h", "lanes.h", "softmax.h", "codes.h", "quads.h"),
+    "linear_cpu.cpp": ("lanes.h",),
+}
+"""What sources need before them."""
 _WIDEST = 16
 """Numbers of the longest vectors in `lanes.h`."""
 
@@ -60,7 +65,7 @@ def build_kernel(
     bits = [0 if coding is None else coding.bits for coding in codings]
     with _building:
         operators = _operators()
-        kernel = _compiled(("lanes.h", *_SHARED.get(source, ()), source), tuple(shape.items()), lacking)
+        kernel = _compiled(source, tuple(shape.items()), lacking)
         made = ctypes.cast(getattr(kernel, function), ctypes.c_void_p)
         operators.xkv_hand_in(_SCALAR_TYPES[dtype], group, key_dim, value_dim, int8, *bits, made)
 
@@ -78,19 +83,17 @@ def _coded(codings: Sequence[Coding | None], dims: Sequence[int]) -> dict[str, i
 
 @functools.cache
 def _operators() -> ctypes.CDLL:
-    operators = _compiled(("ops_cpu.cpp",))
+    operators = _compiled("ops_cpu.cpp")
     ctypes.CDLL(operators._name, ctypes.RTLD_GLOBAL)  # compiled code finds its functions by their names
     operators.xkv_hand_in.argtypes = [*[ctypes.c_int64] * 7, ctypes.c_void_p]
     operators.xkv_hand_in.restype = None
     return operators
 
 
-def _compiled(
-    files: Sequence[str], defined: tuple[tuple[str, int], ...] = (), undefined: Sequence[str] = ()
-) -> ctypes.CDLL:
+def _compiled(source: str, defined: tuple[tuple[str, int], ...] = (), undefined: Sequence[str] = ()) -> ctypes.CDLL:
     from torch._inductor.codecache import CppCodeCache  # loads the compiler, not needed just to run graphs
 
-    texts = [importlib.resources.files(__package__).joinpath(file).read_text() for file in files]
+    texts = [importlib.resources.files(__package__).joinpath(file).read_text() for file in (*_SHARED[source], source)]
     macros = [*(f"#undef {name}" for name in undefined), *(f"#define {name} {value}" for name, value in defined)]
     text = "\n".join([*macros, *texts])
     try:

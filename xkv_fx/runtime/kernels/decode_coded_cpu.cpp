@@ -8,9 +8,9 @@
 // The slots of all heads are dealt out to threads evenly, in blocks. What a thread has of one head makes a part, with a
 // running softmax over its runs of blocks; parts are merged at the end.
 //
-// Before this text stand lanes.h, softmax.h, codes.h, quads.h, and KEY_DIM, VALUE_DIM, GROUP (query heads for each KV head),
-// KEY_BITS and VALUE_BITS (8, 4, or 0 for the dtype itself), KEY_SPAN and VALUE_SPAN (elements that share a scale). Shapes
-// are those of the op; every tensor but the mask is contiguous.
+// Before this text stand decode.h, lanes.h, softmax.h, codes.h, quads.h, and KEY_DIM, VALUE_DIM, GROUP (query heads for each
+// KV head), KEY_BITS and VALUE_BITS (8, 4, or 0 for the dtype itself), KEY_SPAN and VALUE_SPAN (elements that share a
+// scale).
 
 namespace {
 
@@ -78,10 +78,11 @@ struct Room {
   uint8_t filled_up[LANES * (KEY_DIM > VALUE_DIM ? KEY_DIM : VALUE_DIM)];
 };
 
-void ask(const scalar* q, const float* mean, float scale, Asked& asked) {
+// `apart` elements from one query of the group to the next.
+void ask(const scalar* q, int64_t apart, const float* mean, float scale, Asked& asked) {
   for (int g = 0; g < GROUP; ++g) {
     float x[PADDED<KEY_DIM>] = {}, of_mean = 0.0f;
-    for (int d = 0; d < KEY_DIM; ++d) x[d] = widen(q[g * KEY_DIM + d]) * scale;
+    for (int d = 0; d < KEY_DIM; ++d) x[d] = widen(q[g * apart + d]) * scale;
     if (mean != nullptr)
       for (int d = 0; d < KEY_DIM; ++d) of_mean += x[d] * mean[d];
     asked.mean[g] = of_mean;
@@ -404,64 +405,74 @@ void add_scores(const Kept& kept, const Running (&all)[GROUP], int64_t slots, fl
     }
 }
 
+// What workers find. The part of a head that a worker has is number head + worker.
+struct Found {
+  Buffer<Softmax> parts;
+  Buffer<float> weights, maxima;
+};
+
+void* open(const Attention& of, int64_t workers) {
+  const int64_t scored = of.scores == nullptr ? 0 : of.heads() * GROUP, blocks = (of.slots + BLOCK - 1) / BLOCK;
+  return new Found{Buffer<Softmax>((of.heads() + workers) * GROUP), Buffer<float>(scored * of.slots),
+                   Buffer<float>(scored * blocks)};
+}
+
+void close(void* room) { delete static_cast<Found*>(room); }
+
+Kept kept_of(const Attention& of, const Found& found, int64_t head, int64_t block) {
+  if (of.scores == nullptr) return Kept{};
+  const int64_t blocks = (of.slots + BLOCK - 1) / BLOCK;
+  return {found.weights.at + head * GROUP * of.slots + block * BLOCK, found.maxima.at + head * GROUP * blocks + block,
+          of.slots, blocks};
+}
+
+void attend_share(const Attention& of, void* room_of_all, const Shares& shares, int64_t worker) {
+  const Found& found = *static_cast<Found*>(room_of_all);
+  const int64_t slots = of.slots, blocks = (slots + BLOCK - 1) / BLOCK, last = shares.first[worker + 1];
+  Keys::element* k_cache = static_cast<Keys::element*>(of.k_cache);
+  Values::element* v_cache = static_cast<Values::element*>(of.v_cache);
+  uint16_t *k_scales = static_cast<uint16_t*>(of.k_scales), *v_scales = static_cast<uint16_t*>(of.v_scales);
+  Room room;
+  Asked asked;
+  for (int64_t block = shares.first[worker], head = block / blocks; block < last; block = ++head * blocks) {
+    const int64_t row = head / of.kv_heads, of_row = head % of.kv_heads, place = of.place(head);
+    const int64_t into = of.slot[row * of.slot_heads + of_row % of.slot_heads], written = head * slots + into;
+    const int64_t start = block % blocks * BLOCK, stop = std::min(slots, (last - head * blocks) * BLOCK);
+    const int64_t at = head * slots + start;
+    const float* mean = of.key_mean == nullptr ? nullptr : of.key_mean + of_row * KEY_DIM;
+    if (start <= into && into < stop) {
+      store<Keys>(of.k.of<scalar>(row, place), mean, k_cache + written * Keys::ROW, k_scales + written * Keys::SCALES);
+      store<Values>(of.v.of<scalar>(row, place), nullptr, v_cache + written * Values::ROW,
+                    v_scales + written * Values::SCALES);
+      if (of.scores != nullptr) of.positions[written] = static_cast<int32_t>(of.seen[row]), of.scores[written] = 0.0f;
+    }
+    ask(of.q.of<scalar>(row, place * GROUP), of.q.head, mean, of.scale, asked);
+    attend(asked, k_cache + at * Keys::ROW, k_scales + at * Keys::SCALES, v_cache + at * Values::ROW,
+           v_scales + at * Values::SCALES,
+           static_cast<const scalar*>(of.mask) + row * of.mask_row + of_row * of.mask_head + start, stop - start,
+           of.softcap, kept_of(of, found, head, start / BLOCK), room, found.parts.at + (head + worker) * GROUP);
+  }
+}
+
+void merge_head(const Attention& of, void* room, const Shares& shares, int64_t head) {
+  const Found& found = *static_cast<Found*>(room);
+  const int64_t blocks = (of.slots + BLOCK - 1) / BLOCK, place = of.place(head) * GROUP;
+  int64_t first = head * shares.workers / of.heads(), count = 0;  // the workers that its blocks fell to
+  while (first > 0 && shares.first[first] > head * blocks) --first;
+  while (shares.first[first + 1] <= head * blocks) ++first;
+  while (first + count < shares.workers && shares.first[first + count] < (head + 1) * blocks) ++count;
+  scalar* out = static_cast<scalar*>(of.out) + head / of.kv_heads * of.out_row;
+  Running all[GROUP];
+  for (int g = 0; g < GROUP; ++g)
+    all[g] = merge(found.parts.at + (head + first) * GROUP + g, count, of.sinks == nullptr ? NOTHING : of.sinks[place + g],
+                   out + (place + g) * VALUE_DIM);
+  if (of.scores != nullptr) add_scores(kept_of(of, found, head, 0), all, of.slots, of.scores + head * of.slots);
+}
+
+constexpr int64_t SLOT_BYTES = Keys::ROW * sizeof(Keys::element) + Values::ROW * sizeof(Values::element) +
+                               (Keys::SCALES + Values::SCALES) * sizeof(uint16_t);
+constexpr DecodeKernel KERNEL{BLOCK, SLOT_BYTES, open, attend_share, merge_head, close};
+
 }  // namespace
 
-// `mask_row` and `mask_head` are the mask's strides, `slot_heads` how many slots are given for a row: one, or one for each
-// KV head. With `positions` and `scores` the token is noted there, and attention is added to the scores. Returns 1, with
-// nothing written, for a slot outside the cache.
-extern "C" int xkv_decode_coded(const scalar* q, const scalar* k, const scalar* v, Keys::element* k_cache,
-                                uint16_t* k_scales, Values::element* v_cache, uint16_t* v_scales, const int64_t* slot,
-                                int64_t slot_heads, const scalar* mask, const float* sinks, const float* key_mean,
-                                int32_t* positions, float* scores, const int64_t* seen, scalar* out, int64_t rows,
-                                int64_t kv_heads, int64_t slots, int64_t mask_row, int64_t mask_head, float scale,
-                                float softcap, int threads) {
-  for (int64_t i = 0; i < rows * slot_heads; ++i)
-    if (slot[i] < 0 || slot[i] >= slots) return 1;
-  const int64_t heads = rows * kv_heads, blocks = (slots + BLOCK - 1) / BLOCK;
-  const int64_t workers = std::min<int64_t>(threads, heads * blocks);
-  const auto first_of = [&](int64_t worker) { return worker * heads * blocks / workers; };
-  const Buffer<Softmax> parts((heads + workers) * GROUP);  // that of a head and a worker is number head + worker
-  const Buffer<float> weights(scores == nullptr ? 0 : heads * GROUP * slots);
-  const Buffer<float> maxima(scores == nullptr ? 0 : heads * GROUP * blocks);
-  const auto kept_of = [&](int64_t head, int64_t block) {
-    if (scores == nullptr) return Kept{};
-    return Kept{weights.at + head * GROUP * slots + block * BLOCK, maxima.at + head * GROUP * blocks + block, slots, blocks};
-  };
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(static, 1)
-    for (int64_t worker = 0; worker < workers; ++worker) {
-      Room room;
-      Asked asked;
-      const int64_t last = first_of(worker + 1);
-      for (int64_t block = first_of(worker), head = block / blocks; block < last; block = ++head * blocks) {
-        const int64_t row = head / kv_heads, of_row = head % kv_heads;
-        const int64_t into = slot[row * slot_heads + of_row % slot_heads], written = head * slots + into;
-        const int64_t start = block % blocks * BLOCK, stop = std::min(slots, (last - head * blocks) * BLOCK);
-        const int64_t at = head * slots + start;
-        const float* mean = key_mean == nullptr ? nullptr : key_mean + of_row * KEY_DIM;
-        if (start <= into && into < stop) {
-          store<Keys>(k + head * KEY_DIM, mean, k_cache + written * Keys::ROW, k_scales + written * Keys::SCALES);
-          store<Values>(v + head * VALUE_DIM, nullptr, v_cache + written * Values::ROW, v_scales + written * Values::SCALES);
-          if (scores != nullptr) positions[written] = static_cast<int32_t>(seen[row]), scores[written] = 0.0f;
-        }
-        ask(q + head * GROUP * KEY_DIM, mean, scale, asked);
-        attend(asked, k_cache + at * Keys::ROW, k_scales + at * Keys::SCALES, v_cache + at * Values::ROW,
-               v_scales + at * Values::SCALES, mask + row * mask_row + of_row * mask_head + start, stop - start, softcap,
-               kept_of(head, start / BLOCK), room, parts.at + (head + worker) * GROUP);
-      }
-    }
-#pragma omp for schedule(static)
-    for (int64_t head = 0; head < heads; ++head) {
-      int64_t first = head * workers / heads, count = 0;  // the workers that its blocks fell to
-      while (first_of(first + 1) <= head * blocks) ++first;
-      while (first + count < workers && first_of(first + count) < (head + 1) * blocks) ++count;
-      Running all[GROUP];
-      for (int g = 0; g < GROUP; ++g)
-        all[g] = merge(parts.at + (head + first) * GROUP + g, count,
-                       sinks == nullptr ? NOTHING : sinks[head % kv_heads * GROUP + g], out + (head * GROUP + g) * VALUE_DIM);
-      if (scores != nullptr) add_scores(kept_of(head, 0), all, slots, scores + head * slots);
-    }
-  }
-  return 0;
-}
+extern "C" const DecodeKernel* xkv_decode_coded() { return &KERNEL; }

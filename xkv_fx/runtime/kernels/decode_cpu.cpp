@@ -5,8 +5,7 @@
 // loop merges the chunks. Arithmetic is float32 whatever the dtype of the cache. While the keys of a tile are worked on,
 // its values are asked for, and meanwhile the keys of the next: a core must do both at once to be as fast as the memory.
 //
-// Before this text stand lanes.h, softmax.h, and KEY_DIM, VALUE_DIM and GROUP (query heads for each KV head). Shapes are those of
-// the op; every tensor but the mask is contiguous.
+// Before this text stand decode.h, lanes.h, softmax.h, and KEY_DIM, VALUE_DIM and GROUP (query heads for each KV head).
 
 namespace {
 
@@ -105,56 +104,59 @@ void attend_chunk(const Queries& q, const scalar* k, const scalar* v, const scal
   }
 }
 
+void* open(const Attention& of, int64_t) {
+  return new Buffer<Softmax>(of.heads() * ((of.slots + CHUNK - 1) / CHUNK) * GROUP);
+}
+
+void close(void* room) { delete static_cast<Buffer<Softmax>*>(room); }
+
+void attend(const Attention& of, void* room, const Shares& shares, int64_t worker) {
+  const int64_t chunks = (of.slots + CHUNK - 1) / CHUNK;
+  scalar *k_cache = static_cast<scalar*>(of.k_cache), *v_cache = static_cast<scalar*>(of.v_cache);
+  for (int64_t task = shares.first[worker]; task < shares.first[worker + 1]; ++task) {
+    const int64_t head = task / chunks, row = head / of.kv_heads, of_row = head % of.kv_heads, place = of.place(head);
+    const int64_t start = task % chunks * CHUNK, stop = std::min(start + CHUNK, of.slots);
+    const int64_t into = of.slot[row * of.slot_heads + of_row % of.slot_heads], written = head * of.slots + into;
+    if (start <= into && into < stop) {
+      std::memcpy(k_cache + written * KEY_DIM, of.k.of<scalar>(row, place), KEY_DIM * sizeof(scalar));
+      std::memcpy(v_cache + written * VALUE_DIM, of.v.of<scalar>(row, place), VALUE_DIM * sizeof(scalar));
+    }
+    Queries scaled;
+    for (int g = 0; g < GROUP; ++g)
+      for (int d = 0; d < KEY_STEPS; ++d) {
+        const Pair part = load(of.q.of<scalar>(row, place * GROUP + g) + d * STEP);
+        scaled[d][0][g] = part.first * of.scale;
+        scaled[d][1][g] = part.second * of.scale;
+      }
+    attend_chunk(scaled, k_cache + (head * of.slots + start) * KEY_DIM, v_cache + (head * of.slots + start) * VALUE_DIM,
+                 static_cast<const scalar*>(of.mask) + row * of.mask_row + of_row * of.mask_head + start, stop - start,
+                 of.softcap, static_cast<Buffer<Softmax>*>(room)->at + task * GROUP);
+  }
+}
+
+void merge(const Attention& of, void* room, const Shares&, int64_t head) {
+  const int64_t chunks = (of.slots + CHUNK - 1) / CHUNK, first = of.place(head) * GROUP;
+  scalar* out = static_cast<scalar*>(of.out) + head / of.kv_heads * of.out_row;
+  for (int64_t query = first; query < first + GROUP; ++query) {
+    const Softmax* part = static_cast<Buffer<Softmax>*>(room)->at + head * chunks * GROUP + query - first;
+    const float sink = of.sinks == nullptr ? NOTHING : of.sinks[query];
+    float maximum = sink;
+    for (int64_t c = 0; c < chunks; ++c) maximum = std::max(maximum, part[c * GROUP].running.maximum);
+    float sum = sink == NOTHING ? 0.0f : std::exp(sink - maximum);
+    float values[VALUE_DIM] = {};
+    for (int64_t c = 0; c < chunks; ++c) {
+      const Softmax& found = part[c * GROUP];
+      const float weight = std::exp(found.running.maximum - maximum);
+      sum += found.running.sum * weight;
+      const float* summed = reinterpret_cast<const float*>(found.values);
+      for (int d = 0; d < VALUE_DIM; ++d) values[d] += summed[d] * weight;
+    }
+    for (int d = 0; d < VALUE_DIM; ++d) out[query * VALUE_DIM + d] = narrow(values[place(d)] / sum);
+  }
+}
+
+constexpr DecodeKernel KERNEL{CHUNK, (KEY_DIM + VALUE_DIM) * sizeof(scalar), open, attend, merge, close};
+
 }  // namespace
 
-// `mask_row` and `mask_head` are the mask's strides. Returns 1, with nothing written, for a slot outside the cache.
-extern "C" int xkv_decode(const scalar* q, const scalar* k, const scalar* v, scalar* k_cache, scalar* v_cache,
-                          const int64_t* slot, const scalar* mask, const float* sinks, scalar* out, int64_t rows,
-                          int64_t kv_heads, int64_t slots, int64_t mask_row, int64_t mask_head, float scale,
-                          float softcap, int threads) {
-  for (int64_t row = 0; row < rows; ++row)
-    if (slot[row] < 0 || slot[row] >= slots) return 1;
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t head = row * kv_heads; head < (row + 1) * kv_heads; ++head) {
-      std::memcpy(k_cache + (head * slots + slot[row]) * KEY_DIM, k + head * KEY_DIM, KEY_DIM * sizeof(scalar));
-      std::memcpy(v_cache + (head * slots + slot[row]) * VALUE_DIM, v + head * VALUE_DIM, VALUE_DIM * sizeof(scalar));
-    }
-  }
-  const int64_t heads = rows * kv_heads, chunks = (slots + CHUNK - 1) / CHUNK;
-  const Buffer<Softmax> parts(heads * chunks * GROUP);
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < heads * chunks; ++task) {
-      const int64_t head = task / chunks, start = task % chunks * CHUNK;
-      Queries scaled;
-      for (int g = 0; g < GROUP; ++g)
-        for (int d = 0; d < KEY_STEPS; ++d) {
-          const Pair part = load(q + (head * GROUP + g) * KEY_DIM + d * STEP);
-          scaled[d][0][g] = part.first * scale;
-          scaled[d][1][g] = part.second * scale;
-        }
-      attend_chunk(scaled, k_cache + (head * slots + start) * KEY_DIM, v_cache + (head * slots + start) * VALUE_DIM,
-                   mask + head / kv_heads * mask_row + head % kv_heads * mask_head + start, std::min(CHUNK, slots - start), softcap,
-                   parts.at + task * GROUP);
-    }
-#pragma omp for schedule(static)
-    for (int64_t query = 0; query < heads * GROUP; ++query) {
-      const Softmax* part = parts.at + query / GROUP * chunks * GROUP + query % GROUP;
-      const float sink = sinks == nullptr ? NOTHING : sinks[query % (kv_heads * GROUP)];
-      float maximum = sink;
-      for (int64_t c = 0; c < chunks; ++c) maximum = std::max(maximum, part[c * GROUP].running.maximum);
-      float sum = sink == NOTHING ? 0.0f : std::exp(sink - maximum);
-      float values[VALUE_DIM] = {};
-      for (int64_t c = 0; c < chunks; ++c) {
-        const Softmax& of = part[c * GROUP];
-        const float weight = std::exp(of.running.maximum - maximum);
-        sum += of.running.sum * weight;
-        const float* summed = reinterpret_cast<const float*>(of.values);
-        for (int d = 0; d < VALUE_DIM; ++d) values[d] += summed[d] * weight;
-      }
-      for (int d = 0; d < VALUE_DIM; ++d) out[query * VALUE_DIM + d] = narrow(values[place(d)] / sum);
-    }
-  }
-  return 0;
-}
+extern "C" const DecodeKernel* xkv_decode() { return &KERNEL; }

@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 
-from xkv_fx.runtime.kernels import decode_coded_cpu, decode_cpu, linear_cpu  # noqa: F401  (define the operators)
+from xkv_fx.runtime.kernels import (  # noqa: F401  (define the operators)
+    decode_coded_cpu,
+    decode_cpu,
+    decode_heads_cpu,
+    linear_cpu,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,12 +42,15 @@ def _function(name: str, *arguments: str) -> str:
 
 _CODED = "double", "int64_t", "int64_t", "double*", "AtenTensorHandle*", "AtenTensorHandle*"
 _TENSORS = "const AtenTensorHandle*", "int64_t"
+_NUMBERS = "const int64_t*", "int64_t"
+_HEADS = *["AtenTensorHandle"] * 3, *_TENSORS * 3, *_NUMBERS * 2, "double", "double*", "AtenTensorHandle*", *_TENSORS
 FUNCTIONS = {
     _Operator("decode_attention_cpu"): [
         _function("decode_attention_cpu", *["AtenTensorHandle"] * 7, "double", "double*", "AtenTensorHandle*")
     ],
     _Operator("decode_coded_cpu"): [_function("decode_coded_cpu", *["AtenTensorHandle"] * 9, *_CODED)],
     _Operator("decode_coded_scored_cpu"): [_function("decode_coded_scored_cpu", *["AtenTensorHandle"] * 12, *_CODED)],
+    _Operator("decode_heads_cpu"): [_function("decode_heads_cpu", *_HEADS)],
     _Operator("linear_cpu"): [_function("linear_cpu", "AtenTensorHandle", *_TENSORS, *_TENSORS)],
 }
 """How each is declared, for Inductor's setting `aot_inductor.custom_ops_to_c_shims`; `ops_cpu.cpp` defines them."""

@@ -1,12 +1,16 @@
 // The CPU kernels as operators. Python's part of a call costs 20 us, which a decode step would pay for every layer.
 //
-// Kernels are built for dtypes and shapes, and loaded one by one; whoever loads one hands it in here.
+// Kernels are built for dtypes and shapes, and loaded one by one; whoever loads one hands it in here. Those for attention
+// are called side by side: the blocks of all caches of a layer are dealt out to threads at once.
+//
+// Before this text stands decode.h.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <exception>
@@ -23,11 +27,7 @@ namespace {
 // dtype, query heads for each KV head, key and value dimensions, whether weights are int8, bits of keys and of values (0:
 // those of the dtype)
 using Shape = std::array<int64_t, 7>;
-using Decode = int (*)(const void*, const void*, const void*, void*, void*, const int64_t*, const void*, const float*,
-                       void*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float, int);
-using DecodeCoded = int (*)(const void*, const void*, const void*, void*, void*, void*, void*, const int64_t*, int64_t,
-                            const void*, const float*, const float*, int32_t*, float*, const int64_t*, void*, int64_t,
-                            int64_t, int64_t, int64_t, int64_t, float, float, int);
+using FindDecode = const DecodeKernel* (*)();
 using Linear = void (*)(const void*, const void* const*, const void* const*, void*, const int64_t*, int64_t, int64_t,
                         int64_t, int);
 
@@ -101,24 +101,149 @@ void* kernel(int32_t dtype, int64_t group, int64_t key_dim, int64_t value_dim, b
 
 int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
+// KV heads that are cached alike, and what kernel attends to them.
+class Heads {
+  std::vector<Dense> kept;  // copies that the kernel reads
+  Dense& read(Lent x, bool as_it_lies) { return kept.emplace_back(x, as_it_lies); }
+  const void* dense(Lent x) { return read(x, x.is_contiguous()).seen.data(); }
+
+ public:
+  const DecodeKernel* kernel;
+  Attention asked{};
+  std::vector<int64_t> first;  // block of each worker
+  std::vector<int64_t> share;  // of each thread, the worker that it is here; -1 for none
+  void* room = nullptr;
+
+  Heads(const DecodeKernel* by) : kernel(by) { kept.reserve(8); }
+  Heads(Heads&& other)
+      : kept(std::move(other.kept)), kernel(other.kernel), asked(other.asked), first(std::move(other.first)),
+        share(std::move(other.share)), room(std::exchange(other.room, nullptr)) {}
+  ~Heads() {
+    if (room != nullptr) kernel->close(room);
+  }
+
+  static Vectors vectors(const Dense& x) { return {x.seen.data(), x.seen.strides()[0], x.seen.strides()[1]}; }
+
+  // Without scales for slots in the dtype.
+  void caches(const Lent& k, const Lent* k_scales, const Lent& v, const Lent* v_scales) {
+    for (const Lent* held : {&k, k_scales, &v, v_scales})
+      STD_TORCH_CHECK(held == nullptr || held->is_contiguous(), "the caches must be contiguous");
+    asked.k_cache = k.data(), asked.v_cache = v.data();
+    if (k_scales != nullptr) asked.k_scales = k_scales->data(), asked.v_scales = v_scales->data();
+    asked.rows = k.sizes()[0], asked.kv_heads = k.sizes()[1], asked.slots = k.sizes()[2];
+  }
+  void at(Lent slot, Lent mask) {
+    asked.slot = static_cast<const int64_t*>(dense(slot));
+    asked.slot_heads = slot.numel() / asked.rows;
+    for (int64_t i = 0; i < asked.rows * asked.slot_heads; ++i)
+      STD_TORCH_CHECK(asked.slot[i] >= 0 && asked.slot[i] < asked.slots, "a slot lies outside the ", asked.slots,
+                      " slots of the cache");
+    const Lent shown = read(mask, mask.strides()[3] == 1).seen;
+    asked.mask = shown.data();
+    asked.mask_row = shown.strides()[0], asked.mask_head = mask.sizes()[1] == 1 ? 0 : shown.strides()[1];
+  }
+  const float* floats(const std::optional<Lent>& x) {
+    return x.has_value() ? static_cast<const float*>(dense(*x)) : nullptr;
+  }
+  void scored(Lent positions, Lent scores, Lent seen) {
+    STD_TORCH_CHECK(positions.is_contiguous() && positions.dtype() == aoti_torch_dtype_int32(),
+                    "the positions must be contiguous int32");
+    STD_TORCH_CHECK(scores.is_contiguous() && scores.dtype() == aoti_torch_dtype_float32(),
+                    "the scores must be contiguous float32");
+    asked.positions = static_cast<int32_t*>(positions.data());
+    asked.scores = static_cast<float*>(scores.data());
+    asked.seen = static_cast<const int64_t*>(dense(seen));
+  }
+
+  int64_t blocks() const { return asked.heads() * kernel->blocks(asked.slots); }
+  int64_t cost() const { return blocks() * kernel->block * kernel->slot_bytes; }
+
+  // Takes the blocks that lie from `from` bytes of the layer's on: each of `threads` threads gets those of its `total / threads`.
+  void deal(int64_t from, int64_t total, int64_t threads) {
+    const int64_t each = kernel->block * kernel->slot_bytes;
+    share.assign(threads, -1);
+    first.assign(1, 0);
+    for (int64_t thread = 0; thread < threads; ++thread) {
+      const int64_t end = thread + 1 == threads ? blocks() : ((thread + 1) * total / threads - from) / each;
+      if (std::min(end, blocks()) <= first.back()) continue;
+      share[thread] = static_cast<int64_t>(first.size()) - 1;
+      first.push_back(std::min(end, blocks()));
+    }
+    room = kernel->open(asked, shares().workers);
+  }
+  Shares shares() const { return {first.data(), static_cast<int64_t>(first.size()) - 1}; }
+};
+
+const DecodeKernel* decode_kernel(int32_t dtype, int64_t group, int64_t key_dim, int64_t value_dim, int64_t key_bits,
+                                  int64_t value_bits) {
+  return reinterpret_cast<FindDecode>(kernel(dtype, group, key_dim, value_dim, false, key_bits, value_bits))();
+}
+
+// What all heads of a layer are asked, and what they answer.
+class Layer {
+  const Dense q, k, v;
+  std::optional<Dense> sinks;
+  float scale, softcap;
+  Made out;
+  std::vector<Heads> caches;
+
+  static bool as_rows(Lent x) { return x.strides()[3] == 1; }
+
+ public:
+  Layer(Lent q, Lent k, Lent v, double scale, std::optional<double> softcap, std::optional<Lent> of_sinks)
+      : q(q, as_rows(q)), k(k, as_rows(k)), v(v, as_rows(v)), scale(static_cast<float>(scale)),
+        softcap(static_cast<float>(softcap.value_or(0.0))),
+        out(q.dtype(), std::array{q.sizes()[0], q.sizes()[1], q.sizes()[2], v.sizes()[3]}) {
+    if (of_sinks.has_value()) sinks.emplace(*of_sinks);
+  }
+
+  // A cache of some of the layer's KV heads, which stand at these places among them; all of them without.
+  Heads& cache(int64_t key_bits, int64_t value_bits, const int64_t* places) {
+    const int64_t *asked = q.seen.sizes(), group = asked[1] / k.seen.sizes()[1];
+    Heads& made = caches.emplace_back(
+        decode_kernel(q.seen.dtype(), group, asked[3], v.seen.sizes()[3], key_bits, value_bits));
+    Attention& of = made.asked;
+    of.q = Heads::vectors(q), of.k = Heads::vectors(k), of.v = Heads::vectors(v);
+    of.out = out.data(), of.out_row = asked[1] * v.seen.sizes()[3];
+    of.places = places;
+    of.sinks = sinks.has_value() ? static_cast<const float*>(sinks->seen.data()) : nullptr;
+    of.scale = scale, of.softcap = softcap;
+    return made;
+  }
+
+  Made attended() {
+    const int64_t workers = threads();
+    int64_t total = 0, from = 0, heads = 0;
+    for (const Heads& each : caches) total += each.cost(), heads += each.asked.heads();
+    for (Heads& each : caches) {
+      each.deal(from, total, workers);
+      from += each.cost();
+    }
+#pragma omp parallel num_threads(workers)
+    {
+#pragma omp for schedule(static, 1)
+      for (int64_t worker = 0; worker < workers; ++worker)
+        for (const Heads& each : caches)
+          if (each.share[worker] >= 0) each.kernel->attend(each.asked, each.room, each.shares(), each.share[worker]);
+#pragma omp for schedule(static)
+      for (int64_t number = 0; number < heads; ++number) {
+        auto each = caches.begin();
+        int64_t head = number;
+        for (; head >= each->asked.heads(); ++each) head -= each->asked.heads();
+        each->kernel->merge(each->asked, each->room, each->shares(), head);
+      }
+    }
+    return std::move(out);
+  }
+};
+
 Made decode_attention(Lent q, Lent k, Lent v, Lent k_cache, Lent v_cache, Lent slot, Lent mask, double scale,
                       std::optional<double> softcap, std::optional<Lent> sinks) {
-  const int64_t *asked = q.sizes(), *kept = k_cache.sizes();
-  const int64_t rows = asked[0], heads = asked[1], kv_heads = kept[1], slots = kept[2], value_dim = v_cache.sizes()[3];
-  const auto decode = reinterpret_cast<Decode>(kernel(q.dtype(), heads / kv_heads, kept[3], value_dim, false));
-  STD_TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous(), "the caches must be contiguous");
-  const Dense queries(q), keys(k), values(v), into(slot), shown(mask, mask.strides()[3] == 1);
-  const std::optional<Dense> extra = sinks.has_value() ? std::optional<Dense>(*sinks) : std::nullopt;
-  const int64_t* apart = shown.seen.strides();
-  Made out(q.dtype(), std::array{rows, heads, asked[2], value_dim});
-  const int wrong = decode(
-      queries.seen.data(), keys.seen.data(), values.seen.data(), k_cache.data(), v_cache.data(),
-      static_cast<const int64_t*>(into.seen.data()), shown.seen.data(),
-      extra.has_value() ? static_cast<const float*>(extra->seen.data()) : nullptr, out.data(), rows, kv_heads, slots,
-      apart[0], mask.sizes()[1] == 1 ? 0 : apart[1], static_cast<float>(scale),
-      static_cast<float>(softcap.value_or(0.0)), threads());
-  STD_TORCH_CHECK(wrong == 0, "a slot lies outside the ", slots, " slots of the cache");
-  return out;
+  Layer layer(q, k, v, scale, softcap, sinks);
+  Heads& heads = layer.cache(0, 0, nullptr);
+  heads.caches(k_cache, nullptr, v_cache, nullptr);
+  heads.at(slot, mask);
+  return layer.attended();
 }
 
 // What eviction by score reads and changes besides.
@@ -129,40 +254,55 @@ struct Scored {
 Made decode_coded(Lent q, Lent k, Lent v, Lent k_cache, Lent k_scales, Lent v_cache, Lent v_scales,
                   std::optional<Scored> scored, Lent slot, Lent mask, double scale, int64_t key_bits, int64_t value_bits,
                   std::optional<double> softcap, std::optional<Lent> sinks, std::optional<Lent> key_mean) {
-  const int64_t *asked = q.sizes(), *kept = k_cache.sizes();
-  const int64_t rows = asked[0], heads = asked[1], kv_heads = kept[1], slots = kept[2], value_dim = v.sizes()[3];
-  const auto decode = reinterpret_cast<DecodeCoded>(
-      kernel(q.dtype(), heads / kv_heads, asked[3], value_dim, false, key_bits, value_bits));
-  for (const Lent& held : {k_cache, k_scales, v_cache, v_scales})
-    STD_TORCH_CHECK(held.is_contiguous(), "the caches must be contiguous");
-  const Dense queries(q), keys(k), values(v), into(slot), shown(mask, mask.strides()[3] == 1);
-  const auto dense = [](const std::optional<Lent>& x) {
-    return x.has_value() ? std::optional<Dense>(*x) : std::nullopt;
-  };
-  const std::optional<Dense> extra = dense(sinks), mean = dense(key_mean);
-  std::optional<Dense> seen;
-  if (scored.has_value()) {
-    STD_TORCH_CHECK(scored->positions.is_contiguous() && scored->positions.dtype() == aoti_torch_dtype_int32(),
-                    "the positions must be contiguous int32");
-    STD_TORCH_CHECK(scored->scores.is_contiguous() && scored->scores.dtype() == aoti_torch_dtype_float32(),
-                    "the scores must be contiguous float32");
-    seen.emplace(scored->seen);
+  Layer layer(q, k, v, scale, softcap, sinks);
+  Heads& heads = layer.cache(key_bits, value_bits, nullptr);
+  heads.caches(k_cache, &k_scales, v_cache, &v_scales);
+  heads.at(slot, mask);
+  heads.asked.key_mean = heads.floats(key_mean);
+  if (scored.has_value()) heads.scored(scored->positions, scored->scores, scored->seen);
+  return layer.attended();
+}
+
+template <typename Each>
+struct List {  // `Each` is a handle, or has one
+  const Each* at;
+  size_t size;
+  size_t taken = 0;
+  Lent next() {
+    STD_TORCH_CHECK(taken < size, "there are too few tensors for these caches");
+    return Lent(at[taken++]);
   }
-  const auto floats = [](const std::optional<Dense>& x) {
-    return x.has_value() ? static_cast<const float*>(x->seen.data()) : nullptr;
-  };
-  const int64_t* apart = shown.seen.strides();
-  Made out(q.dtype(), std::array{rows, heads, asked[2], value_dim});
-  const int wrong = decode(
-      queries.seen.data(), keys.seen.data(), values.seen.data(), k_cache.data(), k_scales.data(), v_cache.data(),
-      v_scales.data(), static_cast<const int64_t*>(into.seen.data()), slot.numel() / rows, shown.seen.data(),
-      floats(extra), floats(mean), seen.has_value() ? static_cast<int32_t*>(scored->positions.data()) : nullptr,
-      seen.has_value() ? static_cast<float*>(scored->scores.data()) : nullptr,
-      seen.has_value() ? static_cast<const int64_t*>(seen->seen.data()) : nullptr, out.data(), rows, kv_heads, slots,
-      apart[0], mask.sizes()[1] == 1 ? 0 : apart[1], static_cast<float>(scale),
-      static_cast<float>(softcap.value_or(0.0)), threads());
-  STD_TORCH_CHECK(wrong == 0, "a slot lies outside the ", slots, " slots of the cache");
-  return out;
+};
+
+// Several caches of a layer at once: see `decode_heads_cpu` in decode_heads_cpu.py.
+template <typename Each>
+Made decode_heads(Lent q, Lent k, Lent v, List<Each> buffers, List<Each> slots, List<Each> masks, const int64_t* places,
+                  int64_t placed, const int64_t* bits, int64_t counted, double scale, std::optional<double> softcap,
+                  std::optional<Lent> sinks, List<Each> means) {
+  Layer layer(q, k, v, scale, softcap, sinks);
+  std::vector<bool> cached(k.sizes()[1]);
+  int64_t taken = 0;
+  for (int64_t i = 0; i + 1 < counted; i += 2) {
+    const bool coded = bits[i] != 0 || bits[i + 1] != 0;
+    Heads& heads = layer.cache(bits[i], bits[i + 1], places + taken);
+    const Lent k_cache = buffers.next();
+    std::optional<Lent> k_scales, v_scales;
+    if (coded) k_scales = buffers.next();
+    const Lent v_cache = buffers.next();
+    if (coded) v_scales = buffers.next();
+    heads.caches(k_cache, coded ? &*k_scales : nullptr, v_cache, coded ? &*v_scales : nullptr);
+    taken += heads.asked.kv_heads;
+    STD_TORCH_CHECK(taken <= placed, "there are too few places for these caches");
+    for (int64_t at = taken - heads.asked.kv_heads; at < taken; ++at) {
+      STD_TORCH_CHECK(places[at] >= 0 && places[at] < k.sizes()[1] && !cached[places[at]],
+                      "each KV head of the layer must have one cache");
+      cached[places[at]] = true;
+    }
+    heads.at(slots.next(), masks.next());
+    if (coded && means.size > 0) heads.asked.key_mean = heads.floats(means.next());
+  }
+  STD_TORCH_CHECK(taken == k.sizes()[1], "each KV head of the layer must have one cache");
+  return layer.attended();
 }
 
 // `Each` is a handle, or has one.
@@ -230,6 +370,18 @@ Tensor decode_coded_scored_of_tensors(const Tensor& q, const Tensor& k, const Te
                     .release());
 }
 
+Tensor decode_heads_of_tensors(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<Tensor>& buffers,
+                               const std::vector<Tensor>& slots, const std::vector<Tensor>& masks,
+                               const std::vector<int64_t>& places, const std::vector<int64_t>& bits, double scale,
+                               std::optional<double> softcap, const std::optional<Tensor>& sinks,
+                               const std::vector<Tensor>& means) {
+  const auto list = [](const std::vector<Tensor>& of) { return List<Tensor>{of.data(), of.size()}; };
+  return Tensor(decode_heads(q, k, v, list(buffers), list(slots), list(masks), places.data(),
+                             static_cast<int64_t>(places.size()), bits.data(), static_cast<int64_t>(bits.size()), scale,
+                             softcap, lent(sinks), list(means))
+                    .release());
+}
+
 Tensor linear_of_tensors(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
   return Tensor(linear(x, weights.data(), weights.size(), biases.data(), biases.size()).release());
 }
@@ -289,6 +441,21 @@ extern "C" AOTITorchError aoti_torch_cpu_decode_coded_scored_cpu(
   });
 }
 
+extern "C" AOTITorchError aoti_torch_cpu_decode_heads_cpu(
+    AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, const AtenTensorHandle* buffers, int64_t buffer_count,
+    const AtenTensorHandle* slots, int64_t slot_count, const AtenTensorHandle* masks, int64_t mask_count,
+    const int64_t* places, int64_t placed, const int64_t* bits, int64_t counted, double scale, double* softcap,
+    AtenTensorHandle* sinks, const AtenTensorHandle* means, int64_t mean_count, AtenTensorHandle* out) {
+  const auto list = [](const AtenTensorHandle* of, int64_t count) {
+    return List<AtenTensorHandle>{of, static_cast<size_t>(count)};
+  };
+  return hand_over(out, [&] {
+    return decode_heads(Lent(q), Lent(k), Lent(v), list(buffers, buffer_count), list(slots, slot_count),
+                        list(masks, mask_count), places, placed, bits, counted, scale, given(softcap), given(sinks),
+                        list(means, mean_count));
+  });
+}
+
 extern "C" AOTITorchError aoti_torch_cpu_linear_cpu(AtenTensorHandle x, const AtenTensorHandle* weights,
                                                     int64_t layers, const AtenTensorHandle* biases, int64_t biased,
                                                     AtenTensorHandle* out) {
@@ -301,5 +468,6 @@ STABLE_TORCH_LIBRARY_IMPL(xkv, CPU, library) {
   library.impl("decode_attention_cpu", TORCH_BOX(&decode_attention_of_tensors));
   library.impl("decode_coded_cpu", TORCH_BOX(&decode_coded_of_tensors));
   library.impl("decode_coded_scored_cpu", TORCH_BOX(&decode_coded_scored_of_tensors));
+  library.impl("decode_heads_cpu", TORCH_BOX(&decode_heads_of_tensors));
   library.impl("linear_cpu", TORCH_BOX(&linear_of_tensors));
 }
