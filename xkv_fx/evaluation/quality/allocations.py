@@ -30,6 +30,7 @@ from xkv_fx.evaluation.quality.candidates import (
     UNIFORM,
     Candidate,
     bits_per_element,
+    by_head,
     candidates_of_fractions,
     formats_of,
     identity_of,
@@ -95,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.context,
         tuple(load_measured(path) for path in options.measured),
         options.out,
+        tuple(options.by),
     )
     with Progress(console=console) as bars:
         captured = capture(model, decode=False)
@@ -143,6 +145,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fractions", nargs="+", type=float, default=list(FRACTIONS), help="shares of a full cache")
     parser.add_argument("--allocators", nargs="+", default=list(ALLOCATORS), help="joint, calibrated, or of a profile")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="what is calibrated for joint")
+    parser.add_argument("--by", nargs="+", default=["layer"], choices=["layer", "head"], help="what gets capacities")
     parser.add_argument(
         "--measured", nargs="*", type=Path, default=[], help="profiles and calibrations to use instead of measuring"
     )
@@ -226,6 +229,10 @@ def _table(title: str, lines: Sequence[Line], dtype: str) -> list[str]:
         written.append(f"| **{JOINT} against capacities alone** | {' | '.join(cells)} |")
         cells = [f"{_against(kl, size, rivals[size][1])} {rivals[size][1] or ''}" for size in sizes]
         written.append(f"| **{JOINT} against the best single format** | {' | '.join(cells)} |")
+    for name in (CALIBRATED, JOINT):
+        if by_head(name) in names and name in names:
+            cells = [_change(kl[size, by_head(name)], kl[size, name]) for size in sizes]
+            written.append(f"| **{by_head(name)} against {name}** | {' | '.join(cells)} |")
     return [*written, ""]
 
 

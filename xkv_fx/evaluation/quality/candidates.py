@@ -25,6 +25,7 @@ from xkv_fx.public_budgets import Budgets
 UNIFORM, CALIBRATED = "uniform", "calibrated"
 JOINT = "joint"
 """Capacities and formats together, from a calibration of formats."""
+_BY_HEAD = " by head"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _of_bytes(
         for source, name in _solvable(measured, allocators):
             allocator = None if name == JOINT else name
             budgets = xkv_fx.solve(source, kv_bytes=kv_bytes, context=context, allocator=allocator, dtype=dtype)
-            found.append(Candidate(name or own_name(source), size, budgets))
+            found.append(Candidate(by_head(name, source) if name else own_name(source), size, budgets))
         for policy in _policies(measured, scorers):
             found.append(Candidate(UNIFORM, size, _alike(policy, counted, context, kv_bytes)))
             for pair in formats:
@@ -238,8 +239,14 @@ def check_equal_bytes(candidates: Sequence[Candidate], layers: Sequence[LayerSpe
 def own_name(source: Profile | Calibration) -> str:
     """What the plan of a source is called where no allocator is named."""
     if isinstance(source, Profile):
-        return "xkv"
-    return CALIBRATED if source.formats is None else JOINT
+        return by_head("xkv", source)
+    return by_head(CALIBRATED if source.formats is None else JOINT, source)
+
+
+def by_head(name: str, source: Profile | Calibration | None = None) -> str:
+    """The name of a plan that was solved so from measurements by KV head; the name itself where `source` is one by
+    layer."""
+    return name if source is not None and source.heads is None else name + _BY_HEAD
 
 
 def _solvable(
@@ -258,9 +265,9 @@ def _solvable(
                 raise BudgetError(f"the allocator {JOINT!r} needs a calibration of formats")
             found += [(source, JOINT) for source in joint]
             continue
-        errors = []
+        errors, ways = [], set[bool]()
         for source in measured:
-            if source in joint:
+            if source in joint or (source.heads is None) in ways:
                 continue
             try:
                 xkv_fx.solve(source, total_tokens=len(source.model_layers), allocator=name)
@@ -268,8 +275,8 @@ def _solvable(
                 errors.append(str(error))
             else:
                 found.append((source, name))
-                break
-        else:
+                ways.add(source.heads is None)
+        if not ways:
             raise BudgetError(errors[0] if errors else f"the allocator {name!r} needs a profile or a calibration")
     return found
 

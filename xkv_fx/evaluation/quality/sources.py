@@ -37,6 +37,7 @@ class Wanted:
         context: tokens of a prompt.
         given: what was measured before; the rest is measured.
         out: a folder for what is measured, and for its parts, so that an interrupted run goes on.
+        by: what gets a capacity of its own, `"layer"` or `"head"`, or both, beside one another.
     """
 
     allocators: tuple[str, ...]
@@ -44,6 +45,7 @@ class Wanted:
     context: int
     given: tuple[Profile | Calibration, ...]
     out: Path
+    by: tuple[str, ...] = ("layer",)
 
 
 def split_prompts(
@@ -93,7 +95,7 @@ def sources_for(
         source.save(wanted.out / f"{name}-{eviction}.safetensors")
         found.append(source)
 
-    def calibrated(formats: tuple[str, ...] | None) -> Callable[[Progress], Calibration]:
+    def calibrated(by: str, formats: tuple[str, ...] | None) -> Callable[[Progress], Calibration]:
         return lambda progress: measure_calibration(
             captured,
             [ids[:, : wanted.context + CALIBRATE_CONTINUATION] for ids in prompts],
@@ -101,15 +103,20 @@ def sources_for(
             progress=progress,
             resume=wanted.out / "calibrated",
             formats=formats,
+            by=by,
         )
 
     has_profile = any(isinstance(source, Profile) for source in found)
-    calibrations = [source for source in found if isinstance(source, Calibration)]
     if not has_profile and set(wanted.allocators) - {UNIFORM, CALIBRATED, JOINT}:
         whole = [ids[:, : wanted.context] for ids in prompts]
         measured("profile", lambda progress: measure_profile(captured, whole, policy, progress, STATISTICS))
-    if CALIBRATED in wanted.allocators and all(source.formats is not None for source in calibrations):
-        measured("calibration", calibrated(None))
-    if JOINT in wanted.allocators and all(source.formats is None for source in calibrations):
-        measured("calibration-formats", calibrated(wanted.formats))
+    for by in wanted.by:
+        added = "" if by == "layer" else "-by-head"
+        given = [
+            source for source in found if isinstance(source, Calibration) and (source.heads is None) == (not added)
+        ]
+        if CALIBRATED in wanted.allocators and all(source.formats is not None for source in given):
+            measured(f"calibration{added}", calibrated(by, None))
+        if JOINT in wanted.allocators and all(source.formats is None for source in given):
+            measured(f"calibration-formats{added}", calibrated(by, wanted.formats))
     return tuple(found), seconds
