@@ -155,6 +155,22 @@ def test_allocators_of_a_profile_are_compared_too(tmp_path: Path) -> None:
         run(tmp_path, "--bytes-of", "int3")
 
 
+@pytest.mark.usefixtures("_small")
+def test_plans_by_head_stand_beside_those_by_layer(tmp_path: Path) -> None:
+    found = run(tmp_path, "--evictions", "append", "--by", "layer", "head", "--formats", "model", "int8")
+    rows = {row["name"]: row for row in found["rows"] if (row["size"], row["kind"]) == ("60.0%", "documentation")}
+    assert set(rows) == {"uniform", "calibrated", "joint", "calibrated by head", "joint by head", "all int8"}
+    for name in ("calibrated", "joint"):
+        assert rows[f"{name} by head"]["share"] == pytest.approx(rows[name]["share"], abs=0.01)
+        by_head = xkv_fx.Calibration.load(
+            tmp_path / f"calibration{'-formats' * (name == 'joint')}-by-head-append.safetensors"
+        )
+        assert by_head.heads == (2, 2)
+    text = (tmp_path / "allocations.md").read_text()
+    assert "| **calibrated by head against calibrated** | **" in text
+    assert "| **joint by head against joint** | **" in text
+
+
 def test_joint_plans_are_compared_with_the_single_format_that_is_best_in_that_column() -> None:
     kl = {"uniform": (0.4, 0.6), "calibrated": (0.2, 0.2), "joint": (0.01, 0.03)}
     small, large = (
