@@ -77,9 +77,10 @@ def test_a_capacity_below_one(capacity: int) -> None:
     )
 
 
-@pytest.mark.parametrize("capacity", [1.0, 12.5, "12", None, True, float("nan"), [12]], ids=repr)
+@pytest.mark.parametrize("capacity", [1.0, 12.5, "12", None, True, float("nan"), {12}, [12.5], [[12]]], ids=repr)
 def test_a_capacity_that_is_no_whole_number(capacity: Any) -> None:
-    assert_refused(BudgetError, "capacity of layer 1 must be a whole number; got", lambda: Budgets((12, capacity)))
+    message = r"capacity of layer 1(, KV head 0)? must be a whole number; got"
+    assert_refused(BudgetError, message, lambda: Budgets((12, capacity)))
 
 
 @pytest.mark.parametrize("capacities", [(), [], 12, None, "12", {12, 17}], ids=repr)
