@@ -329,7 +329,7 @@ def fit(
     seconds: float | None = None,
     formats: Sequence[str | LayerFormats] = ("model", "int8", "int4"),
     scorers: Sequence[str] = ("snapkv", "expected_attention", "key_diff"),
-    by: Sequence[str] = ("layer",),
+    by: Sequence[str] = ("layer", "head"),
     multiple: int = 16,
     continuation: int = 48,
     resume: str | os.PathLike[str] | None = None,
@@ -363,7 +363,7 @@ def fit(
             the report says. By default it takes what it needs.
         formats: what slots may store; see `calibrate`. Those that a layer cannot be stored in are left out.
         scorers: that may rank tokens; see `Policy`.
-        by: what gets a capacity of its own.
+        by: what gets a capacity of its own: `"layer"`, `"head"`, or both, of which the better one is taken.
         multiple: capacities are rounded to multiples of this.
         continuation: tokens of each held-out prompt that are fed as decode would.
         resume: a folder for what was measured. After an interruption the same call goes on from there, and ends with

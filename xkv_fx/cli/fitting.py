@@ -49,7 +49,7 @@ def fit(
     scorers: Annotated[str, typer.Option(help="What may rank tokens, between commas.")] = (
         "snapkv,expected_attention,key_diff"
     ),
-    by: Annotated[str, typer.Option(help="What gets a capacity of its own, between commas.")] = "layer",
+    by: Annotated[str, typer.Option(help="What gets a capacity of its own, between commas.")] = "layer,head",
     continuation: Annotated[int, typer.Option(help="Last tokens of each held-out prompt, measured.", min=1)] = 48,
     report: Annotated[Path | None, out_file("Write what was found as JSON here.")] = None,
     picture: Annotated[Path | None, out_file("Draw quality over bytes here (.png, .svg, .pdf).")] = None,

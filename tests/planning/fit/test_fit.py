@@ -19,7 +19,7 @@ from xkv_fx.planning.measure.verify import divergence_of_plans
 NEW = 8
 PROMPTS = [random_ids(1, 50 + index, seed=index)[0] for index in range(4)]
 HELD_OUT = [ids[None] for ids in PROMPTS[1::2]]
-FAST: dict[str, Any] = {"continuation": NEW, "multiple": 1, "scorers": ("snapkv",)}
+FAST: dict[str, Any] = {"continuation": NEW, "multiple": 1, "scorers": ("snapkv",), "by": ("layer",)}
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,22 @@ def test_a_bound_on_the_divergence() -> None:
     assert found.chosen.mean_kl <= 0.3
     with pytest.raises(BudgetError, match="no plan that was tried keeps a held-out KL of 1e-09"):
         fit(kl=1e-9)
+
+
+def test_plans_by_head_are_tried_too() -> None:
+    found = fit(fraction=0.25, by=("layer", "head"), formats=("model", "int8"))
+    by_head = next(one for one in found.candidates if one.name == "capacities and formats by head")
+    assert any(isinstance(capacity, tuple) for capacity in by_head.budgets.capacities)
+    assert by_head.kv_bytes <= (found.report.limit or 0)
+    (expected,) = divergence_of_plans(captured("llama", 2, 1), [by_head.budgets], HELD_OUT, NEW).mean(2).T
+    np.testing.assert_allclose(by_head.kl, expected, atol=1e-9)
+
+
+def test_a_scorer_of_all_heads_leaves_plans_by_head_out() -> None:
+    found = fit(fraction=0.25, by=("layer", "head"), formats=("model",), scorers=("tova",))
+    assert any(
+        "capacities by head were left out: " in line and "tova" in line.lower() for line in found.report.left_out
+    )
 
 
 def test_a_limit_that_needs_no_eviction() -> None:

@@ -37,6 +37,7 @@ from xkv_fx.planning.measure.mean_keys import gathered, means_of, sums_of_keys
 from xkv_fx.planning.measure.verify import held_out_summary
 from xkv_fx.planning.solve.plan import solve_plan
 from xkv_fx.policy import Policy
+from xkv_fx.runtime.scorers import check_scores_parts
 
 Found = Callable[[Plan, str], None]
 """Called with each plan that is better than the one before, and with how it was made."""
@@ -45,7 +46,7 @@ Progress = Callable[[str, int, int], None]
 
 # Shares of the time: until then, the first plan stands; capacities by layer are measured; those by head are.
 _FIRST, _LAYERS, _HEADS = 0.1, 0.5, 0.85
-_COST_BY_HEAD = 1.6  # of a prompt, over that by layer
+_COST_BY_HEAD = 2.2  # of a prompt, over that by layer, as measured with three KV heads
 _SCORER_PROMPTS = 4  # that scorers are compared on
 _LADDER = (0.25, 0.5, 2.0, 4.0)  # times the limit, for what other limits would cost
 
@@ -216,12 +217,25 @@ class _Search:
     def _calibrate(self, policy: Policy, by: str) -> tuple[Calibration, str] | None:
         if by not in self.settings.by or (by == "head" and all(spec.kv_heads == 1 for spec in self.layers)):
             return None
+        if by == "head" and (reason := self._no_heads(policy)) is not None:
+            self.left_out.append(f"capacities by head were left out: {reason}")
+            return None
         share = _LAYERS if by == "layer" else _HEADS
         count = self.decisions.decide(f"prompts by {by}", lambda: self._affordable(policy, by, share))
         if count == 0:
             self.left_out.append(f"capacities by {by} were left out: no time to measure a prompt")
             return None
         return self._measure(policy, by, count), by
+
+    def _no_heads(self, policy: Policy) -> str | None:
+        """Why KV heads cannot be measured alone; None if they can."""
+        if self.captured.shard.size > 1:
+            return "processes share the heads of this model"
+        try:
+            check_scores_parts(self.captured.scorer_of(policy))
+        except BudgetError as error:
+            return str(error)
+        return None
 
     def _affordable(self, policy: Policy, by: str, share: float) -> int:
         """How many prompts there is time to measure, by what the first one took."""

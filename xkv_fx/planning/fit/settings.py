@@ -49,7 +49,7 @@ class FitSettings:
     max_new_tokens: int = 0
     formats: Sequence[str | LayerFormats] = FORMATS
     scorers: Sequence[str] = SCORERS
-    by: Sequence[str] = ("layer",)
+    by: Sequence[str] = ("layer", "head")
     multiple: int = 16
     continuation: int = 48
     seconds: float | None = None
