@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from exhaustive import exhaustive
 from ready_models import cache_plan, captured
 from tiny_models import random_ids
 from torch import Tensor
@@ -180,7 +181,7 @@ def test_every_scorer(scorer: str) -> None:
     assert_same(*sessions("llama", Policy(scorer=scorer), (PAIRS["int8"], None, PAIRS["int4"])))
 
 
-@pytest.mark.parametrize("pair", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("pair", ["int4", *(pytest.param(pair, marks=exhaustive) for pair in ("int8", "fp8"))])
 def test_compiled(pair: str) -> None:
     """A compiler rounds in other places, which moves a code by one step now and then: much to a value of four bits."""
     pairs = (PAIRS[pair], None, PAIRS[pair])

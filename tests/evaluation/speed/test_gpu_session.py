@@ -28,7 +28,7 @@ def test_every_stage_has_a_limit_and_is_run_in_order() -> None:
     assert list(STAGES) == list(command.LIMITS)
 
 
-@pytest.mark.parametrize("name", ["machine", "models", "steps", "prefill"])
+@pytest.mark.parametrize("name", ["machine", "models", pytest.param("steps", marks=exhaustive), "prefill"])
 def test_a_stage_runs_dry(name: str, tmp_path: Path) -> None:
     record = stage.run_stage(name, tmp_path, "cpu")
     assert record.state == "done", record.why
