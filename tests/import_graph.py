@@ -26,7 +26,7 @@ LEVELS = (
     ("files",),
     ("fields",),
     ("file_kinds",),
-    ("engine_settings", "formats", "mean_keys", "policy", "sizes"),
+    ("engine_settings", "formats", "mean_keys", "policy", "provenance", "sizes"),
     ("layers",),
     ("heads",),
     ("budgets",),

@@ -26,7 +26,7 @@ from import_graph import (
 MAY_IMPORT_TRANSFORMERS = {"hf", "compile_backend", "register_attention", "evaluation"}
 WITHOUT_TORCH = {
     "errors", "files", "fields", "engine_settings", "file_kinds", "formats", "layers", "mean_keys", "policy", "budgets",
-    "public_budgets", "register_attention", "sizes",
+    "provenance", "public_budgets", "register_attention", "sizes",
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import xkv_fx
-from xkv_fx.budgets import Plan, Provenance
+from xkv_fx.budgets import Plan
 from xkv_fx.errors import BudgetError
 from xkv_fx.formats import LayerFormats, pair_name
 from xkv_fx.heads import planned_slot_bytes
@@ -20,6 +20,7 @@ from xkv_fx.planning.measure.verify import uniform_like
 from xkv_fx.planning.solve.constraints import bytes_of_fraction, full_bytes
 from xkv_fx.planning.solve.plan import uniform_within_bytes
 from xkv_fx.policy import Policy
+from xkv_fx.provenance import Provenance
 from xkv_fx.public_budgets import Budgets
 
 UNIFORM, CALIBRATED = "uniform", "calibrated"

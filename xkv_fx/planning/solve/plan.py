@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from xkv_fx.budgets import Plan, Provenance
+from xkv_fx.budgets import Plan
 from xkv_fx.errors import BudgetError
 from xkv_fx.formats import LayerFormats
 from xkv_fx.layers import HasItemSize, LayerSpec
@@ -33,6 +33,7 @@ from xkv_fx.planning.solve.limits import Limits, make_limits
 from xkv_fx.planning.solve.plan_formats import plan_with_formats
 from xkv_fx.planning.solve.room import Room, make_room
 from xkv_fx.policy import Policy
+from xkv_fx.provenance import Provenance
 
 Curves = NDArray[np.float64]
 Capacities = NDArray[np.int64]

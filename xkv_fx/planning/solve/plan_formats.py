@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from xkv_fx.budgets import Plan, Provenance
+from xkv_fx.budgets import Plan
 from xkv_fx.errors import BudgetError
 from xkv_fx.layers import HasItemSize
 from xkv_fx.planning.data.by_head import planned_by_layer
@@ -20,6 +20,7 @@ from xkv_fx.planning.solve.constraints import (
 )
 from xkv_fx.planning.solve.fill_formats import capacities_and_pairs
 from xkv_fx.planning.solve.room import Room
+from xkv_fx.provenance import Provenance
 
 
 def plan_with_formats(
