@@ -16,10 +16,11 @@ from word_tokenizer import WordTokenizer
 import xkv_fx
 from xkv_fx import Budgets, Policy
 from xkv_fx.errors import BackendError, BudgetError
-from xkv_fx.evaluation.quality import allocations, held_out, sources
+from xkv_fx.evaluation.quality import allocations, sources
 from xkv_fx.evaluation.quality.allocations import Line, as_tables, nats
 from xkv_fx.evaluation.quality.held_out import measure_held_out
 from xkv_fx.evaluation.texts import documentation, source_code
+from xkv_fx.planning.measure import held_out as measuring
 
 APPEND, RING = Policy(eviction="append"), Policy(eviction="ring")
 NEW = 6
@@ -66,8 +67,8 @@ def test_agreement_is_that_of_tokens_decoded_one_by_one(plan: Budgets) -> None:
 
 def test_what_was_measured_is_taken_and_other_plans_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
-    run_full = held_out.run_full
-    monkeypatch.setattr(held_out, "run_full", lambda *args: runs.append(1) or run_full(*args))
+    run_full = measuring.run_full
+    monkeypatch.setattr(measuring, "run_full", lambda *args: runs.append(1) or run_full(*args))
 
     def stop(done: int, total: int) -> None:
         if done == 2:
@@ -140,7 +141,7 @@ def test_the_whole_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         assert (tmp_path / f"{name}.safetensors").is_file()
 
     monkeypatch.setattr(sources, "measure_calibration", None)
-    monkeypatch.setattr(held_out, "run_full", None)
+    monkeypatch.setattr(measuring, "run_full", None)
     given = [str(path) for path in tmp_path.glob("calibration-*.safetensors")]
     again = run(tmp_path, "--measured", *given)
     assert again["rows"] == found["rows"], "the calibrations were given, and every prompt was measured"

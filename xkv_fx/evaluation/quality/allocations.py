@@ -33,10 +33,9 @@ from xkv_fx.evaluation.quality.candidates import (
     by_head,
     candidates_of_fractions,
     formats_of,
-    identity_of,
     is_of_one_format,
 )
-from xkv_fx.evaluation.quality.held_out import HeldOut, measure_held_out
+from xkv_fx.evaluation.quality.held_out import measure_held_out
 from xkv_fx.evaluation.quality.sources import CALIBRATED_ON, Wanted, reporter, sources_for, split_prompts
 from xkv_fx.files import write_json
 from xkv_fx.hf.capture import capture
@@ -44,6 +43,7 @@ from xkv_fx.hf.models import load_model
 from xkv_fx.layers import LayerSpec, with_itemsize
 from xkv_fx.planning.data.load_measured import load_measured
 from xkv_fx.planning.measure.bootstrap import Estimate, ratio_of_means
+from xkv_fx.planning.measure.held_out import HeldOutResult, identity_of
 from xkv_fx.planning.measure.verify import VERIFY_CONTINUATION, summary
 from xkv_fx.planning.solve.constraints import full_bytes
 
@@ -163,7 +163,7 @@ def plain(value: Any) -> Any:
 def lines_of(
     plans: Sequence[Candidate],
     prompts: Mapping[str, Sequence[Tensor]],
-    measured: HeldOut,
+    measured: HeldOutResult,
     layers: Sequence[LayerSpec],
     context: int,
     apart: bool = True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import xkv_fx
 from xkv_fx.budgets import Plan
@@ -55,11 +54,6 @@ class Entry:
     name: str
     size: str
     budgets: Budgets | None
-
-
-def identity_of(budgets: Plan) -> dict[str, Any]:
-    """All of a plan that decides what it answers: everything but how it was made, as JSON's types."""
-    return {name: value for name, value in budgets.to_dict().items() if name != "provenance"}
 
 
 def label_of(fraction: float) -> str:

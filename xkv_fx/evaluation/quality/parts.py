@@ -15,11 +15,12 @@ import torch
 
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import FileFormatError, ModelMismatchError
-from xkv_fx.evaluation.quality.candidates import Entry, identity_of
+from xkv_fx.evaluation.quality.candidates import Entry
 from xkv_fx.evaluation.quality.results import CONTINUATION_TASK, FULL, Row
 from xkv_fx.evaluation.tasks import Instance
 from xkv_fx.fields import DOCUMENT, NUMBER, OBJECT, TEXT, Fields, check_fields, list_of, whole
 from xkv_fx.files import read_json, read_sealed_json, write_json, write_sealed_json
+from xkv_fx.planning.measure.held_out import identity_of
 from xkv_fx.planning.measure.weights import digest_of_weights
 
 PART_FORMAT, RUN_FORMAT = "xkv_fx.evaluation_part", "xkv_fx.evaluation_run"

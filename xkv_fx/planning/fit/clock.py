@@ -33,12 +33,18 @@ class Clock:
         """Whether less than this share of the time is spent."""
         return self._seconds is None or self.spent < share * self._seconds
 
-    def times(self, seconds: float, share: float) -> int | None:
-        """How often something that takes so many seconds can be done until this share of the time is spent; None for
-        any number."""
-        if self._seconds is None:
-            return None
-        return max(0, int((share * self._seconds - self.spent) // max(seconds, 1e-3)))
+    def times_until(self, share: float, seconds: float, most: int) -> int:
+        """How often something that takes so many seconds can be done until this share of the time is spent, at most
+        `most` times."""
+        return most if self._seconds is None else _fitting(share * self._seconds - self.spent, seconds, most)
+
+    def times_in(self, share: float, seconds: float, most: int) -> int:
+        """As `times_until`, in a share of the whole time, whenever that is."""
+        return most if self._seconds is None else _fitting(share * self._seconds, seconds, most)
+
+
+def _fitting(whole: float, seconds: float, most: int) -> int:
+    return max(0, min(most, int(whole // max(seconds, 1e-3))))
 
 
 class Decisions:

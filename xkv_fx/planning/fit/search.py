@@ -6,9 +6,9 @@ Each is measured on the held-out prompts, and the best so far is handed out at o
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,27 +25,25 @@ from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.profile_data import check_context
 from xkv_fx.planning.fit.advice import advice_on_limit
 from xkv_fx.planning.fit.clock import Clock, Decisions
-from xkv_fx.planning.fit.data import Candidate, Fit, FitReport
+from xkv_fx.planning.fit.data import Fit, FitReport
 from xkv_fx.planning.fit.even_plans import even_plan, even_plans
-from xkv_fx.planning.fit.held_out import HeldOut, Row
 from xkv_fx.planning.fit.settings import FitSettings
+from xkv_fx.planning.fit.tried import Found, Tried
 from xkv_fx.planning.fit_quality import smallest_plan
-from xkv_fx.planning.measure.bootstrap import ratio_of_means
 from xkv_fx.planning.measure.calibrate import CALIBRATE_CONTINUATION, measure_calibration
 from xkv_fx.planning.measure.continuation import cut_model
+from xkv_fx.planning.measure.held_out import HeldOut, Row
 from xkv_fx.planning.measure.mean_keys import gathered, means_of, sums_of_keys
-from xkv_fx.planning.measure.verify import held_out_summary
 from xkv_fx.planning.solve.plan import solve_plan
 from xkv_fx.policy import Policy
 from xkv_fx.runtime.scorers import check_scores_parts
 
-Found = Callable[[Plan, str], None]
-"""Called with each plan that is better than the one before, and with how it was made."""
 Progress = Callable[[str, int, int], None]
 """Called as `progress(what, done, total)`."""
 
 # Shares of the time: until then, the first plan stands; capacities by layer are measured; those by head are.
 _FIRST, _LAYERS, _HEADS = 0.1, 0.5, 0.85
+_HELD_OUT = 0.05  # that plans may take on the held-out prompts each time they are measured there
 _COST_BY_HEAD = 2.2  # of a prompt, over that by layer, as measured with three KV heads
 _SCORER_PROMPTS = 4  # that scorers are compared on
 _LADDER = (0.25, 0.5, 2.0, 4.0)  # times the limit, for what other limits would cost
@@ -73,8 +71,7 @@ def fit_plan(
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if resume is None else resume
-        search = _Search(captured, prompts, settings, later, folder, progress, found)
-        return search.run()
+        return _Search(captured, prompts, settings, later, folder, progress, found).run()
 
 
 class _Search:
@@ -92,59 +89,66 @@ class _Search:
         self.captured, self.settings = captured, settings
         self.layers = captured.layers
         self.measured, rows = _split(prompts, settings.continuation)
-        self.of_prompts = [ids for ids, _ in rows]
-        self.held_out = HeldOut(captured, [*rows, *later], folder / "held_out.json")
+        self.held_out_prompts = [ids for ids, _ in rows]
+        self.held_out = HeldOut(captured, [*later, *rows], folder / "held_out")
+        self.compared_on = len(self.held_out.rows)
         self.decisions = Decisions(folder / "decisions.json", settings.to_dict())
-        self.folder, self.progress, self.found = folder, progress, found
+        self.folder, self.progress = folder, progress
         self.context = planned_context(prompts, settings.context, settings.continuation)
-        self.full_bytes = Plan.full(len(self.layers), self.context).kv_bytes(self.layers, settings.batch_size)
+        self.tried = Tried(settings, self.held_out, self.context, found)
         self.pairs = settings.pairs(self.layers)
         self.means: MeanKeys | None = None
-        self.plans: dict[str, Plan] = {}
-        self.kl: dict[str, NDArray[np.float64]] = {}
+        self.solved_from = 0
         self.left_out: list[str] = []
-        self.best: str | None = None
 
     def run(self) -> Fit:
-        if self.settings.kv_bytes is not None and self.settings.kv_bytes >= self._bytes_of_all():
-            return self._fit_of_all()
+        limit = self.settings.kv_bytes
+        if limit is not None and limit >= self._bytes_of_all():
+            return self._fit_of_all(limit)
         self.means = self._mean_keys()
         self._try_even_plans()
         scorers = self._scorers_by_worth()
         policy = next(one for one in self.settings.policies if one.scorer == scorers[0])
-        calibrations = [made for by in ("layer", "head") if (made := self._calibrate(policy, by)) is not None]
-        for calibration, by in calibrations:
-            self._try_solved(calibration, by, scorers)
-        if self.best is None:
+        calibration: Calibration | None = None
+        for by in ("layer", "head"):
+            if by in self.settings.by and (measured := self._calibrate(policy, by)) is not None:
+                calibration = measured
+                self._try_solved(measured, by, scorers)
+        best = self.tried.best
+        if best is None:
             raise BudgetError(f"no plan that was tried keeps a held-out KL of {self.settings.kl}; ask for a larger kl")
-        curve = self._curve([calibration for calibration, _ in calibrations])
-        return self._result(curve)
+        curve = self._curve(best, calibration)
+        advice = () if limit is None else advice_on_limit(self.tried.candidates(best)[0], curve)
+        return self._result(best, curve, advice)
 
     # A limit that holds everything
 
     def _bytes_of_all(self) -> int:
         """What a cache takes that keeps every token of the context, and of what is generated, in the model's dtype."""
-        tokens = self.context + self.settings.max_new_tokens
+        return self._bytes_of_full(self.context + self.settings.max_new_tokens)
+
+    def _bytes_of_full(self, tokens: int) -> int:
         return Plan.full(len(self.layers), tokens).kv_bytes(self.layers, self.settings.batch_size)
 
-    def _fit_of_all(self) -> Fit:
+    def _fit_of_all(self, limit: int) -> Fit:
         settings = self.settings
-        most = self.captured.facts.max_positions or 2**20
-        limit = settings.kv_bytes or 0
-        ring = settings.policies[-1]
-        plan = even_plan(self.layers, ring, None, most, limit, settings.batch_size, 0)
+        most = self.captured.max_positions or limit  # more slots than bytes there cannot be
+        plan = even_plan(self.layers, settings.policies[-1], None, most, limit, settings.batch_size, 0)
         if plan is None:  # it holds the whole context, so it holds a slot
             raise BudgetError(f"{limit:,} bytes are less than one slot a layer takes")
+        kept, name = min(plan.every_capacity), "all tokens, model"
+        longest = max(ids.shape[1] for ids, _ in self.held_out.rows)
+        if longest <= kept:  # nothing is evicted, so nothing strays
+            self.tried.add_measured({name: plan}, {name: np.zeros(self.compared_on)})
+        else:
+            self.tried.add({name: plan})
         advice = (
-            f"your limit needs no eviction: it holds {min(plan.capacities):,} tokens of every layer in the model's "
-            f"dtype, and the context has {self.context:,}"
+            f"your limit needs no eviction: it holds {kept:,} tokens of every layer in the model's dtype, and the "
+            f"context has {self.context:,}"
         )
-        self.best = "all tokens, model"
-        self.plans[self.best] = plan
-        self.kl[self.best] = np.zeros(len(self.held_out.rows))
-        return self._result(((limit, 0.0),), (advice,))
+        return self._result(name, ((limit, self.tried.kl(name)),), (advice,))
 
-    # Candidates
+    # Plans that need no calibration
 
     def _mean_keys(self) -> MeanKeys | None:
         """The mean keys over as many measured prompts as a part of the time allows; None where no keys are coded."""
@@ -187,12 +191,36 @@ class _Search:
                 "any format; give more, or fewer rows"
             )
         self._report("plans without measuring", 0, 1)
-        count = self.decisions.decide("first prompts", lambda: self._first_prompts(list(plans.values())))
-        self._try(plans, count)
-        self._try(plans)
+        self.tried.add(plans, self._prompts_of_first_plan(list(plans.values())))
+        self.tried.add(plans, self.compared_on)
 
-    def _first_prompts(self, plans: Sequence[Plan]) -> int:
-        return int(self.held_out.kl(plans, more=lambda done: self.clock.within(_FIRST)).shape[1])
+    def _prompts_of_first_plan(self, plans: Sequence[Plan]) -> int:
+        """On how many held-out prompts the first plan is chosen; and it is decided how many the others are."""
+
+        def while_there_is_time() -> int:
+            return len(self.held_out.measure(plans, more=lambda: self.clock.within(_FIRST)).kl)
+
+        seconds = self._seconds_of("a held-out prompt", lambda: self.held_out.measure(plans, 1))
+        first = self.decisions.decide("first prompts", while_there_is_time)
+        whole = self.compared_on
+        self.compared_on = self.decisions.decide(
+            "held-out prompts", lambda: min(whole, max(first, self.clock.times_in(_HELD_OUT, seconds, whole)))
+        )
+        if self.compared_on < whole:
+            self.left_out.append(
+                f"{whole - self.compared_on} of {whole} held-out prompts were left out: no time to compare on them"
+            )
+        return first
+
+    def _seconds_of(self, what: str, run: Callable[[], object]) -> float:
+        """What a first run takes. It is decided: a run that goes on has the results of the first one, and is faster."""
+
+        def milliseconds() -> int:
+            started = time.monotonic()
+            run()
+            return 1 + int(1000 * (time.monotonic() - started))
+
+        return self.decisions.decide(f"milliseconds of {what}", milliseconds) / 1000
 
     def _scorers_by_worth(self) -> list[str]:
         """The scorers, the one first under which a uniform plan in the model's dtype strays least on a few prompts."""
@@ -211,21 +239,28 @@ class _Search:
         plans = [
             dataclasses.replace(plan, policy=dataclasses.replace(first, scorer=scorer)) for scorer in settings.scorers
         ]
-        kl = self.held_out.kl(plans, _SCORER_PROMPTS).mean(1)
+        kl = self.held_out.measure(plans, min(_SCORER_PROMPTS, self.compared_on)).kl.mean(0)
         return [settings.scorers[index] for index in np.argsort(kl, kind="stable")]
 
-    def _calibrate(self, policy: Policy, by: str) -> tuple[Calibration, str] | None:
-        if by not in self.settings.by or (by == "head" and all(spec.kv_heads == 1 for spec in self.layers)):
-            return None
-        if by == "head" and (reason := self._no_heads(policy)) is not None:
-            self.left_out.append(f"capacities by head were left out: {reason}")
-            return None
-        share = _LAYERS if by == "layer" else _HEADS
-        count = self.decisions.decide(f"prompts by {by}", lambda: self._affordable(policy, by, share))
+    # Plans solved from what is measured
+
+    def _calibrate(self, policy: Policy, by: str) -> Calibration | None:
+        if by == "head":
+            if all(spec.kv_heads == 1 for spec in self.layers):
+                return None
+            if (reason := self._no_heads(policy)) is not None:
+                self.left_out.append(f"capacities by head were left out: {reason}")
+                return None
+        count = self._affordable(policy, by)
         if count == 0:
             self.left_out.append(f"capacities by {by} were left out: no time to measure a prompt")
             return None
-        return self._measure(policy, by, count), by
+        if count < len(self.measured):
+            self.left_out.append(
+                f"capacities by {by} were measured on {count} of {len(self.measured)} prompts: no time"
+            )
+        self.solved_from = max(self.solved_from, count)
+        return self._measure(policy, by, count)
 
     def _no_heads(self, policy: Policy) -> str | None:
         """Why KV heads cannot be measured alone; None if they can."""
@@ -237,19 +272,19 @@ class _Search:
             return str(error)
         return None
 
-    def _affordable(self, policy: Policy, by: str, share: float) -> int:
-        """How many prompts there is time to measure, by what the first one took."""
+    def _affordable(self, policy: Policy, by: str) -> int:
+        """How many prompts there is time to measure, by what the first one takes by layer."""
+        whole = len(self.measured)
         if self.settings.seconds is None:
-            return len(self.measured)
-        if by == "head":
-            per_prompt = _COST_BY_HEAD * self._seconds_of_prompt
-            return min(len(self.measured), self.clock.times(per_prompt, share) or 0)
-        start = self.clock.spent
-        self._measure(policy, by, 1)
-        self._seconds_of_prompt = self.clock.spent - start
-        return 1 + min(len(self.measured) - 1, self.clock.times(self._seconds_of_prompt, share) or 0)
-
-    _seconds_of_prompt = 0.0
+            return whole
+        seconds = self._seconds_of("a prompt", lambda: self._measure(policy, "layer", 1))
+        if by == "layer":  # the first one has been measured
+            return self.decisions.decide(
+                "prompts by layer", lambda: min(whole, 1 + self.clock.times_until(_LAYERS, seconds, whole))
+            )
+        return self.decisions.decide(
+            "prompts by head", lambda: self.clock.times_until(_HEADS, _COST_BY_HEAD * seconds, whole)
+        )
 
     def _measure(self, policy: Policy, by: str, count: int) -> Calibration:
         return measure_calibration(
@@ -266,33 +301,40 @@ class _Search:
 
     def _try_solved(self, calibration: Calibration, by: str, scorers: Sequence[str]) -> None:
         settings = self.settings
-        what = "capacities" if len(self.pairs) == 1 else "capacities and formats"
+        name = f"{'capacities' if len(self.pairs) == 1 else 'capacities and formats'} by {by}"
         if settings.kl is not None:
-            with contextlib.suppress(BudgetError):  # none keeps the bound; another candidate may
+            try:
                 plan = smallest_plan(
-                    self.captured, calibration, self.of_prompts, settings.kl, self.context, settings.multiple,
+                    self.captured, calibration, self.held_out_prompts, settings.kl, self.context, settings.multiple,
                     continuation=settings.continuation,
                 )  # fmt: skip
-                self._try({f"{what} by {by}": plan})
+            except BudgetError as error:  # none keeps the bound; another candidate may
+                self.left_out.append(f"{name} were left out: {error}")
+            else:
+                self.tried.add({name: plan}, self.compared_on)
             return
-        plan = self._solved(calibration, settings.kv_bytes or 0)
-        plans = {self._named(f"{what} by {by}", plan.policy): plan}
-        for policy in settings.policies:
-            if policy != plan.policy and policy.scorer in scorers[:2]:
-                other = self._solved(dataclasses.replace(calibration, policy=policy), settings.kv_bytes or 0)
-                plans[self._named(f"{what} by {by}", policy)] = other
-        self._try(plans)
+        tried = [one for one in settings.policies if one == calibration.policy or one.scorer in scorers[:2]]
+        self.tried.add(
+            {self._named(name, one): self._solved(calibration, settings.kv_bytes or 0, one) for one in tried},
+            self.compared_on,
+        )
 
-    def _solved(self, calibration: Calibration, kv_bytes: int) -> Plan:
+    def _solved(self, calibration: Calibration, kv_bytes: int, policy: Policy) -> Plan:
+        """The plan of at most so many bytes, served by a policy that may not be the one that was measured."""
         settings = self.settings
-        return solve_plan(
-            calibration,
+        plan = solve_plan(
+            dataclasses.replace(calibration, policy=policy),
             kv_bytes=kv_bytes,
             context=self.context,
             multiple=settings.multiple,
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
         )
+        if policy == calibration.policy:
+            return plan
+        # What it is expected to cost was measured under another policy; what it does cost is measured next.
+        provenance = dataclasses.replace(plan.provenance, source=calibration.digest(), expected_kl=None)
+        return dataclasses.replace(plan, provenance=provenance)
 
     def _named(self, name: str, policy: Policy) -> str:
         parts = [name]
@@ -302,107 +344,43 @@ class _Search:
             parts.append(policy.scorer)
         return ", ".join(parts)
 
-    def _try(self, plans: dict[str, Plan], prompts: int | None = None) -> None:
-        """Measure plans on the held-out prompts, and hand out the best so far."""
-        kl = self.held_out.kl(list(plans.values()), prompts)
-        self.plans |= plans
-        self.kl |= dict(zip(plans, kl, strict=True))
-        best = min(self._allowed(), key=self._rank, default=None)
-        if best is not None and best != self.best:
-            self.best = best
-            if self.found is not None:
-                self.found(self._with_provenance(best), best)
-
-    def _allowed(self) -> list[str]:
-        bound = self.settings.kl
-        return [name for name, kl in self.kl.items() if bound is None or kl.mean() <= bound]
-
-    def _rank(self, name: str) -> tuple[float, int]:
-        """Lower is better: the KL at the limit in bytes, or the bytes at the bound on the KL."""
-        return (self._bytes(name), 0) if self.settings.kl is not None else (float(self.kl[name].mean()), 0)
-
-    def _bytes(self, name: str) -> int:
-        return self.plans[name].kv_bytes(
-            self.layers, self.settings.batch_size, max_new_tokens=self.settings.max_new_tokens
-        )
-
     # The result
 
-    def _curve(self, calibrations: Sequence[Calibration]) -> tuple[tuple[int, float], ...]:
-        """What other limits would cost: plans made as the best one was, on the held-out prompts."""
-        chosen = self.plans[self.best or ""]
-        calibration = calibrations[-1] if calibrations else None
-        points = {self._bytes(self.best or ""): float(self.kl[self.best or ""].mean())}
+    def _curve(self, best: str, calibration: Calibration | None) -> tuple[tuple[int, float], ...]:
+        """What other limits would cost, on the held-out prompts: plans solved from the last calibration, served as the
+        best one is."""
+        kv_bytes, policy = self.tried.kv_bytes(best), self.tried.plan(best).policy
+        points = {kv_bytes: self.tried.kl(best)}
         if calibration is None:
             return tuple(points.items())
-        calibration = dataclasses.replace(calibration, policy=chosen.policy)
         plans: dict[int, Plan] = {}
-        for factor in _LADDER:
-            limit = int(factor * self._bytes(self.best or ""))
+        for limit in (int(factor * kv_bytes) for factor in _LADDER):
             if limit >= self._bytes_of_all():
                 points[self._bytes_of_all()] = 0.0
                 continue
             try:
-                plans[limit] = self._solved(calibration, limit)
-            except BudgetError:  # less than one slot a layer
+                plans[limit] = self._solved(calibration, limit, policy)
+            except BudgetError:  # less than one slot a layer: there is no such limit
                 continue
         if plans:
-            kl = self.held_out.kl(list(plans.values())).mean(1)
+            kl = self.held_out.measure(list(plans.values()), self.compared_on).kl.mean(0)
             points |= dict(zip(plans, kl.tolist(), strict=True))
         return tuple(sorted(points.items()))
 
-    def _with_provenance(self, name: str) -> Plan:
-        plan, kl = self.plans[name], self.kl[name].tolist()
-        limit = self._limit()
-        provenance = dataclasses.replace(
-            plan.provenance,
-            model=self.captured.fingerprint,
-            allocator=plan.provenance.allocator or "uniform",
-            constraint=plan.provenance.constraint or limit,
-            context=self.context,
-            held_out=held_out_summary(kl, self.settings.continuation),
-        )
-        return dataclasses.replace(plan, provenance=provenance)
-
-    def _limit(self) -> dict[str, float]:
-        """As `solve` writes it into a plan, which `transform` then holds to."""
-        settings = self.settings
-        if settings.kv_bytes is None:
-            return {"kl": settings.kl or 0.0}
-        room = {"max_new_tokens": settings.max_new_tokens} if settings.max_new_tokens else {}
-        return {"kv_bytes": settings.kv_bytes, "batch_size": settings.batch_size, **room}
-
-    def _result(self, curve: tuple[tuple[int, float], ...], advice: tuple[str, ...] | None = None) -> Fit:
-        best = self.best or ""
-        ours = self.kl[best]
-        order = sorted(self._allowed(), key=self._rank)
-        order += sorted((name for name in self.kl if name not in order), key=lambda name: float(self.kl[name].mean()))
-        candidates = tuple(
-            Candidate(
-                name,
-                self.plans[name],
-                self._bytes(name),
-                tuple(self.kl[name].tolist()),
-                ratio_of_means(ours, self.kl[name]),
-            )
-            for name in order
-        )
+    def _result(self, best: str, curve: tuple[tuple[int, float], ...], advice: tuple[str, ...]) -> Fit:
         report = FitReport(
             limit=self.settings.kv_bytes,
             bound=self.settings.kl,
-            full_bytes=self.full_bytes,
+            full_bytes=self._bytes_of_full(self.context),
             context=self.context,
             batch_size=self.settings.batch_size,
-            measured=len(self.measured),
-            held_out=len(self.held_out.rows),
+            measured=self.solved_from,
+            held_out=self.compared_on,
             curve=curve,
-            advice=self._advice(candidates[0], curve) if advice is None else advice,
+            advice=advice,
             left_out=tuple(self.left_out),
         )
-        return Fit(self._with_provenance(best), report, candidates)
-
-    def _advice(self, chosen: Candidate, curve: tuple[tuple[int, float], ...]) -> tuple[str, ...]:
-        return () if self.settings.kv_bytes is None else advice_on_limit(chosen, curve)
+        return Fit(self.tried.plan(best), report, self.tried.candidates(best))
 
     def _report(self, what: str, done: int, total: int) -> None:
         if self.progress is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -87,12 +88,22 @@ class FitSettings:
             for eviction in self.evictions
         )
 
+    @property
+    def constraint(self) -> dict[str, float]:
+        """As `solve` writes it into a plan, which `transform` then holds to."""
+        if self.kv_bytes is None:
+            return {"kl": self.kl or 0.0}
+        room = {"max_new_tokens": self.max_new_tokens} if self.max_new_tokens else {}
+        return {"kv_bytes": self.kv_bytes, "batch_size": self.batch_size, **room}
+
     def pairs(self, layers: Sequence[LayerSpec]) -> tuple[LayerFormats | None, ...]:
         """The formats of keys and values that all layers can be stored in."""
         return tuple(pair for pair in pairs_to_measure(self.formats) if can_store(layers, pair))
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "formats": [list(p) if isinstance(p, tuple) else p for p in self.formats]}
+        """As JSON's types, so that what a file holds of it is equal to it."""
+        settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return settings
 
 
 def _positive(value: Any) -> bool:
