@@ -192,9 +192,9 @@ class Plan:
         """Check that this plan fits a model with these layers and, where both are known, this fingerprint.
 
         Raises:
-            BudgetError: the number of capacities differs from the number of layers, that of a layer planned by KV head
-                from its heads, a layer cannot be stored in its formats, or it has
-                other keys than its mean key.
+            BudgetError: the number of capacities differs from the number of layers, or that of a layer planned by KV
+                head from the number of its heads; a layer cannot be stored in its formats, or its mean key is of other
+                shape than its keys.
             ModelMismatchError: the plan was made for another model.
         """
         specs = layers_of(layers)
@@ -310,22 +310,23 @@ class Plan:
             constants: the name of the file that holds the constants, if there are any.
         """
         provenance = self.provenance.to_dict()
-        formats = None if self.formats is None else [_as_lists(of_layer) for of_layer in self.formats]
-        data = {
+        version = 1 if self.formats is None else 2
+        if self.mean_keys is not None or any(name in provenance for name in SINCE_VERSION_3):
+            version = 3
+        if self.by_head:
+            version = 4
+        data: dict[str, Any] = {
             "format": FORMAT,
-            "version": 1,
+            "version": version,
             "capacities": [_as_lists(capacity) for capacity in self.capacities],
             "policy": self.policy.to_dict(),
             "provenance": provenance,
         }
-        if self.by_head:
-            data = {**data, "version": 4, "formats": formats}
-            return data if self.mean_keys is None else {**data, "constants": reference_to(constants, self.mean_keys)}
-        if formats is not None:
-            data = {**data, "version": 2, "formats": formats}
+        if self.formats is not None or version == 4:
+            data["formats"] = None if self.formats is None else [_as_lists(of_layer) for of_layer in self.formats]
         if self.mean_keys is not None:
-            return {**data, "version": 3, "constants": reference_to(constants, self.mean_keys)}
-        return {**data, "version": 3} if any(name in provenance for name in SINCE_VERSION_3) else data
+            data["constants"] = reference_to(constants, self.mean_keys)
+        return data
 
     def to(self, engine: str, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         """This plan in another engine's own settings. These engines keep the newest tokens only (and sinks): what the
@@ -404,8 +405,8 @@ class Plan:
         )
         if plan.mean_keys is None and "constants" in data:
             raise FileFormatError("it has constants, which a plan that stores no keys in fewer bits has no use for")
-        if plan.by_head and data["version"] < 4:
-            raise FileFormatError(f"version {data['version']} has no capacities or formats of single KV heads")
+        if plan.by_head and version < 4:
+            raise FileFormatError(f"version {version} has no capacities or formats of single KV heads")
         return plan
 
 
