@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import operator
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -19,11 +17,12 @@ from numpy.typing import NDArray
 from xkv_fx.errors import BudgetError, FileFormatError
 from xkv_fx.fields import HEADER, LIST, NUMBER, OBJECT, TEXT, Fields, list_of, or_null, read_header, whole
 from xkv_fx.files import check_safetensors_size, is_int, written_whole
-from xkv_fx.formats import LayerFormats, checked_pair, codes_keys, pair_name
+from xkv_fx.formats import LayerFormats, codes_keys, pair_name
 from xkv_fx.layers import LayerSpec, layer_specs
 from xkv_fx.mean_keys import MeanKeys, arrays_of, check_fits, checked_mean_keys, mean_keys_of
 from xkv_fx.planning.data.as_table import as_table
 from xkv_fx.planning.data.by_head import checked_counts, joined_means, whole_layers
+from xkv_fx.planning.data.grid import check_storable, checked_points
 from xkv_fx.planning.data.hull import gain_curve, kl_curve
 from xkv_fx.planning.data.measured_file import reading
 from xkv_fx.planning.data.profile_data import check_context
@@ -94,7 +93,7 @@ class Calibration:
             raise BudgetError("a calibration needs at least one prompt")
         if not is_int(self.continuation) or self.continuation < 1:
             raise BudgetError(f"continuation must be a whole number of at least 1; got {self.continuation!r}")
-        grid, formats = _checked_points(self.grid, self.formats)
+        grid, formats = checked_points(self.grid, self.formats)
         check_storable(formats or (), layers)
         kl = self.kl
         shape = (len(lengths), len(layers), len(grid))
@@ -332,70 +331,3 @@ class Calibration:
             if calibration.digest() != header["sha256"]:
                 raise FileFormatError("its content does not match its checksum; it is damaged, so calibrate again")
             return calibration
-
-
-def check_grid(grid: Any) -> tuple[float, ...]:
-    """A grid of capacities as floats.
-
-    Raises:
-        BudgetError: not ascending shares above 0 and below 1, or fewer than two.
-    """
-    shares = _floats(grid)
-    if len(shares) < 2 or not _ascending(shares):
-        raise BudgetError(
-            f"grid must be at least two ascending shares of the prompt's tokens, above 0 and below 1; got {shares}"
-        )
-    return shares
-
-
-def _ascending(shares: Sequence[float]) -> bool:
-    """Whether they are ascending shares above 0 and below 1."""
-    rising = all(low < high for low, high in itertools.pairwise(shares))
-    return rising and shares[0] > 0 and shares[-1] < 1
-
-
-def _floats(grid: Any) -> tuple[float, ...]:
-    try:
-        return tuple(map(float, grid))
-    except (TypeError, ValueError) as error:
-        raise BudgetError(f"grid must be shares of the prompt's tokens; got {grid!r:.200}") from error
-
-
-def check_storable(pairs: Sequence[LayerFormats | None], layers: Sequence[LayerSpec]) -> None:
-    """Refuse formats that not all layers can be stored in.
-
-    Raises:
-        BudgetError: there are such; the message names the layer.
-    """
-    for pair in dict.fromkeys(pairs):
-        for layer, spec in enumerate(layers):
-            try:
-                spec.slot_bytes(formats=pair)
-            except BudgetError as error:
-                raise BudgetError(f"layer {layer} cannot be stored as {pair_name(pair)}: {error}") from error
-
-
-def _checked_points(grid: Any, formats: Any) -> tuple[tuple[float, ...], tuple[LayerFormats | None, ...] | None]:
-    """Shares and formats of what was measured, in their one normal form.
-
-    Raises:
-        BudgetError: not a grid for each pair of formats, ending with all tokens in all but the model's dtype.
-    """
-    if formats is None:
-        return check_grid(grid), None
-    shares = _floats(grid)
-    if isinstance(formats, str) or not isinstance(formats, Sequence) or len(formats) != len(shares):
-        raise BudgetError(f"formats must be {len(shares)} pairs, one for each point of the grid; got {formats!r:.100}")
-    pairs = tuple(checked_pair(pair, f"point {point}") for point, pair in enumerate(formats))
-    if not any(pairs):
-        return check_grid(shares), None
-    for pair in dict.fromkeys(pairs):
-        of_pair = [share for share, measured in zip(shares, pairs, strict=True) if measured == pair]
-        if pair is not None and of_pair.pop() != 1:
-            raise BudgetError(f"the last point in {pair_name(pair)} must be 1, all tokens; got {shares}")
-        if not of_pair or not _ascending(of_pair):
-            raise BudgetError(
-                f"the points in {pair_name(pair)} must be ascending shares of the prompt's tokens, above 0 and below "
-                f"1; got {of_pair}"
-            )
-    return shares, pairs

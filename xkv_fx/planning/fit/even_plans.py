@@ -10,7 +10,7 @@ from xkv_fx.errors import BudgetError
 from xkv_fx.formats import LayerFormats, pair_name
 from xkv_fx.layers import LayerSpec
 from xkv_fx.mean_keys import MeanKeys
-from xkv_fx.planning.data.calibration_data import check_storable
+from xkv_fx.planning.data.grid import check_storable
 from xkv_fx.policy import Policy
 
 

@@ -28,7 +28,8 @@ from xkv_fx.layers import LayerSpec
 from xkv_fx.mean_keys import MeanKeys
 from xkv_fx.passes.measure.cut_at_attention import CutModel
 from xkv_fx.planning.data.by_head import check_by, one_head_means, one_head_specs
-from xkv_fx.planning.data.calibration_data import Calibration, check_grid
+from xkv_fx.planning.data.calibration_data import Calibration
+from xkv_fx.planning.data.grid import check_grid
 from xkv_fx.planning.measure.continuation import (
     FULL,
     FullRun,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from xkv_fx.errors import BudgetError
 from xkv_fx.formats import LayerFormats, checked_pair
 from xkv_fx.layers import LayerSpec
-from xkv_fx.planning.data.calibration_data import check_grid, check_storable
+from xkv_fx.planning.data.grid import check_grid, check_storable
 
 GRID = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 # With formats there is a grid for each pair of them, so it is coarser. A layer that holds few tokens strays by what is

@@ -17,7 +17,7 @@ from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, PromptError
 from xkv_fx.formats import LayerFormats, pair_name
 from xkv_fx.layers import LayerSpec, with_itemsize
-from xkv_fx.planning.data.calibration_data import check_storable
+from xkv_fx.planning.data.grid import check_storable
 from xkv_fx.planning.measure.bootstrap import Estimate, ratio_of_means
 from xkv_fx.planning.measure.calibrate import check_measurable, check_prompt, cut_checked
 from xkv_fx.planning.measure.continuation import layer_plans, run_full
