@@ -31,13 +31,18 @@ class HeadGroup:
 
     def spec_in(self, layer: LayerSpec) -> LayerSpec:
         """What a cache of these heads keeps, given what one of all heads of the layer does."""
-        queries = layer.query_heads // layer.kv_heads
-        return dataclasses.replace(layer, query_heads=queries * len(self.heads), kv_heads=len(self.heads))
+        return spec_of_heads(layer, len(self.heads))
 
     def mean_of(self, mean: MeanKey | None) -> MeanKey | None:
         """What is subtracted from the keys of these heads, given the mean key of the layer's; None where they are
         stored as they are."""
         return None if mean is None or not codes_keys(self.formats) else mean.of_heads(self.heads)
+
+
+def spec_of_heads(layer: LayerSpec, kv_heads: int) -> LayerSpec:
+    """What a cache of so many KV heads keeps, given what one of another number of the layer's heads does."""
+    queries = layer.query_heads // layer.kv_heads
+    return dataclasses.replace(layer, query_heads=queries * kv_heads, kv_heads=kv_heads)
 
 
 def group_heads(
@@ -56,7 +61,7 @@ def group_heads(
 
 def planned_slot_bytes(spec: LayerSpec, formats: PlannedFormats, dtype: HasItemSize | None = None) -> int:
     """Bytes that one slot of every KV head of a layer takes, as `LayerSpec.slot_bytes`, whatever formats each has."""
-    one_head = HeadGroup(0, (0,), 1, None).spec_in(spec)
+    one_head = spec_of_heads(spec, 1)
     return sum(one_head.slot_bytes(dtype, pair) for pair in formats_of_heads(formats, spec.kv_heads))
 
 

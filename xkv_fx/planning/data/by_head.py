@@ -9,7 +9,7 @@ import numpy as np
 
 from xkv_fx.errors import BudgetError
 from xkv_fx.files import is_int
-from xkv_fx.heads import HeadGroup
+from xkv_fx.heads import spec_of_heads
 from xkv_fx.layers import LayerSpec
 from xkv_fx.mean_keys import MeanKey, MeanKeys
 
@@ -28,7 +28,7 @@ def check_by(by: Any) -> None:
 
 def one_head_specs(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
     """What each KV head of each layer caches."""
-    return tuple(HeadGroup(0, (0,), 1, None).spec_in(spec) for spec in layers for _ in range(spec.kv_heads))
+    return tuple(spec_of_heads(spec, 1) for spec in layers for _ in range(spec.kv_heads))
 
 
 def whole_layers(heads: Sequence[LayerSpec], counts: Sequence[int]) -> tuple[LayerSpec, ...]:
@@ -37,7 +37,7 @@ def whole_layers(heads: Sequence[LayerSpec], counts: Sequence[int]) -> tuple[Lay
     Args:
         counts: how many heads each layer has.
     """
-    return tuple(HeadGroup(0, tuple(range(len(group))), 1, None).spec_in(group[0]) for group in split(heads, counts))
+    return tuple(spec_of_heads(group[0], len(group)) for group in split(heads, counts))
 
 
 def split(values: Sequence[T], counts: Sequence[int]) -> list[tuple[T, ...]]:
