@@ -238,9 +238,13 @@ def test_fit(tmp_path: Path, text: Path) -> None:
     assert xkv_fx.Budgets.load(plan).to_dict() == found["budgets"]
     assert "nats" in shown
     assert picture.stat().st_size > 1000
-    assert not plan.with_name("plan.json.parts").exists()
+    parts = plan.with_name("plan.json.parts")
+    assert not parts.exists()
+    parts.mkdir()
+    (parts / "mine.txt").write_text("not ours to delete")
     told = json.loads(invoke("fit", "--out", plan, "--json", *options))
     assert told["candidates"] == found["candidates"]
+    assert [path.name for path in parts.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +58,8 @@ def fit(
 
     Every other prompt is held out to compare plans on. Goes on where it was interrupted.
     """
+    from xkv_fx.planning.fit.search import remove_fit_parts
+
     parts = out.with_name(f"{out.name}.parts")
     loaded, tokenizer = model.load()
     rows = token_rows(prompts, tokenizer, length)
@@ -88,7 +89,7 @@ def fit(
         from xkv_fx.evaluation.pictures import draw_fit
 
         draw_fit(found, picture)
-    shutil.rmtree(parts, ignore_errors=True)
+    remove_fit_parts(parts)
     if json_:
         show({"budgets": str(out), **found.to_dict()}, True)
         return

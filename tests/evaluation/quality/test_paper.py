@@ -12,10 +12,10 @@ from ready_models import remember_programs
 from tiny_models import llama
 from word_tokenizer import WordTokenizer
 
-from xkv_fx.evaluation.quality import evaluate, held_out, paper, sources
+from xkv_fx.evaluation.quality import evaluate, paper, sources
 from xkv_fx.evaluation.texts import documentation, source_code
 from xkv_fx.hf.capture import capture
-from xkv_fx.planning.measure import calibrate
+from xkv_fx.planning.measure import calibrate, held_out
 
 VOCABULARY = 500
 MODEL = llama(2, vocab_size=VOCABULARY)

@@ -30,9 +30,9 @@ from xkv_fx.planning.fit.even_plans import even_plan, even_plans
 from xkv_fx.planning.fit.settings import FitSettings
 from xkv_fx.planning.fit.tried import Found, Tried
 from xkv_fx.planning.fit_quality import smallest_plan
-from xkv_fx.planning.measure.calibrate import CALIBRATE_CONTINUATION, measure_calibration
+from xkv_fx.planning.measure.calibrate import CALIBRATE_CONTINUATION, measure_calibration, remove_parts
 from xkv_fx.planning.measure.continuation import cut_model
-from xkv_fx.planning.measure.held_out import HeldOut, Row
+from xkv_fx.planning.measure.held_out import HeldOut, Row, remove_held_out
 from xkv_fx.planning.measure.mean_keys import gathered, means_of, sums_of_keys
 from xkv_fx.planning.solve.plan import solve_plan
 from xkv_fx.policy import Policy
@@ -72,6 +72,13 @@ def fit_plan(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if resume is None else resume
         return _Search(captured, prompts, settings, later, folder, progress, found).run()
+
+
+def remove_fit_parts(folder: Path) -> None:
+    """Delete what was kept in a `resume` folder, and the folder unless something else is in it."""
+    (folder / "decisions.json").unlink(missing_ok=True)
+    remove_held_out(folder / "held_out")
+    remove_parts(folder)
 
 
 class _Search:

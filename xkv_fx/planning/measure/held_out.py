@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,15 @@ class HeldOut:
         if not np.isfinite(kl).all():
             raise PromptError(f"the model's output on prompt {index} is not finite; does its dtype overflow?")
         return {name: (float(kl[at]), float(agreement[at])) for at, name in enumerate(plans)}
+
+
+def remove_held_out(folder: Path) -> None:
+    """Delete what was kept in a `resume` folder, and the folder unless something else is in it."""
+    for path in folder.glob("*.json"):
+        if re.fullmatch("[0-9a-f]{64}", path.stem):
+            path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _name_of(plan: Plan) -> str:
