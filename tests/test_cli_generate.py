@@ -228,6 +228,8 @@ def test_options_that_do_not_go_together(plan: Path, asked: Path, tmp_path: Path
         generate(plan, "--prompt", "a", "--system", "b")
     with pytest.raises(EngineError, match="one prompt, greedily; leave --prompts, --sample out"):
         invoke("generate", "--engine", tmp_path, "--prompts", asked, "--sample")
+    with pytest.raises(EngineError, match="leave --system out"):
+        invoke("generate", "--engine", tmp_path, "--prompt", "a", "--system", "b")
     tokenizer.chat_template = None
     with pytest.raises(PromptError, match="no chat template"):
         generate(plan, "--prompt", "a", "--chat")

@@ -85,8 +85,9 @@ def generate(
     many = len(asked) > 1 or prompts is not None
     if engine is not None:
         given = {
-            "--prompts": many, "--out": out, "--chat": chat, "--stop": stop, "--sample": sampling.sample,
-            "--share-prefix": share_prefix, "--batch-size": batch_size, "--prefill-chunk-size": prefill_chunk_size,
+            "--prompts": many, "--out": out, "--chat": chat, "--system": system, "--stop": stop,
+            "--sample": sampling.sample, "--share-prefix": share_prefix, "--batch-size": batch_size,
+            "--prefill-chunk-size": prefill_chunk_size,
         }  # fmt: skip
         _generate_by_engine(engine, asked, sampling.max_new_tokens, trust, given, json_)
         return
