@@ -48,6 +48,11 @@ def test_who_has_no_room_for_a_request_is_skipped() -> None:
     assert runs["ours-padded"].skipped is None
 
 
+def test_without_ours_there_is_nothing_to_be_the_same_as() -> None:
+    found = run_many_bench(model(), ManySettings(FULL, **SMALL, only=("padded",)))
+    assert [(run.name, run.same) for run in found.runs] == [("padded", None)]
+
+
 def test_requests_are_the_same_for_the_same_seed() -> None:
     asked = ManySettings(FULL, requests=200, prompt=(3, 30), answer=(2, 9)).asked(61)
     assert asked == ManySettings(FULL, requests=200, prompt=(3, 30), answer=(2, 9)).asked(61)

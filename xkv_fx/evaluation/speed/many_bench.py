@@ -8,6 +8,7 @@ asked for; tokens that a batch generates behind that are not counted.
 from __future__ import annotations
 
 import dataclasses
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -91,7 +92,7 @@ class ManyRun:
         ready_s: capture and compilation.
         seconds: from the first request to the last answer.
         tokens_per_second: of the answers that were asked for.
-        same: answers that are token for token those of ours.
+        same: answers that are token for token those of `"ours"`; None where that took no part.
         skipped: why there are no figures.
     """
 
@@ -124,7 +125,8 @@ class ManyBench:
                 continue
             rows = "shared" if run.rows is None else str(run.rows)
             sizes = (f"{(run.kv_bytes or 0) / 1e6:.1f}", f"{run.ready_s:.1f}", f"{run.seconds:.1f}")
-            table.add_row(run.name, rows, *sizes, f"{run.tokens_per_second:.1f}", str(run.same))
+            same = "" if run.same is None else str(run.same)
+            table.add_row(run.name, rows, *sizes, f"{run.tokens_per_second:.1f}", same)
         return table
 
 
@@ -144,7 +146,7 @@ def run_many_bench(
     layers = layers_of_model(model)
     limit = settings.budgets.kv_bytes(layers, settings.rows + 1, max_new_tokens=settings.answer[1])
     runs: list[ManyRun] = []
-    first: list[Ids] | None = None
+    of_ours: list[Ids] | None = None
     for name in CONTESTANTS:
         if settings.only and name not in settings.only:
             continue
@@ -158,8 +160,9 @@ def run_many_bench(
         ready = time.perf_counter() - start
         answers = contestant.answers(asked)
         seconds = time.perf_counter() - start - ready
-        first = answers if first is None else first
-        same = sum(one == other for one, other in zip(answers, first, strict=True))
+        if name == "ours":
+            of_ours = answers
+        same = None if of_ours is None else sum(map(operator.eq, answers, of_ours))
         runs.append(ManyRun(name, contestant.rows, contestant.kv_bytes, ready, seconds, wanted / seconds, same))
     described = {
         "requests": settings.requests, "prompt": settings.prompt, "answer": settings.answer, "rows": settings.rows,
