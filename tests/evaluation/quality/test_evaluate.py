@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from old_versions import FP8, needs_fp8
@@ -44,7 +45,8 @@ from xkv_fx.evaluation.quality.quantized import QUANTIZED, Quantized, cache_byte
 from xkv_fx.evaluation.quality.results import CONTINUATION_TASK, FULL, Evaluation, Row, smallest_sizes
 from xkv_fx.evaluation.quality.shared_prefill import Recorder, can_record
 from xkv_fx.evaluation.texts import source_code
-from xkv_fx.layers import with_itemsize
+from xkv_fx.layers import LayerSpec, with_itemsize
+from xkv_fx.planning.data.by_head import one_head_specs
 from xkv_fx.planning.solve.constraints import full_bytes
 
 VOCABULARY = 500
@@ -233,6 +235,17 @@ def test_a_profile_and_a_calibration_are_solved_by_their_own_allocators(ready: R
     of_bytes = candidates_of_bytes(ready.llm.layers, LENGTH, {"fp8 bytes": 40_000, "too large": 10**9}, measured)
     assert [plan.size for plan in of_bytes] == ["fp8 bytes"] * 3
     check_equal_bytes(of_bytes, ready.llm.layers, LENGTH)
+
+
+def test_layers_with_different_numbers_of_heads_are_planned_by_head() -> None:
+    wide = LayerSpec(query_heads=4, kv_heads=2, key_dim=8, value_dim=8, itemsize=4)
+    layers = (dataclasses.replace(wide, kv_heads=1), wide)
+    kl = np.array([[[2.0, 1.0], [0.5, 0.0], [0.1, 0.0]]], np.float32)
+    measured = xkv_fx.Calibration(kl, (0.25, 0.5), (64,), 4, Policy(), one_head_specs(layers), "model", heads=(1, 2))
+    plans = candidates_of_fractions(layers, 64, (0.4,), (measured,), ("calibrated",))
+    assert [plan.name for plan in plans] == ["calibrated by head", "uniform"]
+    assert plans[0].budgets.by_head
+    check_equal_bytes(plans, layers, 64)
 
 
 INT8, INT4 = ("int8", "int8"), ("int4", "int4")

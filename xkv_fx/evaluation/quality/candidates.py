@@ -265,7 +265,7 @@ def _solvable(
             if source in joint or (source.heads is None) in ways:
                 continue
             try:
-                xkv_fx.solve(source, total_tokens=len(source.model_layers), allocator=name)
+                xkv_fx.solve(source, fraction=1.0, allocator=name)
             except BudgetError as error:
                 errors.append(str(error))
             else:
