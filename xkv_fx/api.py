@@ -74,13 +74,13 @@ def profile(
     """
     from xkv_fx.hf.capture import capture
     from xkv_fx.hf.prompts import tokenize
-    from xkv_fx.planning.measure.profile import measure_profile, profiling_scorer, sample_prompts
+    from xkv_fx.planning.measure.profile import check_profilable, measure_profile, sample_prompts
     from xkv_fx.planning.measure.team import team_of
 
     policy = Policy() if policy is None else policy
 
     def prepare() -> tuple[tuple[Tensor, ...], CapturedModel]:
-        profiling_scorer(policy)
+        check_profilable(policy, by)
         return sample_prompts(tokenize(prompts, tokenizer), sampling), capture(model, decode=False)
 
     team = team_of(group, model)
@@ -153,7 +153,7 @@ def calibrate(
     policy = Policy() if policy is None else policy
 
     def prepare() -> tuple[tuple[Tensor, ...], CapturedModel]:
-        check_measurable(policy, continuation, grid)
+        check_measurable(policy, continuation, grid, by)
         pairs_to_measure(formats)
         return tokenize(prompts, tokenizer), capture(model, decode=False)
 

@@ -182,7 +182,8 @@ def test_more_heads_are_measured_at_fewer_points() -> None:
 
 
 @pytest.mark.parametrize("call", [xkv_fx.calibrate, xkv_fx.profile])
-def test_by_something_else_is_refused(call: Any) -> None:
+def test_by_something_else_is_refused_before_the_model_is_captured(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xkv_fx.hf.capture.capture", None)
     with pytest.raises(BudgetError, match="by must be 'layer' or 'head'; got 'heads'"):
         call(model(), PROMPTS, policy=APPEND, by="heads")
 

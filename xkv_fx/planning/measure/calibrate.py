@@ -92,8 +92,7 @@ def measure_calibration(
     Raises:
         PromptError, BudgetError, UnsupportedModelError: see `xkv_fx.calibrate`.
     """
-    check_measurable(policy, continuation, grid)
-    check_by(by)
+    check_measurable(policy, continuation, grid, by)
     pairs = pairs_to_measure(formats, captured.layers)
     points = points_to_measure(pairs, grid, captured.layers, by)
     alone: list[tuple[int, int | None]] = [(layer, None) for layer in range(len(captured.layers))]
@@ -185,11 +184,12 @@ def _mean_keys(model: Callable[[Tensor], CutModel], rows: Sequence[Tensor], done
     return means_of(found, sum(ids.shape[1] for ids in rows), len(layers))
 
 
-def check_measurable(policy: Policy, continuation: int, grid: Sequence[float] | None = None) -> None:
+def check_measurable(policy: Policy, continuation: int, grid: Sequence[float] | None = None, by: str = "layer") -> None:
     """Refuse what cannot be measured, before a model is captured for it.
 
     Raises:
-        BudgetError: no policy or one that never evicts, an unknown scorer, a grid or continuation out of range.
+        BudgetError: no policy or one that never evicts, an unknown scorer, a grid or continuation out of range, or a
+            `by` that is neither `"layer"` nor `"head"`.
     """
     if not isinstance(policy, Policy):
         raise BudgetError(f"policy must be an xkv_fx.Policy; got {type(policy).__name__}")
@@ -199,6 +199,7 @@ def check_measurable(policy: Policy, continuation: int, grid: Sequence[float] | 
     if not is_int(continuation) or continuation < 1:
         raise BudgetError(f"continuation must be a whole number of at least 1; got {continuation!r}")
     check_grid(GRID if grid is None else grid)
+    check_by(by)
 
 
 def check_prompt(index: int, ids: Tensor, captured: CapturedModel, continuation: int) -> Tensor:

@@ -42,17 +42,18 @@ def sample_prompts(prompts: Sequence[Tensor], sampling: float | str) -> tuple[Te
     return tuple(prompts[: math.ceil(share * len(prompts) - 1e-9)])
 
 
-def profiling_scorer(policy: Policy) -> Scorer:
-    """The scorer that a policy is profiled with.
+def check_profilable(policy: Policy, by: str = "layer") -> None:
+    """Refuse what cannot be profiled, before a model is captured for it.
 
     Raises:
-        BudgetError: not a policy, an unknown scorer, or one whose scores are not attention mass.
+        BudgetError: not a policy, an unknown scorer, or one whose scores are not attention mass; or a `by` that is
+            neither `"layer"` nor `"head"`.
     """
     if not isinstance(policy, Policy):
         raise BudgetError(f"policy must be an xkv_fx.Policy; got {type(policy).__name__}")
     scorer = scorer_of(policy)
     check_measures_attention(policy.scorer, scorer, "a share of them would be no retention")
-    return scorer
+    check_by(by)
 
 
 def measure_profile(
@@ -76,16 +77,14 @@ def measure_profile(
         by: `"layer"`, or `"head"` for a curve of each KV head.
 
     Raises:
-        BudgetError: see `profiling_scorer`; or an unknown statistic; or processes that were not given the same.
+        BudgetError: see `check_profilable`; or an unknown statistic; or processes that were not given the same.
         PromptError: a prompt too short to rank, longer than the model has positions for, or with a token that the
             model does not have.
     """
 
-    check_by(by)
-
     def prepare() -> tuple[list[Tensor], Measure]:
         team.check_whole(captured)
-        profiling_scorer(policy)
+        check_profilable(policy, by)
         scorer = captured.scorer_of(policy)
         if statistics and captured.shard.size > 1:
             raise BudgetError("statistics are of all heads, and each process of this model has some; leave them out")
