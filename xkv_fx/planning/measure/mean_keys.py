@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,8 +13,8 @@ from xkv_fx.capture.facts import Shard
 from xkv_fx.errors import PromptError
 from xkv_fx.mean_keys import MeanKey, MeanKeys
 from xkv_fx.passes.measure.cut_at_attention import CutModel
+from xkv_fx.planning.measure.attentions import attentions_of
 from xkv_fx.planning.measure.team import Arrays
-from xkv_fx.runtime.attention import causal_attention
 
 
 @torch.no_grad()
@@ -30,20 +29,11 @@ def sums_of_keys(model: CutModel, ids: Tensor) -> dict[str, NDArray[np.float64]]
     Raises:
         PromptError: they are not finite.
     """
-    total = ids.shape[1]
-    live = dict(zip(model.inputs, (ids, torch.arange(total, device=ids.device)[None]), strict=True))
     sums: dict[str, NDArray[np.float64]] = {}
-    for index, site in enumerate(model.sites):
-        segment = model.segments[index]
-        inputs = [live[value.name] if value.size is None else value.size_of(total) for value in segment.inputs]
-        live |= dict(zip((value.name for value in segment.outputs), segment.module(*inputs), strict=True))
-        q, k, v = (live[node.name] for node in (site.q, site.k, site.v))
-        if name_of(site.index) not in sums:
-            sums[name_of(site.index)] = k[0].double().sum(1).cpu().numpy()
-        form = dataclasses.replace(site.form, sink_logits=model.sink_logits.get(index))
-        live = {name: value for name, value in live.items() if name in model.needed_from[index + 1]}
-        if index + 1 < len(model.sites):
-            live[site.node.name] = causal_attention(q, k, v, form)[0].contiguous()
+    for attention in attentions_of(model, ids):
+        name = name_of(attention.cache)
+        if name not in sums:
+            sums[name] = attention.k[0].double().sum(1).cpu().numpy()
     if not all(np.isfinite(of_layer).all() for of_layer in sums.values()):
         raise PromptError("the model's keys are not finite; was it run in a dtype that overflows?")
     return sums

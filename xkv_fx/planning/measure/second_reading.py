@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xkv_fx.errors import PromptError
 from xkv_fx.passes.measure.cut_at_attention import CutModel
-from xkv_fx.runtime.attention import causal_attention
+from xkv_fx.planning.measure.attentions import attentions_of
 from xkv_fx.runtime.reading import Reading
 from xkv_fx.runtime.scorers import PromptView, Scorer
 
@@ -52,27 +52,20 @@ def _scores_of_piece(
         text: the tokens up to the end of the piece, and its second reading.
         before: the scores of the first `start` tokens.
     """
-    total = text.shape[1]
-    positions = torch.arange(total, device=text.device)[None]
     counted = torch.full((1,), new, dtype=torch.int64, device=text.device)
-    live = dict(zip(model.inputs, (text, positions), strict=True))
+    earlier = torch.arange(start, device=text.device)[None, None]
     scores: dict[int, Tensor] = {}
-    for index, segment in enumerate(model.segments[: len(model.sites)]):
-        site = model.sites[index]
-        inputs = [live[value.name] if value.size is None else value.size_of(total) for value in segment.inputs]
-        live |= dict(zip((value.name for value in segment.outputs), segment.run(inputs), strict=True))
-        q, k, v = (live[node.name] for node in (site.q, site.k, site.v))
-        form = dataclasses.replace(site.form, sink_logits=model.sink_logits.get(index))
-        if site.index not in scores:
-            ordinals = positions[:, None, :start].expand(-1, k.shape[1], -1)
-            view = PromptView(q[:, :, start:], k[:, :, start:], v[:, :, start:], counted, form, counted - new + start)
-            if start:
-                view = dataclasses.replace(
-                    view, old_k=k[:, :, :start], old_v=v[:, :, :start], old_ordinals=ordinals,
-                    old_scores=before[site.index],
-                )  # fmt: skip
-            scores[site.index] = scorer(view)[:, :, : start + new]
-        attended = causal_attention(q, k, v, form)[0].contiguous()
-        live = {name: part for name, part in live.items() if name in model.needed_from[index + 1]}
-        live[site.node.name] = attended
+    for attention in attentions_of(model, text):
+        if attention.cache in scores:  # it borrows a cache
+            continue
+        q, k, v = attention.q, attention.k, attention.v
+        view = PromptView(
+            q[:, :, start:], k[:, :, start:], v[:, :, start:], counted, attention.form, counted - new + start
+        )
+        if start:
+            view = dataclasses.replace(
+                view, old_k=k[:, :, :start], old_v=v[:, :, :start],
+                old_ordinals=earlier.expand(-1, k.shape[1], -1), old_scores=before[attention.cache],
+            )  # fmt: skip
+        scores[attention.cache] = scorer(view)[:, :, : start + new]
     return scores
