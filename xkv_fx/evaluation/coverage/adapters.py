@@ -21,14 +21,14 @@ import transformers
 import typer
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import xkv_fx
 from xkv_fx.errors import UnsupportedModelError
-from xkv_fx.evaluation.coverage.classify import TOLERANCE, greedy, random_prompt
-from xkv_fx.evaluation.coverage.tiny import VOCABULARY
+from xkv_fx.evaluation.coverage.classify import TOLERANCE, greedy, one_line, random_prompt
+from xkv_fx.evaluation.coverage.tiny import tiny_llama
 
 PROMPT, STEPS = 24, 12
+_CELL = 240
 Outcome = Literal["right", "refused", "failed", "not built"]
 
 # What a type needs besides, or instead of, the modules that it adapts and a rank.
@@ -68,20 +68,9 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(known | {name for name in _OPTIONS if _kind(name) in known}))
 
 
-def base_model() -> LlamaForCausalLM:
-    """The tiny model that is adapted, the same each time."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, eos_token_id=None, initializer_range=0.2, use_cache=True,
-    )  # fmt: skip
-    model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
-    return model
-
-
 def adapted_model(name: str) -> nn.Module:
     """A tiny model with an adapter of a type, one of `names`, whose weights are random."""
-    model = _mixture_of_adapters() if name == "XLORA" else peft.get_peft_model(base_model(), _config(name))
+    model = _mixture_of_adapters() if name == "XLORA" else peft.get_peft_model(tiny_llama(), _config(name))
     torch.manual_seed(1)
     for weight in model.parameters():
         if weight.requires_grad:  # those of the adapter
@@ -93,16 +82,16 @@ def judge(name: str) -> Verdict:
     """Adapt a model, transform it and compare it; no exception leaves this function."""
     try:
         model: Any = adapted_model(name)
-    except Exception as error:
-        return Verdict(name, "not built", _line(error))
+    except Exception as error:  # of peft's code, not of ours
+        return Verdict(name, "not built", one_line(error, _CELL))
     try:
         llm = xkv_fx.transform(model, xkv_fx.Budgets.full(2, PROMPT + STEPS), backend="eager")
         (tokens, logits), (expected, exact) = (greedy(each, _prompt(), STEPS) for each in (llm, model))
-        plain, without = greedy(base_model(), _prompt(), STEPS)
+        plain, without = greedy(tiny_llama(), _prompt(), STEPS)
     except UnsupportedModelError as error:
-        return Verdict(name, "refused", _line(error))
-    except Exception as error:
-        return Verdict(name, "failed", f"{type(error).__name__}: {_line(error)}")
+        return Verdict(name, "refused", one_line(error, _CELL))
+    except Exception as error:  # what we did not refuse is the finding
+        return Verdict(name, "failed", f"{type(error).__name__}: {one_line(error, _CELL)}")
     if not torch.equal(tokens, expected) or not (logits - exact).abs().max() <= TOLERANCE:
         return Verdict(name, "failed", "its tokens or logits are not those of peft's own generation")
     if torch.equal(tokens, plain) and (logits - without).abs().max() <= 10 * TOLERANCE:
@@ -136,7 +125,7 @@ def _mixture_of_adapters() -> nn.Module:
         for number in range(2):
             adapters[str(number)] = str(Path(folder) / str(number))
             adapted_model("LORA").save_pretrained(adapters[str(number)])  # type: ignore[operator]
-        model = base_model()
+        model = tiny_llama()
         model.config.use_cache = False  # as it demands
         sizes: dict[str, Any] = {"hidden_size": 32, "adapters": adapters}
         mixed: nn.Module = peft.get_peft_model(model, peft.XLoraConfig(task_type="CAUSAL_LM", **sizes))
@@ -148,10 +137,6 @@ def _prompt() -> Tensor:
     prompt = random_prompt(PROMPT)
     prompt[0, 5:7] = torch.tensor(_OPTIONS["LORA, activated"]["alora_invocation_tokens"])
     return prompt
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:240]
 
 
 def main(chosen: Annotated[list[str] | None, typer.Argument(help="Types; all of them by default.")] = None) -> None:

@@ -57,13 +57,13 @@ def classify(entry: Registered) -> Verdict:
 def _judge(entry: Registered) -> tuple[Outcome, str]:
     try:
         model = tiny_model(entry)
-    except Exception as error:
-        return "refused", f"no reference: transformers cannot build it here: {_line(error)}"
+    except Exception as error:  # of code that is not ours
+        return "refused", f"no reference: transformers cannot build it here: {one_line(error)}"
     prompt = random_prompt()
     try:
         expected = greedy(model, prompt, STEPS)
-    except Exception as error:
-        expected, broken = None, _line(error)
+    except Exception as error:  # of code that is not ours
+        expected, broken = None, one_line(error)
     try:
         if expected is None:
             xkv_fx.transform(model, xkv_fx.Budgets.full(len(layers_of_model(model)), PROMPT + STEPS), backend="eager")
@@ -75,9 +75,9 @@ def _judge(entry: Registered) -> tuple[Outcome, str]:
                 "forward without a cache"
             )
     except UnsupportedModelError as error:
-        return "refused", _line(error)
-    except Exception as error:
-        return "failed", f"{type(error).__name__}: {_line(error)}"
+        return "refused", one_line(error)
+    except Exception as error:  # what we did not refuse is the finding
+        return "failed", f"{type(error).__name__}: {one_line(error)}"
     return outcome, reason
 
 
@@ -146,5 +146,6 @@ def work(entry: Registered, sender: Connection) -> None:
     sender.send(classify(entry))
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+def one_line(error: Exception, most: int = 400) -> str:
+    """An error's message for a cell of a table, of at most so many characters."""
+    return " ".join(str(error).split())[:most]

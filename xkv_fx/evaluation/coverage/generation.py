@@ -27,8 +27,6 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
-    LlamaConfig,
-    LlamaForCausalLM,
     MaxLengthCriteria,
     NoRepeatNGramLogitsProcessor,
     PreTrainedTokenizerFast,
@@ -38,11 +36,12 @@ from transformers.generation.streamers import BaseStreamer
 
 import xkv_fx
 from xkv_fx.errors import XkvError
-from xkv_fx.evaluation.coverage.classify import TOLERANCE, random_prompt
-from xkv_fx.evaluation.coverage.tiny import VOCABULARY
+from xkv_fx.evaluation.coverage.classify import TOLERANCE, one_line, random_prompt
+from xkv_fx.evaluation.coverage.tiny import VOCABULARY, tiny_llama
 from xkv_fx.hf.generation import BudgetedLM
 
 PROMPT, STEPS = 12, 5
+_CELL = 200
 Outcome = Literal["right", "other", "refused", "refused by both", "failed", "not tried"]
 
 
@@ -205,12 +204,7 @@ class Pair:
     """A tiny model, and what `transform` makes of it with room for everything."""
 
     def __init__(self) -> None:
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, pad_token_id=0, bos_token_id=None, eos_token_id=None, initializer_range=0.2,
-        )  # fmt: skip
-        self.model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
+        self.model = tiny_llama()
         self._transformed: dict[int, BudgetedLM] = {}
 
     def transformed(self, rows: int) -> BudgetedLM:
@@ -257,10 +251,10 @@ def _compared(name: str, ours: Answer, theirs: Answer) -> Verdict:
         instead = theirs.answer if theirs.error is None else theirs.error
         return Verdict(name, "right") if alike else Verdict(name, "failed", f"{ours.answer} instead of {instead}")
     if theirs.error is not None:
-        return Verdict(name, "refused by both", _line(ours.error))
+        return Verdict(name, "refused by both", one_line(ours.error, _CELL))
     if isinstance(ours.error, XkvError):
-        return Verdict(name, "refused", _line(ours.error))
-    return Verdict(name, "failed", f"{type(ours.error).__name__}: {_line(ours.error)}")
+        return Verdict(name, "refused", one_line(ours.error, _CELL))
+    return Verdict(name, "failed", f"{type(ours.error).__name__}: {one_line(ours.error, _CELL)}")
 
 
 def _same(ours: Any, theirs: Any) -> bool:
@@ -279,7 +273,7 @@ def _generated(model: Any, options: dict[str, Any]) -> Answer:
         del given["input_ids"]
     try:
         output = model.generate(**given)
-    except Exception as error:
+    except Exception as error:  # of either side: how they compare is the finding
         return Answer(error=error)
     if isinstance(output, Tensor):
         return Answer(output)
@@ -299,13 +293,9 @@ def _asked(model: Any, cache: Any, name: str) -> Answer:
             if arguments is not None and answer is None:
                 rows = 2 if name == "batch_repeat_interleave" else 1
                 answer = model(ids[:, :3].repeat(rows, 1), past_key_values=cache).logits
-        except Exception as error:
+        except Exception as error:  # of either side: how they compare is the finding
             return Answer(error=error)
     return Answer(answer)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def as_text(title: str, verdicts: Iterable[Verdict]) -> str:
