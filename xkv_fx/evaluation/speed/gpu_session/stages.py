@@ -19,6 +19,7 @@ from torch import Tensor
 
 import xkv_fx
 from xkv_fx.errors import XkvError
+from xkv_fx.evaluation.dtypes import dtype_of
 from xkv_fx.evaluation.machine import describe_machine, seconds
 from xkv_fx.evaluation.speed.contestants import Contestant, Ours, dynamic, static
 from xkv_fx.evaluation.speed.gpu_bench import WARM_STEPS, GpuBenchSettings, beyond_caches, copy_run, largest_run
@@ -49,7 +50,7 @@ def kernels(record: Record, sizes: Sizes, device: torch.device) -> None:
     """Our kernels against plain torch in float32 on the same numbers: the output's error relative to its norm, and
     whether the token was written alike, to the bit."""
     torch.manual_seed(0)
-    for dtype in map(_dtype, sizes.dtypes):
+    for dtype in map(dtype_of, sizes.dtypes):
         for heads in sizes.heads:
             for slots in sizes.kernel_slots:
                 for name in _FORMATS:
@@ -211,11 +212,6 @@ def _recorded(calls: Sequence[DecodeCall]) -> Callable[[], Any]:
 
 def _all(name: SlotFormat, layers: int) -> tuple[tuple[SlotFormat, SlotFormat], ...]:
     return ((name, name),) * layers
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 def _triton_version() -> str | None:
