@@ -114,7 +114,7 @@ class Team:
         try:
             result = work()
             message = told(result)
-        except Exception as error:
+        except Exception as error:  # whatever it is, the others wait for a message
             self._exchange(_FAILED + json.dumps([type(error).__name__, str(error)]).encode())
             raise
         everyones = self._exchange(_DONE + message)
