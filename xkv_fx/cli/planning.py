@@ -45,8 +45,6 @@ Scorer = Annotated[str, typer.Option(help="How tokens are ranked.")]
 Recent = Annotated[int | None, typer.Option(help="Newest tokens always kept; min(64, C/4) by default.")]
 Sinks = Annotated[int, typer.Option(help="First tokens always kept.")]
 Continuation = Annotated[int, typer.Option(help="Last tokens of each prompt, fed as decode would and measured.", min=1)]
-
-
 By = Annotated[str, typer.Option(help="What gets a capacity of its own: layer or head.")]
 
 

@@ -63,6 +63,7 @@ def test_rows_of_what_it_answers(tmp_path: Path) -> None:
         ('{"job": 0, "answers": [[1], [-1]]}', "tokens of an answer must be a list"),
         ('{"job": 0, "answers": [[1], [NaN]]}', "NaN is not a JSON number"),
         ('{"job": 0}', "lacks 'answers'"),
+        ('{"job": 1, "answers": [[1], [2]]}', "answers to job 1 instead of 0"),
     ],
 )
 def test_what_cannot_be_read_is_refused(tmp_path: Path, line: str, message: str) -> None:

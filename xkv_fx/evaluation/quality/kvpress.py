@@ -47,6 +47,11 @@ class Kvpress:
     shares: tuple[float, ...]
     presses: tuple[str, ...] = PRESSES
 
+    def __post_init__(self) -> None:
+        unknown = [press for press in self.presses if press not in PRESSES]
+        if unknown:
+            raise BackendError(f"unknown presses {', '.join(unknown)}; choose from {', '.join(PRESSES)}")
+
     def jobs(self, task: str, form: str, made: tuple[Instance, ...]) -> list[Job]:
         """Everything that is asked of it on these examples; a share of all tokens is the full cache."""
         return [
@@ -55,11 +60,6 @@ class Kvpress:
             for share in self.shares
             if share < 1
         ]
-
-    def __post_init__(self) -> None:
-        unknown = [press for press in self.presses if press not in PRESSES]
-        if unknown:
-            raise BackendError(f"unknown presses {', '.join(unknown)}; choose from {', '.join(PRESSES)}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # its examples hold tensors
@@ -115,7 +115,7 @@ def answers_of(
 
     Raises:
         BackendError: it could not be run, or what it printed could not be read.
-    """  # fmt: skip
+    """
     if not jobs:
         return
     script = importlib.resources.files("xkv_fx.evaluation.quality").joinpath("peer_scripts", "kvpress_answers.py")
@@ -128,14 +128,14 @@ def answers_of(
         asked.write_text(json.dumps(request), encoding="utf-8")
         command = [str(kvpress.python), "-c", script.read_text(encoding="utf-8"), str(asked)]
         with open(Path(folder) / "errors", "w+", encoding="utf-8") as errors, _started(command, errors) as process:
-            for job in jobs:
+            for index, job in enumerate(jobs):
                 line = _next_line(process)
                 if line is None:
                     process.wait()
                     errors.seek(0)
                     last = next(iter(reversed(errors.read().strip().splitlines())), "no word")
                     raise BackendError(f"kvpress did not answer {job.press} at {job.size} on {job.task}: {last}")
-                yield job, _row(job, line, decode, round(job.share * full_bytes))
+                yield job, _row(index, job, line, decode, round(job.share * full_bytes))
 
 
 @contextlib.contextmanager
@@ -157,9 +157,12 @@ def _next_line(process: subprocess.Popen[str]) -> str | None:
     return next((line for line in process.stdout or () if line.startswith('{"job"')), None)
 
 
-def _row(job: Job, line: str, decode: Callable[[list[int]], str], kv_bytes: int) -> Row:
+def _row(index: int, job: Job, line: str, decode: Callable[[list[int]], str], kv_bytes: int) -> Row:
     try:
-        answers = check_fields(parse_json(line), _LINE, "what kvpress printed")["answers"]
+        told = check_fields(parse_json(line), _LINE, "what kvpress printed")
+        if told["job"] != index:
+            raise ValueError(f"answers to job {told['job']} instead of {index}")
+        answers = told["answers"]
         if len(answers) != len(job.made):
             raise ValueError(f"{len(answers)} answers to {len(job.made)} examples")
         if job.task == CONTINUATION_TASK:

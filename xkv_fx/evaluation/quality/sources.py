@@ -112,9 +112,8 @@ def sources_for(
         measured("profile", lambda progress: measure_profile(captured, whole, policy, progress, STATISTICS))
     for by in wanted.by:
         added = "" if by == "layer" else "-by-head"
-        given = [
-            source for source in found if isinstance(source, Calibration) and (source.heads is None) == (not added)
-        ]
+        calibrations = (source for source in found if isinstance(source, Calibration))
+        given = [source for source in calibrations if (source.heads is None) == (by == "layer")]
         if CALIBRATED in wanted.allocators and all(source.formats is not None for source in given):
             measured(f"calibration{added}", calibrated(by, None))
         if JOINT in wanted.allocators and all(source.formats is None for source in given):
