@@ -118,7 +118,7 @@ def calibrate(
 
     Goes on where it was interrupted. Under torchrun, processes share the prompts.
     """
-    from xkv_fx.planning.measure.calibrate import remove_parts
+    from xkv_fx.planning.measure.partial_results import remove_parts
 
     policy = xkv_fx.Policy(scorer=scorer, eviction=eviction, recent=recent, sinks=sinks)  # type: ignore[arg-type]
     parts = out.with_name(f"{out.name}.parts")

@@ -19,8 +19,9 @@ from xkv_fx.errors import BudgetError, PromptError, UnsupportedModelError
 from xkv_fx.formats import LayerFormats
 from xkv_fx.hf.capture import capture
 from xkv_fx.hf.inspect import fingerprint
-from xkv_fx.planning.measure.calibrate import cut_checked, measure_calibration, remove_parts
+from xkv_fx.planning.measure.calibrate import cut_checked, measure_calibration
 from xkv_fx.planning.measure.continuation import FULL, cut_model, layer_plans, run_full, storing_as
+from xkv_fx.planning.measure.partial_results import remove_parts
 from xkv_fx.planning.measure.points import GRID
 from xkv_fx.runtime.scorers import SnapKV
 

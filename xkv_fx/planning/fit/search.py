@@ -30,10 +30,11 @@ from xkv_fx.planning.fit.even_plans import even_plan, even_plans
 from xkv_fx.planning.fit.settings import FitSettings
 from xkv_fx.planning.fit.tried import Found, Tried
 from xkv_fx.planning.fit_quality import smallest_plan
-from xkv_fx.planning.measure.calibrate import CALIBRATE_CONTINUATION, measure_calibration, remove_parts
+from xkv_fx.planning.measure.calibrate import CALIBRATE_CONTINUATION, measure_calibration
 from xkv_fx.planning.measure.continuation import cut_model
 from xkv_fx.planning.measure.held_out import HeldOut, Row, remove_held_out
 from xkv_fx.planning.measure.mean_keys import gathered, means_of, sums_of_keys
+from xkv_fx.planning.measure.partial_results import remove_parts
 from xkv_fx.planning.solve.plan import solve_plan
 from xkv_fx.policy import Policy
 from xkv_fx.runtime.scorers import check_scores_parts

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import hashlib
-import json
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -22,7 +14,7 @@ from torch import Tensor
 from xkv_fx.budgets import Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, PromptError, UnsupportedModelError
-from xkv_fx.files import SEAL, is_int, written_whole
+from xkv_fx.files import is_int
 from xkv_fx.formats import LayerFormats, codes_keys
 from xkv_fx.layers import LayerSpec
 from xkv_fx.mean_keys import MeanKeys
@@ -43,10 +35,10 @@ from xkv_fx.planning.measure.continuation import (
 from xkv_fx.planning.measure.divergence import kl_divergence
 from xkv_fx.planning.measure.held import Storing
 from xkv_fx.planning.measure.mean_keys import gathered, means_of, name_of, sums_of_keys
+from xkv_fx.planning.measure.partial_results import PartialResults
 from xkv_fx.planning.measure.points import GRID, Points, pairs_to_measure, points_to_measure
 from xkv_fx.planning.measure.prompts import check_tokens
 from xkv_fx.planning.measure.team import ALONE, Arrays, Progress, Team
-from xkv_fx.planning.measure.weights import digest_of_weights
 from xkv_fx.policy import Policy
 from xkv_fx.runtime.scorers import Scorer, check_scores_parts, scorer_of
 from xkv_fx.runtime.slots import slot_plans
@@ -99,7 +91,7 @@ def measure_calibration(
     if by == "head":
         alone = [(layer, head) for layer, spec in enumerate(captured.layers) for head in range(spec.kv_heads)]
 
-    def prepare() -> tuple[list[Tensor], Scorer, _Partial]:
+    def prepare() -> tuple[list[Tensor], Scorer, PartialResults]:
         team.check_whole(captured)
         if resume is not None and captured.shard.size > 1:
             raise BudgetError(
@@ -119,7 +111,7 @@ def measure_calibration(
         settings += [] if points.formats is None else [points.formats]
         settings += [by] if by == "head" else []
         shape = (len(alone), len(points))
-        return rows, scorer, _Partial(resume, captured, settings, {"kl": (shape, np.dtype(np.float32))})
+        return rows, scorer, PartialResults(resume, captured, settings, {"kl": (shape, np.dtype(np.float32))})
 
     rows, scorer, done = team.together(prepare)
     team.check_same(lambda: (done.base, *rows))
@@ -168,13 +160,15 @@ def measure_calibration(
     )
 
 
-def _mean_keys(model: Callable[[Tensor], CutModel], rows: Sequence[Tensor], done: _Partial, team: Team) -> MeanKeys:
+def _mean_keys(
+    model: Callable[[Tensor], CutModel], rows: Sequence[Tensor], done: PartialResults, team: Team
+) -> MeanKeys:
     """The mean keys of the layers over the tokens of all prompts, continuations among them."""
     layers = done.captured.layers
     expected = {
         name_of(layer): ((spec.kv_heads, spec.key_dim), np.dtype(np.float64)) for layer, spec in enumerate(layers)
     }
-    sums = _Partial(done.folder, done.captured, ["sums of keys"], expected)
+    sums = PartialResults(done.folder, done.captured, ["sums of keys"], expected)
 
     def add_up(prompt: int) -> Arrays:
         ids = rows[prompt]
@@ -297,89 +291,3 @@ def _measure(
     if not np.isfinite(kl).all():
         raise PromptError("the model's output is not finite; was it run in a dtype that overflows?")
     return kl
-
-
-class _Partial:
-    """What was measured so far, a file for each prompt, named by a hash of all that the result depends on.
-
-    Attributes:
-        folder: where the files are; None for nowhere.
-        captured: the model.
-        settings: what else results depend on, of JSON's types.
-        expected: shape and dtype of each array of a result.
-    """
-
-    def __init__(
-        self,
-        folder: str | os.PathLike[str] | None,
-        captured: CapturedModel,
-        settings: Sequence[Any],
-        expected: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
-    ) -> None:
-        self.folder = None if folder is None else Path(folder)
-        self.captured = captured
-        self.settings = list(settings)
-        self.expected = dict(sorted(expected.items()))
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-
-    def of(self, setting: Any) -> _Partial:
-        """Results that depend on one more setting."""
-        return _Partial(self.folder, self.captured, [*self.settings, setting], self.expected)
-
-    @functools.cached_property
-    def base(self) -> str:
-        """All that a result depends on but its prompt."""
-        described = [self.captured.fingerprint, str(self.captured.dtype), *self.settings]
-        return json.dumps(described, sort_keys=True) + digest_of_weights(self.captured)
-
-    def results(self, ids: Tensor, measure: Callable[[], Arrays]) -> Arrays:
-        """What was measured of a prompt, or is now, and kept."""
-        found = self._read(ids)
-        if found is None:
-            found = measure()
-            self._write(ids, found)
-        return found
-
-    def _path(self, ids: Tensor) -> Path | None:
-        if self.folder is None:
-            return None
-        tokens = ids.cpu().numpy().astype("<i8").tobytes()
-        return self.folder / f"{hashlib.sha256(self.base.encode() + tokens).hexdigest()}.safetensors"
-
-    def _read(self, ids: Tensor) -> Arrays | None:
-        """The result for a prompt, if there is a sound one."""
-        path = self._path(ids)
-        if path is None or not path.is_file():
-            return None
-        try:
-            with safetensors.safe_open(path, framework="np") as file:
-                found = {name: file.get_tensor(name) for name in sorted(file.keys())}
-                told = (file.metadata() or {}).get(SEAL)
-        except safetensors.SafetensorError:
-            return None  # damaged: measured again
-        sound = {name: (array.shape, array.dtype) for name, array in found.items()} == self.expected
-        return found if sound and told == _digest(found) else None
-
-    def _write(self, ids: Tensor, result: Arrays) -> None:
-        """Keep the result for a prompt."""
-        path = self._path(ids)
-        if path is not None:
-            with written_whole(path) as temporary:
-                safetensors.numpy.save_file(dict(result), temporary, {SEAL: _digest(result)})
-
-
-def _digest(result: Arrays) -> str:
-    digest = hashlib.sha256()
-    for _, array in sorted(result.items()):
-        digest.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).data)
-    return digest.hexdigest()
-
-
-def remove_parts(folder: str | os.PathLike[str]) -> None:
-    """Delete what was kept in a `resume` folder, and the folder unless something else is in it."""
-    for path in Path(folder).glob("*.safetensors"):
-        if re.fullmatch("[0-9a-f]{64}", path.stem):
-            path.unlink()
-    with contextlib.suppress(OSError):
-        Path(folder).rmdir()
