@@ -208,6 +208,7 @@ class _Search:
         def while_there_is_time() -> int:
             return len(self.held_out.measure(plans, more=lambda: self.clock.within(_FIRST)).kl)
 
+        self.held_out.measure(plans[:1], 1)  # cuts the model, once for all prompts
         seconds = self._seconds_of("a held-out prompt", lambda: self.held_out.measure(plans, 1))
         first = self.decisions.decide("first prompts", while_there_is_time)
         whole = self.compared_on
