@@ -7,10 +7,11 @@ import json
 import math
 import operator
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -60,6 +61,23 @@ def folder_written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_kept(folder: str | os.PathLike[str], suffix: str, *others: str) -> None:
+    """Delete what was kept in a `resume` folder, and the folder unless something else is in it.
+
+    Args:
+        suffix: of the files that are named by a SHA-256, such as ".json".
+        others: names of further files that were kept.
+    """
+    root = Path(folder)
+    for path in root.glob(f"*{suffix}"):
+        if re.fullmatch("[0-9a-f]{64}", path.stem):
+            path.unlink()
+    for name in others:
+        (root / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        root.rmdir()
 
 
 def write_json(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,13 @@ from xkv_fx.evaluation.quality.candidates import Entry
 from xkv_fx.evaluation.quality.results import CONTINUATION_TASK, FULL, Row
 from xkv_fx.evaluation.tasks import Instance
 from xkv_fx.fields import DOCUMENT, NUMBER, OBJECT, TEXT, Fields, check_fields, list_of, whole
-from xkv_fx.files import read_json, read_sealed_json, write_json, write_sealed_json
+from xkv_fx.files import read_json, read_sealed_json, remove_kept, write_json, write_sealed_json
 from xkv_fx.planning.measure.held_out import identity_of
 from xkv_fx.planning.measure.weights import digest_of_weights
 
 PART_FORMAT, RUN_FORMAT = "xkv_fx.evaluation_part", "xkv_fx.evaluation_run"
 VERSION = 1
+_RUN_FILE = "run.json"
 _RUN: Fields = {**DOCUMENT, "model": list_of(TEXT), "length": whole(), "seed": whole()}
 _PART: Fields = {**DOCUMENT, "values": OBJECT, "texts": list_of(TEXT), "kv_bytes": whole(0)}
 
@@ -60,7 +59,7 @@ class Parts:
 
     def _check_run(self, run: dict[str, Any]) -> None:
         """Whose folder it is; tasks, forms, plans and the number of examples may differ."""
-        path = self.folder / "run.json"
+        path = self.folder / _RUN_FILE
         if not path.exists():
             write_json(path, {"format": RUN_FORMAT, "version": VERSION, **run})
             return
@@ -125,9 +124,4 @@ class Parts:
 
 def remove_parts(folder: str | os.PathLike[str]) -> None:
     """Delete what was kept in a `resume` folder, and the folder unless something else is in it."""
-    root = Path(folder)
-    for path in root.glob("*.json"):
-        if path.name == "run.json" or re.fullmatch("[0-9a-f]{64}", path.stem):
-            path.unlink()
-    with contextlib.suppress(OSError):
-        root.rmdir()
+    remove_kept(folder, ".json", _RUN_FILE)

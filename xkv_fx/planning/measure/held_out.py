@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from xkv_fx.budgets import Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import FileFormatError, PromptError
 from xkv_fx.fields import DOCUMENT, NUMBER, OBJECT, Fields, check_fields
-from xkv_fx.files import read_sealed_json, write_sealed_json
+from xkv_fx.files import read_sealed_json, remove_kept, write_sealed_json
 from xkv_fx.passes.measure.cut_at_attention import CutModel
 from xkv_fx.planning.measure.calibrate import check_measurable, check_prompt, cut_checked
 from xkv_fx.planning.measure.continuation import layer_plans, run_full
@@ -140,11 +138,7 @@ class HeldOut:
 
 def remove_held_out(folder: Path) -> None:
     """Delete what was kept in a `resume` folder, and the folder unless something else is in it."""
-    for path in folder.glob("*.json"):
-        if re.fullmatch("[0-9a-f]{64}", path.stem):
-            path.unlink()
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+    remove_kept(folder, ".json")
 
 
 def _name_of(plan: Plan) -> str:

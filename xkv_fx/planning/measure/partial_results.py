@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import safetensors.numpy
 from torch import Tensor
 
 from xkv_fx.capture.captured import CapturedModel
-from xkv_fx.files import SEAL, written_whole
+from xkv_fx.files import SEAL, remove_kept, written_whole
 from xkv_fx.planning.measure.team import Arrays
 from xkv_fx.planning.measure.weights import digest_of_weights
 
@@ -102,8 +100,4 @@ def _digest(result: Arrays) -> str:
 
 def remove_parts(folder: str | os.PathLike[str]) -> None:
     """Delete what was kept in a `resume` folder, and the folder unless something else is in it."""
-    for path in Path(folder).glob("*.safetensors"):
-        if re.fullmatch("[0-9a-f]{64}", path.stem):
-            path.unlink()
-    with contextlib.suppress(OSError):
-        Path(folder).rmdir()
+    remove_kept(folder, ".safetensors")
