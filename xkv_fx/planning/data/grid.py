@@ -52,6 +52,15 @@ def check_storable(pairs: Sequence[LayerFormats | None], layers: Sequence[LayerS
                 raise BudgetError(f"layer {layer} cannot be stored as {pair_name(pair)}: {error}") from error
 
 
+def can_store(layers: Sequence[LayerSpec], pair: LayerFormats | None) -> bool:
+    """Whether all layers can be stored in these formats."""
+    try:
+        check_storable((pair,), layers)
+    except BudgetError:
+        return False
+    return True
+
+
 def checked_points(grid: Any, formats: Any) -> tuple[tuple[float, ...], tuple[LayerFormats | None, ...] | None]:
     """Shares and formats of what was measured, in their one normal form.
 

@@ -6,11 +6,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from xkv_fx.budgets import Plan
-from xkv_fx.errors import BudgetError
 from xkv_fx.formats import LayerFormats, pair_name
 from xkv_fx.layers import LayerSpec
 from xkv_fx.mean_keys import MeanKeys
-from xkv_fx.planning.data.grid import check_storable
+from xkv_fx.planning.data.grid import can_store
 from xkv_fx.policy import Policy
 
 
@@ -60,12 +59,3 @@ def even_plans(
             kept = "all tokens" if min(plan.every_capacity) >= most else "uniform"
             plans[f"{kept}, {pair_name(pair)}"] = plan
     return plans
-
-
-def can_store(layers: Sequence[LayerSpec], pair: LayerFormats | None) -> bool:
-    """Whether all layers can be stored in these formats."""
-    try:
-        check_storable((pair,), layers)
-    except BudgetError:
-        return False
-    return True

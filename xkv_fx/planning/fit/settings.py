@@ -12,7 +12,7 @@ from xkv_fx.errors import BudgetError
 from xkv_fx.files import is_int
 from xkv_fx.formats import LayerFormats
 from xkv_fx.layers import LayerSpec
-from xkv_fx.planning.fit.even_plans import can_store
+from xkv_fx.planning.data.grid import can_store
 from xkv_fx.planning.measure.calibrate import check_measurable
 from xkv_fx.planning.measure.points import pairs_to_measure
 from xkv_fx.policy import Policy

@@ -17,7 +17,7 @@ from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, PromptError
 from xkv_fx.formats import LayerFormats, pair_name
 from xkv_fx.layers import LayerSpec, with_itemsize
-from xkv_fx.planning.data.grid import check_storable
+from xkv_fx.planning.data.grid import can_store
 from xkv_fx.planning.measure.bootstrap import Estimate, ratio_of_means
 from xkv_fx.planning.measure.calibrate import check_measurable, check_prompt, cut_checked
 from xkv_fx.planning.measure.continuation import layer_plans, run_full
@@ -312,16 +312,8 @@ def single_formats_like(budgets: AnyPlan, layers: Sequence[LayerSpec], longest: 
     return {
         pair: _alike(budgets, layers, context, pair)
         for pair in SINGLE_FORMATS
-        if _can_store(layers, pair) and _bytes_of(_one_slot(budgets, pair), layers) <= kv_bytes
+        if can_store(layers, pair) and _bytes_of(_one_slot(budgets, pair), layers) <= kv_bytes
     }
-
-
-def _can_store(layers: Sequence[LayerSpec], pair: LayerFormats) -> bool:
-    try:
-        check_storable((pair,), layers)
-    except BudgetError:
-        return False
-    return True
 
 
 def _context_of(budgets: Plan, layers: Sequence[LayerSpec]) -> int:
