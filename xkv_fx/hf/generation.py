@@ -15,7 +15,17 @@ from xkv_fx.budgets import Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BackendError, PromptError, SessionError
 from xkv_fx.hf.cache import SessionCache
-from xkv_fx.hf.cache_name import CACHE_NAME, CACHE_NAMES, CHUNKS_HOLD_NEW_TOKENS, TRANSFORMERS, cache_given
+from xkv_fx.hf.cache_name import CACHE_NAME, CACHE_NAMES, cache_given
+from xkv_fx.hf.call_checks import (
+    check_conversation,
+    refuse_arguments,
+    refuse_no_cache,
+    refuse_nothing_new,
+    refuse_options,
+    refuse_rows_without_last_token,
+    refuse_tokens_fed_before,
+    valid_tokens,
+)
 from xkv_fx.hf.many import Answers, Asked, check_counts
 from xkv_fx.lowering.budgeted import Budgeted
 from xkv_fx.lowering.program import CompiledProgram, PromptProgram, one_row_prompts
@@ -27,9 +37,6 @@ from xkv_fx.runtime.session import refuse_rows_of_padding
 
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer", "assistant_model", "streamer", "synced_gpus")
 """Arguments of `generate` that transformers hands on to the model, and that its own models ignore."""
-
-_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-"""Options of `generate` that choose assisted generation."""
 
 
 class BudgetedLM(Budgeted, GenerationMixin):
@@ -102,7 +109,8 @@ class BudgetedLM(Budgeted, GenerationMixin):
             SessionError: a session of another model, another kind of cache, two sessions under two names, or a mask
                 over columns that the session was fed otherwise.
         """
-        _refuse(kwargs, use_cache, self.config)
+        refuse_no_cache(use_cache)
+        refuse_arguments(kwargs, self.config)
         session = self._session({"past_key_values": past_key_values, "cache": cache})
         if session is None:
             session = self.new_session()
@@ -114,7 +122,9 @@ class BudgetedLM(Budgeted, GenerationMixin):
         if logits_to_keep not in (0, 1):
             raise PromptError(f"logits_to_keep must be 0 (all) or 1 (the last); got {logits_to_keep!r}")
         input_ids = input_ids.to(self.device)
-        valid = None if attention_mask is None else _valid(session, attention_mask.to(self.device) != 0, input_ids)
+        valid = (
+            None if attention_mask is None else valid_tokens(session, attention_mask.to(self.device) != 0, input_ids)
+        )
         if decoding:
             if valid is not None and not bool(valid.all()):
                 raise PromptError("a row has padding for its next token; decode takes one token a row")
@@ -147,29 +157,11 @@ class BudgetedLM(Budgeted, GenerationMixin):
 
         Raises:
             PromptError, CapacityError: see `forward`; and for `inputs_embeds`, for `position_ids`, which the session
-                counts, for a conversation that has nothing new to its session, and for more new tokens than there is
+                counts, for a conversation in which nothing is new to its session, and for more new tokens than there is
                 room for.
             SessionError: see `forward`; and for a conversation that does not begin with what its session was fed.
         """
-        if kwargs.get("is_assistant") or getattr(kwargs.get("generation_config"), "is_assistant", False):
-            raise SessionError(
-                "a transformed model cannot be the assistant_model of another: tokens that are turned down would have "
-                "to be taken back from its cache; give the model that it was made from"
-            )
-        config = kwargs.get("generation_config") or self.generation_config
-        assisted = [name for name in _ASSISTED if kwargs.get(name, getattr(config, name, None))]
-        if assisted:
-            raise SessionError(
-                "assisted generation takes tokens back, which a budgeted cache cannot; leave "
-                f"{' and '.join(assisted)} out"
-            )
-        if kwargs.get("position_ids") is not None:
-            raise PromptError("leave position_ids out: the session counts the valid tokens of each row")
-        if kwargs.get("inputs_embeds") is not None:
-            raise PromptError("inputs_embeds is not supported by a transformed model; give input_ids")
-        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
-        if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.shape[-1] < ids.shape[-1]:
-            raise PromptError(f"the attention mask has {mask.shape[-1]} columns for {ids.shape[-1]} tokens a row")
+        refuse_options(args, kwargs, self.generation_config)
         session = self._session(kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
         if session is not None:
@@ -251,10 +243,11 @@ class BudgetedLM(Budgeted, GenerationMixin):
         if self._prompts is None:
             own = self.program.graphs.captured
             own.check_weights()
-            if own.rows > 1 and self._capture_row is None:
-                raise BackendError("generate_many needs a model of one row, or one that xkv_fx.transform made")
-            captured = own if own.rows == 1 or self._capture_row is None else self._capture_row()
-            self._prompts = one_row_prompts(self.program, captured)
+            if own.rows > 1:
+                if self._capture_row is None:
+                    raise BackendError("generate_many needs a model of one row, or one that xkv_fx.transform made")
+                own = self._capture_row()
+            self._prompts = one_row_prompts(self.program, own)
         return self._prompts
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # parameters differ between versions of transformers
@@ -278,7 +271,7 @@ class BudgetedLM(Budgeted, GenerationMixin):
         # Older versions of transformers do not say that a chunk is part of a prompt.
         decoding = not is_first_iteration and next_sequence_length is not None
         if not decoding and prompt_columns is not None:
-            _refuse_tokens_fed_before(kwargs[CACHE_NAME].get_seq_length(), input_ids.shape[1], prompt_columns)
+            refuse_tokens_fed_before(kwargs[CACHE_NAME].get_seq_length(), input_ids.shape[1], prompt_columns)
         return {
             **kwargs,
             "input_ids": input_ids,
@@ -292,8 +285,7 @@ class BudgetedLM(Budgeted, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """transformers' hook: without a cache of the user's, start from an empty session."""
-        if generation_config.use_cache is False:
-            raise SessionError("use_cache=False makes no sense for a model that lives on its cache; leave it out")
+        refuse_no_cache(generation_config.use_cache)
         if generation_config.cache_implementation is not None:
             raise SessionError(
                 f"cache_implementation={generation_config.cache_implementation!r} cannot be chosen: the cache of a "
@@ -307,8 +299,8 @@ class BudgetedLM(Budgeted, GenerationMixin):
         held = session.get_seq_length()
         # transformers drops a mask of ones and notes its length, which counts the whole conversation.
         columns = generation_config._mask_length if mask is None else mask.shape[1]
-        _refuse_conversations(held, columns, chunk)
-        _refuse_rows_without_last_token(mask, held, chunk)
+        refuse_nothing_new(held, columns, chunk)
+        refuse_rows_without_last_token(mask, held, chunk)
         model_kwargs[CACHE_NAME], model_kwargs["prompt_columns"] = session, columns
 
     def _prefill(
@@ -318,7 +310,7 @@ class BudgetedLM(Budgeted, GenerationMixin):
         known by now, so nothing is fed before a refusal."""
         session, mask = model_kwargs[CACHE_NAME], model_kwargs.get("attention_mask")
         valid = None if mask is None else mask != 0
-        _check_request(session, input_ids, valid, model_kwargs["prompt_columns"], generation_config.max_length)
+        check_conversation(session, input_ids, valid, model_kwargs["prompt_columns"], generation_config.max_length)
         return GenerationMixin._prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[arg-type]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -359,82 +351,3 @@ def _own_copy(config: GenerationConfig) -> GenerationConfig:
     if config.use_cache is False:
         config.use_cache = True
     return config
-
-
-def _valid(session: SessionCache, mask: Tensor, ids: Tensor) -> Tensor:
-    """Which of the new tokens `ids` `[rows, S]` are not padding, by a mask over them or over the conversation."""
-    fed, new, columns = session.fed, ids.shape[-1], mask.shape[-1]
-    if columns not in (new, fed + new):
-        raise PromptError(
-            f"the attention mask has {columns} columns; give it {new}, for the new tokens, or {fed + new}, for all"
-        )
-    if columns > new and mask.shape[0] == session.batch_size:
-        session.session.check_history(None, mask)
-    return mask[:, columns - new :]
-
-
-def _check_request(session: SessionCache, ids: Tensor, valid: Tensor | None, columns: int, longest: int) -> None:
-    """Refuse a conversation that does not continue its session, or that would grow too long.
-
-    Args:
-        ids: int64 `[rows, columns]`, the whole conversation, or what is new of it.
-        valid: bool `[rows, columns]`, False for padding; None without any.
-        columns: of the whole conversation.
-        longest: tokens that `ids` may grow to.
-    """
-    fed, given = session.fed, ids.shape[1]
-    if given not in (columns, columns - fed):
-        raise PromptError(
-            f"got {given} tokens a row and an attention mask of {columns} columns for a session that holds {fed}; give "
-            "the whole conversation, or what is new of it with a mask of the whole"
-        )
-    if ids.shape[0] == session.batch_size:  # another number of rows is refused where it is fed
-        session.session.check_history(ids if given == columns else None, valid)
-        new = ids[:, given - (columns - fed) :]
-        session.session.check_room(longest - given, new, None if valid is None else valid[:, fed:])
-
-
-def _refuse_conversations(held: int, columns: int, chunk: int | None) -> None:
-    """Refuse a conversation whose new tokens transformers would not find."""
-    if held and columns <= held:
-        raise PromptError(
-            f"the session holds {held} tokens a row, and the conversation given has {columns}: nothing in it is new. "
-            "Give the whole conversation each time, what is new at its end, or start with llm.new_session()"
-        )
-    if held and chunk and not CHUNKS_HOLD_NEW_TOKENS:
-        raise SessionError(
-            f"transformers {TRANSFORMERS} feeds a conversation from its start again when prefill_chunk_size is given; "
-            "leave that out for a session that holds tokens, or install transformers 5.21 or later"
-        )
-
-
-def _refuse_tokens_fed_before(held: int, new: int, columns: int) -> None:
-    if held + new > columns:
-        raise SessionError(
-            f"transformers {TRANSFORMERS} would feed {new} tokens a row to a session that holds {held} of the "
-            f"conversation's {columns}, so some of them twice; install a version of transformers that xkv_fx supports"
-        )
-
-
-def _refuse_rows_without_last_token(mask: Tensor | None, fed: int, chunk: int | None) -> None:
-    """Refuse a prompt with a row that has no token in the part fed last, whose logits generation starts from."""
-    new = 0 if mask is None else mask.shape[1] - fed
-    last = new if not chunk else (new - 1) % chunk + 1
-    if mask is not None and new > 0 and not bool((mask[:, -last:] != 0).any(-1).all()):
-        raise PromptError(
-            f"a row of the prompt has no token among the last {last} columns, which are fed at once; pad on the left"
-        )
-
-
-def _refuse(kwargs: dict[str, Any], use_cache: bool | None, config: Any) -> None:
-    if use_cache is False:
-        raise SessionError("use_cache=False makes no sense for a model that lives on its cache; leave it out")
-    for name in ("inputs_embeds", "output_attentions", "output_hidden_states", "labels", "head_mask"):
-        value = kwargs.pop(name, None)
-        if value is not None and value is not False:
-            raise PromptError(f"{name} is not supported by a transformed model")
-        if value is None and name.startswith("output_") and getattr(config, name, False):
-            raise PromptError(f"{name} is not supported by a transformed model; set it to False in the model's config")
-    unknown = sorted(name for name, value in kwargs.items() if value is not None)
-    if unknown:
-        raise PromptError(f"unknown arguments: {', '.join(unknown)}")
