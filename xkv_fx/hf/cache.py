@@ -64,8 +64,8 @@ class SessionCache(Cache):
         return self.batch_size
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1, as transformers says that there is no maximum: a conversation may be longer than what is held of it.
-        Where nothing may be evicted, the tokens that a row may come to."""
+        """How many tokens a row may come to where none may be evicted. Otherwise -1, which in transformers means no
+        maximum: a conversation may be longer than what is held of it."""
         plan = self.session.program.plan
         chosen = plan.caches if layer_idx is None else plan.caches_of(layer_idx)
         return min((cache.slots.slots for cache in chosen if cache.slots.eviction == "none"), default=-1)
@@ -86,13 +86,13 @@ class SessionCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """Of each layer, whether its attention is linear; transformers takes a cache for one of linear attention when
-        all of this list is true, as of an empty one, and then feeds the whole conversation again."""
+        """All False, for each layer that owns a cache. If all were true, as in an empty list, transformers would feed
+        the whole conversation again."""
         return [False] * len(self._windows)
 
     @property
     def is_dummy(self) -> list[bool]:
-        """Of each layer, whether it holds nothing."""
+        """For each layer, whether it holds nothing."""
         return [False] * len(self._windows)
 
     def is_recording_past(self, layer_idx: int) -> bool:
@@ -202,7 +202,7 @@ class SessionCache(Cache):
     def layers(self) -> NoReturn:  # type: ignore[override]  # a list, which would be empty
         raise SessionError(
             "a session has no layers of transformers' kind; kept_positions(layer) says what a layer holds, and "
-            "session.state has the tensors"
+            "session.session.state has the tensors"
         )
 
     def early_initialization(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -217,25 +217,25 @@ class SessionCache(Cache):
         raise SessionError("a session stays on its model's device; there is nothing to fetch")
 
     def has_previous_state(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse_other_attention("linear attention")
+        self._refuse_states("recurrent or convolution state")
 
     def get_conv_state(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse_other_attention("linear attention")
+        self._refuse_states("recurrent or convolution state")
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse_other_attention("linear attention")
+        self._refuse_states("recurrent or convolution state")
 
     def get_recurrent_state(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse_other_attention("linear attention")
+        self._refuse_states("recurrent or convolution state")
 
     def update_recurrent_state(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse_other_attention("linear attention")
+        self._refuse_states("recurrent or convolution state")
 
     def update_indexer(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse_other_attention("an indexer")
+        self._refuse_states("indexer")
 
-    def _refuse_other_attention(self, what: str) -> NoReturn:
-        raise SessionError(f"no layer of this session has {what}; it holds keys and values")
+    def _refuse_states(self, what: str) -> NoReturn:
+        raise SessionError(f"a session hands out no {what}; what its layers keep is in session.session.state")
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """`fed`."""
