@@ -121,10 +121,10 @@ def test_a_token_that_the_model_does_not_have_is_refused_before_anything_is_fed(
         lambda: session.feed(wrong, None, None, False),
         lambda: session.step(wrong[:, 3:4], None),
     ):
-        with pytest.raises(PromptError, match=f"the token {token} is none of the model's 61"):
+        with pytest.raises(PromptError, match=f"the input has the token {token}, but the model's tokens are 0 to 60"):
             call()
     assert session.fed == 0
     session.feed(ids, None, None, False)
-    with pytest.raises(PromptError, match=f"the token {token} is none"):
+    with pytest.raises(PromptError, match=f"the token {token}, but the model's"):
         llm.decode_steps(2, session, wrong[:, 3:4])
     assert session.fed == 6

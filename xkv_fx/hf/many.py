@@ -16,6 +16,7 @@ from xkv_fx.runtime.choose_tokens import token_chooser
 from xkv_fx.runtime.many.growing import Job
 from xkv_fx.runtime.many.loop import ServingLoop
 from xkv_fx.runtime.many.request import Answer, Request, Settings
+from xkv_fx.runtime.session import refuse_unknown_tokens
 
 
 class Asked:
@@ -93,11 +94,7 @@ class Asked:
             raise
         except Exception as error:  # whatever a tokenizer raises fails this prompt only
             raise PromptError(f"{name} cannot be tokenized: {first_line(error)}") from error
-        unknown = ids[(ids < 0) | (ids >= self._vocabulary)]
-        if unknown.numel():
-            raise PromptError(
-                f"{name} has the token {int(unknown[0])}, but the model's tokens are 0 to {self._vocabulary - 1}"
-            )
+        refuse_unknown_tokens(ids, self._vocabulary, name)
         return ids.to(self._device)
 
 

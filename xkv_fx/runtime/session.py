@@ -445,11 +445,14 @@ def refuse_rows_of_padding(mask: Tensor | None) -> None:
         raise PromptError("a row of the prompt is nothing but padding; give every row at least one token")
 
 
-def refuse_unknown_tokens(ids: Tensor, known: int) -> None:
-    """Raise PromptError if one of the ids is not from 0 to `known` - 1: code would read past the embedding."""
+def refuse_unknown_tokens(ids: Tensor, known: int, where: str = "the input") -> None:
+    """Raise PromptError if one of the ids is not from 0 to `known` - 1: code would read past the embedding.
+    `where` is what the message calls them."""
     low, high = (int(value) for value in ids.aminmax())
     if low < 0 or high >= known:
-        raise PromptError(f"the token {low if low < 0 else high} is none of the model's {known}")
+        raise PromptError(
+            f"{where} has the token {low if low < 0 else high}, but the model's tokens are 0 to {known - 1}"
+        )
 
 
 def refuse_pickling() -> NoReturn:

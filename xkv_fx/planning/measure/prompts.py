@@ -6,6 +6,7 @@ from torch import Tensor
 
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import PromptError
+from xkv_fx.runtime.session import refuse_unknown_tokens
 
 
 def check_tokens(index: int, ids: Tensor, captured: CapturedModel) -> Tensor:
@@ -20,9 +21,5 @@ def check_tokens(index: int, ids: Tensor, captured: CapturedModel) -> Tensor:
     tokens, limit = ids.shape[1], captured.max_positions
     if limit is not None and tokens > limit:
         raise PromptError(f"prompt {index} has {tokens} tokens, more than the model's {limit} positions; cut it")
-    unknown = ids[(ids < 0) | (ids >= captured.vocabulary)]
-    if unknown.numel():
-        raise PromptError(
-            f"prompt {index} has the token {int(unknown[0])}, but the model's tokens are 0 to {captured.vocabulary - 1}"
-        )
+    refuse_unknown_tokens(ids, captured.vocabulary, f"prompt {index}")
     return ids.to(captured.device)
