@@ -274,8 +274,8 @@ def _check_layer_count(facts: TransformersFacts, attentions: int, layers: int | 
         )
     if attentions < layers:
         raise UnsupportedModelError(
-            f"{facts.name} has {layers} layers but {attentions} attentions; models that mix in other "
-            "kinds of layers (recurrent, linear attention, convolution), whose state is no KV cache, are not supported"
+            f"{facts.name} has {layers} layers but {attentions} attentions; layers that keep another state (recurrent, "
+            "linear attention, convolution) are supported only where transformers' cache has that state"
         )
 
 

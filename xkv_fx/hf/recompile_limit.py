@@ -10,8 +10,8 @@ HAS_ISOLATION = "isolate_recompiles" in inspect.signature(torch.compile).paramet
 """Whether this torch can count those of each compiled model by itself (2.13 on)."""
 
 RAISE_LIMIT = (
-    "It compiles so many kinds of calls of a class of models as torch._dynamo.config.recompile_limit says, two for "
-    "each plan; "
+    "It compiles at most torch._dynamo.config.recompile_limit kinds of calls for a class of models, and each plan "
+    "takes two; "
     + ("compile each model with isolate_recompiles=True, " if HAS_ISOLATION else "")
     + "raise that limit, or call torch._dynamo.reset() to start anew"
 )
