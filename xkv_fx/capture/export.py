@@ -54,9 +54,7 @@ def export_step(module: nn.Module, inputs: tuple[Tensor, ...]) -> GraphModule:
     Raises:
         UnsupportedModelError: the module is random.
     """
-    with torch.no_grad(), _as_ops_without_traces(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    with torch.no_grad(), _as_ops_without_traces(), _without_warnings():
         exported: Any = torch.export.export(module, inputs, strict=False).module(check_guards=False)
     exported.graph.set_codegen(CodeGen())
     _check_not_random(exported.graph)
@@ -70,9 +68,7 @@ def uncleaned_graph(
     """As `export_graph`, with all that `torch.export` leaves in a graph; to be recompiled before it is run."""
     length = torch.export.Dim("length", min=2, max=longest or UNBOUNDED)
     dynamic = None if inputs[0].shape[1] == 1 else ({1: length}, {1: length})
-    with torch.no_grad(), _as_ops_without_traces(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    with torch.no_grad(), _as_ops_without_traces(), _without_warnings():
         exported, longest = _exported(module, inputs, dynamic, longest)
     graph = exported.graph
     graph.set_codegen(CodeGen())
@@ -83,6 +79,15 @@ def uncleaned_graph(
     output.args = (cast(Any, output.args[0])[0],)
     _check_not_random(graph)
     return exported, longest
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence what torch's own modules warn of while they trace; users cannot act on it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+        yield
 
 
 @contextmanager
@@ -141,7 +146,7 @@ def _exported(
             program = torch.export.export(
                 module, inputs, dynamic_shapes=dynamic, strict=False, prefer_deferred_runtime_asserts_over_guards=True
             )
-        except Exception:
+        except Exception:  # whatever the second try raises, the guards of the first say why
             raise UnsupportedModelError(f"it branches on the number of tokens: {_guards(error)}") from error
     exported: Any = program.module(check_guards=False)
     held = _held_up_to(exported, longest or UNBOUNDED, inputs[0].shape[1])
@@ -163,7 +168,7 @@ def refusing(name: str) -> Iterator[None]:
         raise UnsupportedModelError(f"{name} cannot be captured: {error}") from error
     except XkvError:
         raise
-    except Exception as error:
+    except Exception as error:  # of the model's own code, which may raise anything while it is traced
         raise UnsupportedModelError(f"{name} cannot be captured: {reason_of(error)}") from error
 
 

@@ -68,7 +68,7 @@ def capture_module(
         raise UnsupportedModelError(f"{name} cannot be captured: {error}") from error
     except XkvError:
         raise
-    except Exception as error:
+    except Exception as error:  # of the module's own code, which may raise anything while it is traced
         raise UnsupportedModelError(f"{name} cannot be captured: {reason_of(error)}") from error
     layers = cached_layers(sites)
     facts = ModelFacts(

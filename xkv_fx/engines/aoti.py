@@ -52,7 +52,7 @@ def _compile(program: ExportedProgram, path: Path, key: str, plan: CachePlan) ->
                 package_path=str(path),
                 inductor_configs={name: value for name, value in wanted.items() if name in known},
             )
-    except Exception as error:
+    except Exception as error:  # Inductor and the compilers that it calls raise errors of many kinds
         raise BackendError(
             f"AOTInductor could not compile {path.stem} ({first_line(error)}); it needs a C++ compiler on CPU and "
             "Triton on CUDA. target='pt2' needs none"

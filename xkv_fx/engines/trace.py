@@ -74,7 +74,7 @@ def trace_program(
                 program = program.run_decompositions(ANY_LENGTH)
     except XkvError:
         raise
-    except Exception as error:
+    except Exception as error:  # a user's scorer may raise anything while it is traced
         raise BackendError(
             f"the graph cannot be traced for every length of prompt ({first_line(error)}); where the scorer "
             f"{type(scorer).__name__} is the reason, it may use tensor ops only and not branch or loop on sizes"

@@ -150,6 +150,6 @@ def _convert(program: ExportedProgram, torch_tensorrt: Any) -> Any:
             inputs = [torch_tensorrt.Input(tuple(value.shape), dtype=value.dtype) for value in values]
             interpreter = TRTInterpreter(module, inputs, compilation_settings=settings)
             torch.fx.Interpreter.run(interpreter, enable_io_processing=False)  # the network; no engine yet
-    except Exception as error:
+    except Exception as error:  # Torch-TensorRT and TensorRT raise errors of many kinds
         raise BackendError(f"Torch-TensorRT could not convert the decode graph ({first_line(error)})") from error
     return interpreter

@@ -115,7 +115,7 @@ def trace_for_tensorrt(decode: GraphModule, plan: CachePlan) -> ExportedProgram:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
             program = torch.export.export(form, examples, strict=False)
-    except Exception as error:
+    except Exception as error:  # torch.export raises errors of many kinds
         raise BackendError(f"the decode graph cannot be traced for TensorRT ({first_line(error)})") from error
     check_plain(program, "the model")
     return program
