@@ -22,12 +22,11 @@ from xkv_fx.cli.common import (
     progress,
     read,
     show,
-    show_plan,
-    summary_of,
     text_file,
     warnings_as_lines,
 )
 from xkv_fx.cli.model_options import THE_MODEL, ModelOptions, with_model
+from xkv_fx.cli.showing import show_plan, summary_of
 from xkv_fx.errors import BudgetError
 from xkv_fx.formats import pair_name
 from xkv_fx.planning.data.load_measured import load_measured

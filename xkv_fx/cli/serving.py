@@ -21,13 +21,12 @@ from xkv_fx.cli.common import (
     out_file,
     read,
     show,
-    show_measured,
-    show_plan,
     text_file,
 )
 from xkv_fx.cli.model_options import THE_MODEL, ModelOptions, transform, with_model, with_options
 from xkv_fx.cli.requests_file import AskedLine, read_requests
 from xkv_fx.cli.sampling_options import SAMPLING, SamplingOptions
+from xkv_fx.cli.showing import show_measured, show_plan
 from xkv_fx.engines.targets import TARGETS
 from xkv_fx.errors import BudgetError, EngineError, PromptError
 from xkv_fx.file_kinds import kind_of_file
