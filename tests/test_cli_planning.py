@@ -207,6 +207,13 @@ def test_bytes_and_the_file_are_shown(calibrated: Path, tmp_path: Path) -> None:
     assert json.loads(invoke("inspect", plan, "--json"))["budgets"] == str(plan)
 
 
+def test_bytes_without_a_context_are_shown(tmp_path: Path) -> None:
+    made = xkv_fx.budgets.Provenance(kv_bytes=1000, full_kv_bytes=4000)
+    xkv_fx.Budgets((12, 17), provenance=made).save(tmp_path / "plan.json")
+    (line,) = (line for line in invoke("inspect", tmp_path / "plan.json").splitlines() if line.startswith("kv_bytes"))
+    assert line.split(maxsplit=1)[1].strip() == "1,000 bytes a row"
+
+
 def test_a_limit_far_above_what_can_be_used_is_said(calibrated: Path, tmp_path: Path) -> None:
     result = RUN.invoke(cli.app, ["solve", str(calibrated), "--out", str(tmp_path / "plan.json"), "--kv-bytes", "2GB"])
     assert result.exit_code == 0

@@ -59,9 +59,11 @@ def show_plan(budgets: xkv_fx.Budgets, as_json: bool, path: Path) -> None:
         print(json.dumps(result))
         return
     known = {name: value for name, value in made.to_dict().items() if name not in ("full_kv_bytes", "sliding_windows")}
-    if made.kv_bytes is not None and made.full_kv_bytes is not None and made.share is not None:
-        full = f"{made.share:.1%} of the {as_text(made.full_kv_bytes)} of a full cache of {made.context:,} tokens"
-        known["kv_bytes"] = f"{as_text(made.kv_bytes)} a row, {full}"
+    if made.kv_bytes is not None:
+        known["kv_bytes"] = f"{as_text(made.kv_bytes)} a row"
+        if made.full_kv_bytes is not None and made.context is not None:
+            full = f"the {as_text(made.full_kv_bytes)} of a full cache of {made.context:,} tokens"
+            known["kv_bytes"] += f", {made.share:.1%} of {full}"
     constants = {} if budgets.mean_keys is None else {"mean_keys": mean_keys_in_words(budgets)}
     show(
         {"budgets": path, "total_tokens": budgets.total_tokens, **constants, **budgets.policy.to_dict(), **known}, False
