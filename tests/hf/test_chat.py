@@ -79,8 +79,9 @@ def test_it_goes_on_and_on_in_the_same_memory() -> None:
     assert chat.say("ab", 5) == conversation(transformed(Budgets((12, 17)))).say("ab", 5)
 
 
-def test_shares_are_counted_slot_by_slot() -> None:
-    session = transformed(Budgets((12, 17)), rows=2).new_session()
+@pytest.mark.parametrize("budgets", [Budgets((12, 17)), Budgets(((9, 13), 17))], ids=["by layer", "by head"])
+def test_shares_are_counted_slot_by_slot(budgets: Budgets) -> None:
+    session = transformed(budgets, rows=2).new_session()
     ids = torch.arange(1, 41)[None].repeat(2, 1)
     valid = torch.ones_like(ids, dtype=torch.bool)
     valid[1, :35] = False

@@ -175,11 +175,10 @@ class Conversation:
 
 def held_shares(session: SessionCache) -> Tensor:
     """For each row and token seen, the share of layers and KV heads that hold it now: float32 `[rows, tokens]`."""
-    caches = session.session.program.plan.caches
     tokens = max(session.session.seen, default=0)
     held = torch.zeros(session.batch_size, tokens + 1)
     heads = 0
-    for layer in range(len(caches)):
+    for layer in range(len(session)):
         ordinals = session.kept_positions(layer).cpu()  # -1, a free slot, is counted in the last column
         held.scatter_add_(1, ordinals.flatten(1).remainder(tokens + 1), torch.ones(ordinals.flatten(1).shape))
         heads += ordinals.shape[1]
