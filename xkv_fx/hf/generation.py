@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from xkv_fx.budgets import Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BackendError, PromptError, SessionError
+from xkv_fx.hf.answers import Answers
 from xkv_fx.hf.cache import SessionCache
 from xkv_fx.hf.cache_name import CACHE_NAME, CACHE_NAMES, cache_given
 from xkv_fx.hf.call_checks import (
@@ -26,7 +27,7 @@ from xkv_fx.hf.call_checks import (
     refuse_tokens_fed_before,
     valid_tokens,
 )
-from xkv_fx.hf.many import Answers, Asked, check_counts
+from xkv_fx.hf.many import Asked, check_counts
 from xkv_fx.lowering.budgeted import Budgeted
 from xkv_fx.lowering.program import CompiledProgram, PromptProgram, one_row_prompts
 from xkv_fx.runtime.many.loop import ServingLoop
