@@ -58,10 +58,6 @@ class Staging:
         """What the prompt left, once it is fed."""
         return self._session.state
 
-    def begins_with_prefix(self, ids: Tensor) -> bool:
-        """Whether a prompt, int64 `[1, S]`, begins with the shared prefix."""
-        return self._prefix is not None and torch.equal(ids[:, : self._prefix.shape[1]], self._prefix)
-
     def feed(self, ids: Tensor, max_new_tokens: int) -> Generator[float, None, tuple[Tensor, int]]:
         """Feed a prompt, int64 `[1, S]`, in place of the one before it.
 
@@ -77,10 +73,10 @@ class Staging:
         """
         self._session.reset()
         self._session.check_room(max_new_tokens, ids)
-        if self._prefix is None or not self.begins_with_prefix(ids):
+        length = 0 if self._prefix is None else self._prefix.shape[1]
+        if self._prefix is None or not torch.equal(ids[:, :length], self._prefix):
             return (yield from self._feed_chunks(ids)), 0
-        behind = ids[:, self._prefix.shape[1] :]
-        shared = 0 if self._of_prefix is None else self._prefix.shape[1]
+        behind, shared = ids[:, length:], 0 if self._of_prefix is None else length
         if self._of_prefix is None:
             logits = yield from self._feed_chunks(self._prefix)
             self._of_prefix = (self._session.fork(), logits)
