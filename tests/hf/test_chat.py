@@ -9,7 +9,8 @@ from ready_models import FULL, full, transformed
 
 from xkv_fx import Budgets
 from xkv_fx.errors import CapacityError, PromptError
-from xkv_fx.hf.chat import Conversation, chat_ids, held_shares
+from xkv_fx.hf.chat import Conversation, held_shares
+from xkv_fx.hf.chat_template import chat_ids
 from xkv_fx.hf.generation import BudgetedLM
 from xkv_fx.runtime.choose_tokens import likeliest
 

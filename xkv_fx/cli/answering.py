@@ -23,7 +23,7 @@ def requests_of(asked: Sequence[AskedLine], tokenizer: Any, chat: bool, system: 
     Raises:
         PromptError: no chat template, or messages that it refuses.
     """
-    from xkv_fx.hf.chat import chat_ids
+    from xkv_fx.hf.chat_template import chat_ids
 
     requests = []
     for number, line in enumerate(asked, 1):

@@ -44,7 +44,8 @@ def chat(
     One line of standard input is one turn. Shows what is held and what is forgotten; /help lists what else there is.
     With --json each turn is a line of JSON.
     """
-    from xkv_fx.hf.chat import Conversation, check_template
+    from xkv_fx.hf.chat import Conversation
+    from xkv_fx.hf.chat_template import check_template
     from xkv_fx.runtime.choose_tokens import token_chooser
 
     budgets = xkv_fx.Budgets.load(plan)

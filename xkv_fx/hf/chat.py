@@ -1,4 +1,4 @@
-"""Conversations by a tokenizer's chat template."""
+"""Conversations that go on in the bounded memory of a session."""
 
 from __future__ import annotations
 
@@ -10,46 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from xkv_fx.errors import PromptError, first_line
+from xkv_fx.errors import PromptError
 from xkv_fx.hf.cache import SessionCache
+from xkv_fx.hf.chat_template import Message, chat_text, ids_of
 from xkv_fx.runtime.choose_tokens import Choose
 from xkv_fx.runtime.many.growing import GrowingText
 
-Message = dict[str, str]
-
-
-def check_template(tokenizer: Any) -> None:
-    """Raise PromptError unless the tokenizer has a chat template."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise PromptError(
-            "this model's tokenizer has no chat template, so that nobody knows how it was taught to talk; take an "
-            "instruct or chat model, or give the prompt as plain text, without --chat"
-        )
-
-
-def chat_text(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """Messages as the template writes them, up to where the answer begins.
-
-    Raises:
-        PromptError: no template, or one that refuses these messages.
-    """
-    check_template(tokenizer)
-    try:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # what a template raises is its author's choice
-        raise PromptError(f"the chat template refuses these messages: {first_line(error)}") from error
-    return text
-
-
-def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Messages as the token ids of a prompt; errors as `chat_text`."""
-    return _ids_of(tokenizer, chat_text(tokenizer, messages))
-
-
-def _ids_of(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of text in which the template has put all special tokens."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+TurnReason = Literal["end", "length", "stopped"]
+"""Why an answer ended: an end token, its number of tokens, or the user."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +27,12 @@ class Turn:
     Attributes:
         text: without special tokens.
         tokens: how many were generated.
-        reason: an end token, the number of tokens, or the user.
+        reason: why it ended.
     """
 
     text: str
     tokens: int
-    reason: Literal["end", "length", "stopped"]
+    reason: TurnReason
 
 
 class Conversation:
@@ -130,12 +98,13 @@ class Conversation:
                 been fed then.
         """
         fed = self._session.fed
-        new = [*self.ids[fed:], *_ids_of(self._tokenizer, self._turn(text))]
+        new = [*self.ids[fed:], *ids_of(self._tokenizer, self._turn(text))]
         ids = torch.tensor([new], dtype=torch.int64, device=self._session.session.program.plan.device)
         self._session.session.check_room(max_new_tokens, ids)
         logits = self._session.feed(ids, None, None, False)
         self.ids = [*self.ids[:fed], *new]
-        growing, reason, count = GrowingText(self._tokenizer), "length", 0
+        growing, count = GrowingText(self._tokenizer), 0
+        reason: TurnReason = "length"
         while count < max_new_tokens:
             chosen = self._choose(logits[:, -1])
             token, count = int(chosen[0]), count + 1
@@ -150,7 +119,7 @@ class Conversation:
             if count < max_new_tokens:
                 logits = self._session.step(chosen[:, None], None)
         show(growing.rest())
-        return Turn(growing.text, count, reason)  # type: ignore[arg-type]
+        return Turn(growing.text, count, reason)
 
     def _turn(self, text: str) -> str:
         """What the template writes between the last answer and the next one."""
