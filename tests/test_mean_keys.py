@@ -253,6 +253,11 @@ def test_sessions_of_other_mean_keys_are_refused(tmp_path: Path) -> None:
             llm.with_budgets(other).new_session().load(tmp_path / "session")
 
 
+def test_plans_by_head_are_told_how_many_caches_have_mean_keys() -> None:
+    split = dataclasses.replace(PLAN, capacities=((9, 13), 12))
+    assert "mean keys     of 3 caches" in xkv_fx.transform(model(), split, backend="eager").describe()
+
+
 def test_a_layer_in_the_models_dtype_is_left_as_it_is() -> None:
     mixed = dataclasses.replace(PLAN, formats=(None, ("int8", "int8")))
     llm = xkv_fx.transform(model(), mixed, backend="eager")

@@ -30,9 +30,9 @@ def describe_plan(fingerprint: str, plan: CachePlan, scorer: Scorer, budgets: Pl
     ]
     means = [mean for mean in plan.mean_keys or () if mean is not None]
     if means:
-        size = sum(mean.values.nbytes for mean in means)
+        size, owners = sum(mean.values.nbytes for mean in means), "layers" if plan.groups is None else "caches"
         lines.append(
-            f"mean keys     of {len(means)} layers, constants of the graphs ({size:,} bytes, once), taken off keys "
+            f"mean keys     of {len(means)} {owners}, constants of the graphs ({size:,} bytes, once), taken off keys "
             "before they are stored"
         )
     return lines
