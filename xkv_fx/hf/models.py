@@ -77,7 +77,7 @@ def load_model(
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether it is `owner/name`, and no path of this machine."""
+    """Whether it has the form `owner/name` and no such path exists here."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
 
 
@@ -98,7 +98,7 @@ def device_named(name: str) -> torch.device:
 
 
 def _why(error: Exception) -> str:
-    """transformers' reason in one line: what it says first, and the hint at an option that it puts last."""
+    """transformers' reason in one line; for a model with code of its own, the option that lets it run."""
     if "trust_remote_code" in str(error):
         return "it comes with code of its own, which is run only with --trust-remote-code; read it first"
     return first_line(error)

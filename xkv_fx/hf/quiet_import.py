@@ -16,7 +16,7 @@ NOISY = ("torchao", "torch.utils._pytree")
 
 @contextmanager
 def without_warnings_of(names: tuple[str, ...]) -> Iterator[None]:
-    """Let these loggers log errors alone."""
+    """Let these loggers log nothing below errors."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -19,7 +19,7 @@ from xkv_fx.errors import PassError
 
 @torch.library.custom_op("xkv::recurrence", mutates_args=())
 def recurrence(inputs: Sequence[Tensor], index: int, width: int) -> Tensor:
-    """What export leaves of such a layer; the pass `BindRecurrences` puts the layer itself in its place.
+    """What export leaves in place of such a layer; the pass `BindRecurrences` puts the layer itself in its place.
 
     Args:
         inputs: `[rows, S, ...]` each.

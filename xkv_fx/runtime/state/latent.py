@@ -49,7 +49,7 @@ class CodedLatentState(CodedState):
         try:
             check_latent(self.formats)
         except BudgetError as error:
-            raise BudgetError(f"layer {self.index}: {error}") from error
+            raise BudgetError(f"{self.where}: {error}") from error
         return self._coding(self.formats[0], self.spec.key_dim), None
 
     @property

@@ -47,7 +47,7 @@ class RecurrentState(LayerState):
         )
 
     def carried(self, build: Build, site: RecurrenceSite, kind: GraphKind) -> Value:
-        """The layer's output in a graph of that kind, in which the state goes on to what it is behind the tokens."""
+        """The layer's output in a graph of that kind, which also updates the state to what it is after the tokens."""
         recurrence, held = site.recurrence, tuple(build.held(self).values())
         name = f"recurrence_{self.index}"
         if kind != "decode":
