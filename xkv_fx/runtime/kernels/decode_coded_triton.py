@@ -24,7 +24,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from xkv_fx.runtime.kernels.decode_triton import Launch, cap, interpreted, merge_parts, padded, padded_rows, split_size
+from xkv_fx.runtime.kernels.decode_triton import (
+    Launch,
+    cap,
+    interpreted,
+    mask_of,
+    masked,
+    merge_parts,
+    next_softmax,
+    padded,
+    padded_rows,
+    split_size,
+    store_lse,
+    with_sink,
+)
 from xkv_fx.runtime.quantize import Coding
 
 _LARGEST_HALF = tl.constexpr(65504.0)
@@ -286,11 +299,7 @@ def _attend_coded(
     v_scales += pair * slots * value_groups * (1 if VALUE_FLOATS else 2)
     positions += pair * slots
     logits += pair * GROUP * slots
-    mask += row * MASK_HEADS * slots
-    if BIASED:
-        mask += head * GROUP * slots
-    elif MASK_HEADS > 1:
-        mask += head * slots
+    mask = mask_of(mask, row, head, slots, GROUP, MASK_HEADS, BIASED)
 
     # Queries, rotated like the keys; and what the mean key adds to each of their logits.
     place = q + (pair * GROUP + g)[:, None] * KEY_DIM
@@ -377,21 +386,8 @@ def _attend_coded(
                 width, level = _scale_of(k_scales, n, valid, 1, key_groups, KEY_BITS, KEY_FLOATS)
             y = y * width[None, :] + second_sum[:, None] * level[None, :]
         x = (x + y + by_mean[:, None]) * scale
-        if CAPPED:
-            x = cap(x, softcap)
-        if BIASED:
-            bias = mask + g[:, None] * slots + n[None, :]
-            x += tl.load(bias, mask=is_query[:, None] & valid[None, :], other=0.0).to(tl.float32)
-        else:
-            x += tl.load(mask + n, mask=valid, other=0.0).to(tl.float32)[None, :]
-        x = tl.where(valid[None, :], x, float("-inf"))
-        if SCORED:
-            tl.store(logits + g[:, None] * slots + n[None, :], x, mask=is_query[:, None] & valid[None, :])
-        highest = tl.maximum(maximum, tl.max(x, 1))
-        base = tl.where(highest == float("-inf"), 0.0, highest)
-        weight = tl.exp(x - base[:, None])
-        shrink = tl.exp(maximum - base)
-        total = total * shrink + tl.sum(weight, 1)
+        x = masked(x, mask, logits, g, n, is_query, valid, softcap, slots, BIASED, SCORED, CAPPED)
+        weight, shrink, maximum, total = next_softmax(x, maximum, total)
         own = own * shrink
         first, second = _halves(v_cache, n, valid, VALUE_DIM, VALUE_BITS, VALUE_FLOATS, VALUE_HALF, to)
         if VALUE_BITS and value_groups <= 2:
@@ -410,21 +406,15 @@ def _attend_coded(
             y = tl.dot(weight.to(q.dtype.element_ty).to(to), second, input_precision="ieee")
         first_values = first_values * shrink[:, None] + x
         second_values = second_values * shrink[:, None] + y
-        maximum = highest
 
     if ONE_SPLIT:
         if SINKS:
-            sink = tl.load(sink_logits + head * GROUP + g, mask=is_query, other=0.0).to(tl.float32)
-            highest = tl.maximum(maximum, sink)
-            shrink = tl.exp(maximum - highest)
-            total = total * shrink + tl.exp(sink - highest)
+            total, shrink = with_sink(sink_logits, head, g, is_query, maximum, total, GROUP)
             own = own * shrink
             first_values = first_values * shrink[:, None]
             second_values = second_values * shrink[:, None]
     else:
-        empty = total == 0.0
-        level = tl.where(empty, float("-inf"), maximum + tl.log(tl.where(empty, 1.0, total)))
-        tl.store(lse + (split * tl.num_programs(0) + pair) * GROUP + g, level, mask=is_query)
+        store_lse(lse, split, pair, g, is_query, maximum, total, GROUP)
         out += split.to(tl.int64) * tl.num_programs(0) * GROUP * VALUE_DIM
     divisor = tl.where(total == 0.0, 1.0, total)[:, None]
     place = out + (pair * GROUP + g)[:, None] * VALUE_DIM

@@ -73,6 +73,69 @@ def cap(x, softcap):
     return tl.where(x < 0.0, -size, size)
 
 
+# Helpers return no place that is stored to: torch takes what a helper returns to come from all of its arguments, and
+# would hold each of them for changed in place.
+
+
+@triton.jit
+def mask_of(mask, row, head, slots, GROUP: tl.constexpr, MASK_HEADS: tl.constexpr, BIASED: tl.constexpr):
+    """Where the mask of a row and KV head starts."""
+    mask += row * MASK_HEADS * slots
+    if BIASED:
+        mask += head * GROUP * slots
+    elif MASK_HEADS > 1:
+        mask += head * slots
+    return mask
+
+
+@triton.jit
+def masked(
+    x, mask, logits, g, n, is_query, valid, softcap, slots,
+    BIASED: tl.constexpr, SCORED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """The logits `[ROWS, BLOCK]` of a block of slots from scaled products: capped, with the mask added, minus infinity
+    for slots that are not valid. Eviction by score keeps them in `logits`."""
+    if CAPPED:
+        x = cap(x, softcap)
+    if BIASED:
+        bias = mask + g[:, None] * slots + n[None, :]
+        x += tl.load(bias, mask=is_query[:, None] & valid[None, :], other=0.0).to(tl.float32)
+    else:
+        x += tl.load(mask + n, mask=valid, other=0.0).to(tl.float32)[None, :]
+    x = tl.where(valid[None, :], x, float("-inf"))
+    if SCORED:
+        tl.store(logits + g[:, None] * slots + n[None, :], x, mask=is_query[:, None] & valid[None, :])
+    return x
+
+
+@triton.jit
+def next_softmax(x, maximum, total):
+    """The running softmax one block of logits further: the block's weights, what older sums are multiplied by, and the
+    new maximum and total."""
+    highest = tl.maximum(maximum, tl.max(x, 1))
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    weight = tl.exp(x - base[:, None])
+    shrink = tl.exp(maximum - base)
+    return weight, shrink, highest, total * shrink + tl.sum(weight, 1)
+
+
+@triton.jit
+def with_sink(sink_logits, head, g, is_query, maximum, total, GROUP: tl.constexpr):
+    """The total with the sink logits in it, and what sums are multiplied by then."""
+    sink = tl.load(sink_logits + head * GROUP + g, mask=is_query, other=0.0).to(tl.float32)
+    highest = tl.maximum(maximum, sink)
+    shrink = tl.exp(maximum - highest)
+    return total * shrink + tl.exp(sink - highest), shrink
+
+
+@triton.jit
+def store_lse(lse, split, pair, g, is_query, maximum, total, GROUP: tl.constexpr):
+    """Stores the log-sum-exp of one split."""
+    empty = total == 0.0
+    level = tl.where(empty, float("-inf"), maximum + tl.log(tl.where(empty, 1.0, total)))
+    tl.store(lse + (split * tl.num_programs(0) + pair) * GROUP + g, level, mask=is_query)
+
+
 @triton.jit
 def _attend(
     q, k, v, k_cache, v_cache, slot, count, mask, positions, seen, sink_logits, out, lse, logits, scale, softcap,
@@ -104,11 +167,7 @@ def _attend(
     v_cache += pair * slots * VALUE_DIM
     positions += pair * slots
     logits += pair * GROUP * slots
-    mask += row * MASK_HEADS * slots
-    if BIASED:
-        mask += head * GROUP * slots
-    elif MASK_HEADS > 1:
-        mask += head * slots
+    mask = mask_of(mask, row, head, slots, GROUP, MASK_HEADS, BIASED)
 
     query = tl.load(
         q + (pair * GROUP + g)[:, None] * KEY_DIM + d[None, :], mask=is_query[:, None] & is_key_dim[None, :], other=0.0
@@ -149,38 +208,20 @@ def _attend(
         if WIDEN:
             key = key.to(tl.float32)
         x = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        if CAPPED:
-            x = cap(x, softcap)
-        if BIASED:
-            bias = mask + g[:, None] * slots + n[None, :]
-            x += tl.load(bias, mask=is_query[:, None] & valid[None, :], other=0.0).to(tl.float32)
-        else:
-            x += tl.load(mask + n, mask=valid, other=0.0).to(tl.float32)[None, :]
-        x = tl.where(valid[None, :], x, float("-inf"))
-        if SCORED:
-            tl.store(logits + g[:, None] * slots + n[None, :], x, mask=is_query[:, None] & valid[None, :])
-        highest = tl.maximum(maximum, tl.max(x, 1))
-        base = tl.where(highest == float("-inf"), 0.0, highest)
-        weight = tl.exp(x - base[:, None])
-        shrink = tl.exp(maximum - base)
-        total = total * shrink + tl.sum(weight, 1)
+        x = masked(x, mask, logits, g, n, is_query, valid, softcap, slots, BIASED, SCORED, CAPPED)
+        weight, shrink, maximum, total = next_softmax(x, maximum, total)
         weight = weight.to(value.dtype)
         if WIDEN:
             weight = weight.to(tl.float32)
             value = value.to(tl.float32)
         values = values * shrink[:, None] + tl.dot(weight, value, input_precision="ieee")
-        maximum = highest
 
     if ONE_SPLIT:
         if SINKS:
-            sink = tl.load(sink_logits + head * GROUP + g, mask=is_query, other=0.0).to(tl.float32)
-            highest = tl.maximum(maximum, sink)
-            total = total * tl.exp(maximum - highest) + tl.exp(sink - highest)
-            values = values * tl.exp(maximum - highest)[:, None]
+            total, shrink = with_sink(sink_logits, head, g, is_query, maximum, total, GROUP)
+            values = values * shrink[:, None]
     else:
-        empty = total == 0.0
-        level = tl.where(empty, float("-inf"), maximum + tl.log(tl.where(empty, 1.0, total)))
-        tl.store(lse + (split * tl.num_programs(0) + pair) * GROUP + g, level, mask=is_query)
+        store_lse(lse, split, pair, g, is_query, maximum, total, GROUP)
         out += split.to(tl.int64) * tl.num_programs(0) * GROUP * VALUE_DIM
     values = values / tl.where(total == 0.0, 1.0, total)[:, None]
     place = out + (pair * GROUP + g)[:, None] * VALUE_DIM + e[None, :]
