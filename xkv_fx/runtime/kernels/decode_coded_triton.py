@@ -27,14 +27,11 @@ from torch.library import triton_op, wrap_triton
 from xkv_fx.runtime.kernels.decode_triton import (
     Launch,
     cap,
-    interpreted,
+    decode,
     mask_of,
     masked,
-    merge_parts,
     next_softmax,
     padded,
-    padded_rows,
-    split_size,
     store_lse,
     with_sink,
 )
@@ -526,33 +523,14 @@ def _decode(
     launch: Launch,
     scored: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Both ops. A launch needs a tensor even for arguments it does not use, as in `decode_triton`."""
-    rows, kv_heads, slots = buffers[0].shape[:3]
-    key_dim, value_dim, heads = k.shape[3], v.shape[3], q.shape[1]
-    group, pairs = heads // kv_heads, rows * kv_heads
-    size = split_size(slots, launch)
-    splits = -(-slots // size)
-    one_split = splits == 1 and scored is None
-    q, k, v, mask = q.contiguous(), k.contiguous(), v.contiguous(), mask.contiguous()
-    positions, scores, seen = (slot, slot, slot) if scored is None else scored
-
-    out = q.new_empty((rows, heads, 1, value_dim))
-    narrow: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    parts = out if one_split else torch.empty((splits, rows * heads, value_dim), **narrow)
-    lse = q if one_split else torch.empty((splits, rows * heads), **narrow)
-    logits = q if scored is None else torch.empty((rows, heads, slots), **narrow)
-    sinks = q if sink_logits is None else sink_logits
-    k_cache, k_scales, v_cache, v_scales = (part if part.numel() else q for part in buffers)
-    wrap_triton(_attend_coded)[(pairs, splits)](
-        q, k, v, k_cache, k_scales, v_cache, v_scales, slot, count, mask, positions, seen, sinks,
-        q if key_mean is None else key_mean, parts, lse, logits, scale, softcap or 1.0, kv_heads, slots, size,
-        GROUP=group, MASK_HEADS=mask.shape[1], BIASED=mask.shape[1] not in (1, kv_heads), SCORED=scored is not None,
-        CAPPED=softcap is not None, SINKS=sink_logits is not None, CENTRED=key_mean is not None, ONE_SPLIT=one_split,
-        WIDEN=interpreted(_attend_coded) and q.dtype == torch.bfloat16, ROWS=padded_rows(group), BLOCK=launch.block,
-        PRECISION=precision(q.dtype), **layouts(buffers, bits, (key_dim, value_dim)), num_warps=launch.warps,
-        num_stages=launch.stages,
-    )  # fmt: skip
-    if not one_split:
-        kept = None if scored is None else scores
-        merge_parts(out, parts, lse, logits, slot, count, kept, sink_logits, kv_heads, slots)
-    return out
+    """Both ops."""
+    own = {
+        "key_mean": q if key_mean is None else key_mean,
+        "CENTRED": key_mean is not None,
+        "PRECISION": precision(q.dtype),
+        **layouts(buffers, bits, (k.shape[3], v.shape[3])),
+    }
+    named = dict(zip(("k_cache", "k_scales", "v_cache", "v_scales"), buffers, strict=True))
+    return decode(
+        wrap_triton(_attend_coded), q, k, v, named, slot, mask, count, scale, softcap, sink_logits, launch, scored, own
+    )

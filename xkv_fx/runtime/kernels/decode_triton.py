@@ -352,45 +352,72 @@ def _decode(
     launch: Launch,
     scored: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Both ops.
+    """Both ops."""
+    buffers = {"k_cache": k_cache, "v_cache": v_cache}
+    key_dim, value_dim = k.shape[3], v.shape[3]
+    own = {"KEY_DIM": key_dim, "KEY_PAD": padded(key_dim), "VALUE_DIM": value_dim, "VALUE_PAD": padded(value_dim)}
+    return decode(
+        wrap_triton(_attend), q, k, v, buffers, slot, mask, count, scale, softcap, sink_logits, launch, scored, own
+    )
+
+
+def decode(
+    kernel: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    buffers: dict[str, Tensor],
+    slot: Tensor,
+    mask: Tensor,
+    count: Tensor,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    launch: Launch,
+    scored: tuple[Tensor, Tensor, Tensor] | None,
+    own: dict[str, Any],
+) -> Tensor:
+    """Launches a kernel over the slots, and what merges its splits and adds to scores.
 
     A launch needs a tensor even for arguments it does not use: it gets some other tensor, and a constant to ignore it.
     Triton's interpreter multiplies the raw bits of bfloat16 matrices, so under it they are widened first.
 
     Args:
+        kernel: wrapped by `wrap_triton`.
+        buffers: what it takes of the cache, by name; `k_cache` is `[rows, kv_heads, slots, ...]`.
         scored: positions, scores and the tokens seen, where scores are kept.
+        own: arguments that only this kernel takes.
     """
-    rows, kv_heads, slots, key_dim = k_cache.shape
-    value_dim, heads = v_cache.shape[3], q.shape[1]
-    group, pairs = heads // kv_heads, rows * kv_heads
-    size = split_size(slots, launch)
+    rows, kv_heads, slots = buffers["k_cache"].shape[:3]
+    heads, value_dim = q.shape[1], v.shape[3]
+    group, size = heads // kv_heads, split_size(slots, launch)
     splits = -(-slots // size)
     one_split = splits == 1 and scored is None
-    q, k, v, mask = q.contiguous(), k.contiguous(), v.contiguous(), mask.contiguous()
+    q, mask = q.contiguous(), mask.contiguous()
     positions, scores, seen = (slot, slot, slot) if scored is None else scored
+    buffers = {name: buffer if buffer.numel() else q for name, buffer in buffers.items()}
 
     out = q.new_empty((rows, heads, 1, value_dim))
     narrow: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     parts = out if one_split else torch.empty((splits, rows * heads, value_dim), **narrow)
     lse = q if one_split else torch.empty((splits, rows * heads), **narrow)
     logits = q if scored is None else torch.empty((rows, heads, slots), **narrow)
-    sinks = q if sink_logits is None else sink_logits
-    sizes = {"VALUE_DIM": value_dim, "VALUE_PAD": padded(value_dim), "SINKS": sink_logits is not None}
-    wrap_triton(_attend)[(pairs, splits)](
-        q, k, v, k_cache, v_cache, slot, count, mask, positions, seen, sinks, parts, lse, logits, scale,
-        softcap or 1.0, kv_heads, slots, size, GROUP=group, KEY_DIM=key_dim, MASK_HEADS=mask.shape[1],
-        BIASED=mask.shape[1] not in (1, kv_heads), SCORED=scored is not None, CAPPED=softcap is not None,
-        ONE_SPLIT=one_split, WIDEN=interpreted(_attend) and q.dtype == torch.bfloat16,
-        ROWS=padded_rows(group), KEY_PAD=padded(key_dim), BLOCK=launch.block, **sizes,
+    kernel[(rows * kv_heads, splits)](
+        q=q, k=k.contiguous(), v=v.contiguous(), **buffers, slot=slot, count=count, mask=mask, positions=positions,
+        seen=seen, sink_logits=q if sink_logits is None else sink_logits, out=parts, lse=lse, logits=logits,
+        scale=scale, softcap=softcap or 1.0, kv_heads=kv_heads, slots=slots, split_size=size, GROUP=group,
+        MASK_HEADS=mask.shape[1], BIASED=mask.shape[1] not in (1, kv_heads), SCORED=scored is not None,
+        CAPPED=softcap is not None, SINKS=sink_logits is not None, ONE_SPLIT=one_split,
+        WIDEN=_interpreted() and q.dtype == torch.bfloat16, ROWS=padded_rows(group), BLOCK=launch.block, **own,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     if not one_split:
         kept = None if scored is None else scores
-        merge_parts(out, parts, lse, logits, slot, count, kept, sink_logits, kv_heads, slots)
+        _merge_parts(out, parts, lse, logits, slot, count, kept, sink_logits, kv_heads, slots)
     return out
 
 
-def merge_parts(
+def _merge_parts(
     out: Tensor,
     parts: Tensor,
     lse: Tensor,
@@ -418,9 +445,9 @@ def merge_parts(
         )  # fmt: skip
 
 
-def interpreted(kernel: Any) -> bool:
-    """Whether a kernel runs under Triton's interpreter."""
-    return not isinstance(kernel, triton.JITFunction)
+def _interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter."""
+    return not isinstance(_merge, triton.JITFunction)
 
 
 def split_size(slots: int, launch: Launch) -> int:
