@@ -19,7 +19,7 @@ from fake_gpu import (  # noqa: F401  (some are fixtures)
 )
 from torch._functorch.aot_autograd import aot_export_module
 
-from xkv_fx.lowering.kernels.attention_coded_triton import obstacle
+from xkv_fx.lowering.kernels.attention_triton import obstacle
 from xkv_fx.runtime import coded_ops  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.quantize import Coding
 

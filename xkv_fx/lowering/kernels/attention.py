@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,13 +16,33 @@ DECODE = torch.ops.xkv.decode_attention.default
 DECODE_SCORED = torch.ops.xkv.decode_scored.default
 DECODE_CODED = torch.ops.xkv.decode_coded.default
 DECODE_CODED_SCORED = torch.ops.xkv.decode_coded_scored.default
+CODED = (DECODE_CODED, DECODE_CODED_SCORED)
+BUFFERS = ("k_cache", "k_scales", "v_cache", "v_scales")
+"""Arguments that hold a cache; scales only over slots of fewer bits."""
 
 
 def _read(node: Node) -> Mapping[str, Any] | None:
-    targets = (DECODE, DECODE_SCORED, DECODE_CODED, DECODE_CODED_SCORED)
-    return arguments(node) if node.target in targets else None
+    return arguments(node) if node.target in (DECODE, DECODE_SCORED, *CODED) else None
 
 
 ATTENTION = Op("attention", _read, "{served} layers")
 """Calls of `xkv::decode_attention`, `xkv::decode_scored` and their forms for slots of fewer bits, with
 their arguments."""
+
+
+def misfit(given: Mapping[str, Any], dtypes: Collection[torch.dtype]) -> str | None:
+    """Why no kernel of ours serves an attention with these arguments, whatever its shapes; None where one may.
+
+    Args:
+        dtypes: those that the kernel takes.
+    """
+    q, coded = given["q"], "key_bits" in given
+    if q.dtype not in dtypes:
+        return f"dtype {q.dtype}"
+    if any(given[name].dtype != q.dtype for name in (("k", "v") if coded else ("k", "v", "k_cache", "v_cache"))):
+        return "queries, keys and values of different dtypes"
+    if not given["v_cache"].shape[3]:
+        return "values that are the keys"
+    if coded and not (given["key_bits"] or given["value_bits"]):
+        return "slots in the model's dtype by the op for fewer bits"
+    return None

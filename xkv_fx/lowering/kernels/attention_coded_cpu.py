@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xkv_fx.lowering.kernels.attention import DECODE_CODED, DECODE_CODED_SCORED
+from xkv_fx.lowering.kernels.attention import DECODE_CODED, DECODE_CODED_SCORED, misfit
 from xkv_fx.lowering.kernels.kernel import Call
 from xkv_fx.runtime.kernels import decode_coded_cpu
 from xkv_fx.runtime.kernels.build_cpu import DTYPES
@@ -22,19 +22,14 @@ SERVED: dict[Any, torch._ops.OpOverload] = {
 
 def obstacle(given: Mapping[str, Any]) -> str | None:
     """Why the kernel does not serve a call with these arguments; None where it does."""
+    unfit = misfit(given, DTYPES)
+    if unfit is not None:
+        return unfit
     q, k, v, mask = given["q"], given["k"], given["v"], given["mask"]
-    if q.dtype not in DTYPES:
-        return f"dtype {q.dtype}"
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        return "queries, keys and values of different dtypes"
     if q.shape[3] % STEP or v.shape[3] % STEP:
         return f"head sizes {q.shape[3]} and {v.shape[3]} are not multiples of {STEP}"
     if mask.dtype != q.dtype or mask.shape[1] not in (1, k.shape[1]):
         return "biased attention"
-    if not given["v_cache"].shape[3]:
-        return "values that are the keys"
-    if not (given["key_bits"] or given["value_bits"]):
-        return "slots in the model's dtype by the op for fewer bits"
     if 1 in (given["k_scales"].shape[4], given["v_scales"].shape[4]):
         return "slots of fp8"
     return None

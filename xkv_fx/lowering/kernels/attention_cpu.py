@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from xkv_fx.lowering.kernels import attention_coded_cpu, attention_heads_cpu
-from xkv_fx.lowering.kernels.attention import ATTENTION, DECODE
+from xkv_fx.lowering.kernels.attention import ATTENTION, DECODE, misfit
 from xkv_fx.lowering.kernels.kernel import Call, Kernel
 from xkv_fx.passes.tools.graph import call_instead, emit
 from xkv_fx.runtime.kernels import decode_cpu
@@ -28,11 +28,10 @@ def _accepts(call: Call) -> str | None:
     if call.node.target is not DECODE:
         return "eviction by score"
     given = call.values
+    unfit = misfit(given, DTYPES)
+    if unfit is not None:
+        return unfit
     k_cache, v_cache, mask = given["k_cache"], given["v_cache"], given["mask"]
-    if k_cache.dtype not in DTYPES:
-        return f"dtype {k_cache.dtype}"
-    if not v_cache.shape[3]:
-        return "values that are the keys"
     if k_cache.shape[3] % STEP or v_cache.shape[3] % STEP:
         return f"head sizes {k_cache.shape[3]} and {v_cache.shape[3]} are not multiples of {STEP}"
     if mask.dtype != k_cache.dtype or mask.shape[1] not in (1, k_cache.shape[1]):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from xkv_fx.lowering.kernels.attention import DECODE, DECODE_CODED
+from xkv_fx.lowering.kernels.attention import BUFFERS, DECODE, DECODE_CODED
 from xkv_fx.lowering.kernels.kernel import Call
 from xkv_fx.passes.tools.graph import changed_by, emit
 from xkv_fx.runtime.kernels import decode_heads_cpu  # noqa: F401  (defines the operator)
@@ -84,7 +84,7 @@ def use(layer: Layer) -> None:
     graph, joined = layer.joined.graph, layer.joined
     given = [call.given for call in layer.calls]
     bits = [(each.get("key_bits", 0), each.get("value_bits", 0)) for each in given]
-    buffers = [each[name] for each in given for name in ("k_cache", "k_scales", "v_cache", "v_scales") if name in each]
+    buffers = [each[name] for each in given for name in BUFFERS if name in each]
     means = [each["key_mean"] for each in given if each.get("key_mean") is not None]
     with graph.inserting_before(joined):
         sinks, *means = (

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,11 +15,26 @@ from torch import Tensor
 from torch.fx import Node
 
 from xkv_fx.errors import BackendError
-from xkv_fx.lowering.kernels import attention_coded_triton
-from xkv_fx.lowering.kernels.attention import ATTENTION, DECODE, DECODE_CODED, DECODE_CODED_SCORED
+from xkv_fx.lowering.kernels.attention import (
+    ATTENTION,
+    BUFFERS,
+    DECODE,
+    DECODE_CODED,
+    DECODE_CODED_SCORED,
+    DECODE_SCORED,
+    misfit,
+)
 from xkv_fx.lowering.kernels.kernel import Call, Kernel
-from xkv_fx.passes.tools.graph import call_instead
+from xkv_fx.passes.tools.graph import call_instead, emit
 from xkv_fx.passes.tools.inline import inline
+
+SERVED: dict[Any, str] = {
+    DECODE: "decode_attention_triton",
+    DECODE_SCORED: "decode_scored_triton",
+    DECODE_CODED: "decode_coded_triton",
+    DECODE_CODED_SCORED: "decode_coded_scored_triton",
+}
+"""By which operator each op is served; importing a kernel registers its own."""
 
 _log = logging.getLogger(__name__)
 _PROCESSORS = 108  # assumed for a GPU that is not there to be asked, as when only fake tensors stand for it
@@ -31,27 +46,21 @@ def _accepts(call: Call) -> str | None:
     Raises:
         BackendError: Triton is missing.
     """
-    misfit = attention_coded_triton.obstacle if _coded(call) else _obstacle
-    obstacle = misfit(_kernel(), call.values)
-    if obstacle is not None:
-        _log.warning("%s is not served by the Triton kernel (%s); torch ops take its place", call.node.name, obstacle)
-    return obstacle
+    why = obstacle(_kernel(), call.values)
+    if why is not None:
+        _log.warning("%s is not served by the Triton kernel (%s); torch ops take its place", call.node.name, why)
+    return why
 
 
 def _use(calls: Sequence[Call]) -> None:
     for call in calls:
-        given = call.given
+        given, graph = call.given, call.node.graph
         launch, count = _launch(_kernel(), call.values), _count(call.node, given["mask"])
-        if _coded(call):
-            attention_coded_triton.use(call, launch, count)
-            continue
-        plain = call.node.target is DECODE
-        target = torch.ops.xkv.decode_attention_triton if plain else torch.ops.xkv.decode_scored_triton
+        if given.get("key_mean") is not None:
+            with graph.inserting_before(call.node):
+                given["key_mean"] = emit(graph, torch.ops.aten.to.dtype, given["key_mean"], torch.float32)
+        target = getattr(torch.ops.xkv, SERVED[call.node.target])
         call_instead(call.node, target.default, {**given, **launch, "count": count})
-
-
-def _coded(call: Call) -> bool:
-    return call.node.target in (DECODE_CODED, DECODE_CODED_SCORED)
 
 
 def _kernel() -> ModuleType:
@@ -60,26 +69,30 @@ def _kernel() -> ModuleType:
             "Triton is missing, which compiles for this model's GPU; install the triton that this torch was built for. "
             "backend='eager' runs without"
         )
-    from xkv_fx.runtime.kernels import decode_triton
+    from xkv_fx.runtime.kernels import decode_coded_triton, decode_triton  # noqa: F401  (the first registers its ops)
 
     return decode_triton
 
 
-def _obstacle(kernel: ModuleType, given: dict[str, Any]) -> str | None:
-    q, k_cache, v_cache, mask = given["q"], given["k_cache"], given["v_cache"], given["mask"]
-    rows, kv_heads, _, key_dim = k_cache.shape
-    if k_cache.dtype not in kernel.DTYPES:
-        return f"dtype {k_cache.dtype}"
-    if any(given[name].dtype != k_cache.dtype for name in ("q", "k", "v", "v_cache")):
-        return "queries, keys and values of different dtypes"
-    if not v_cache.shape[3]:
-        return "values that are the keys"
+def obstacle(kernel: ModuleType, given: Mapping[str, Any]) -> str | None:
+    """Why the kernels do not serve a call with these arguments; None where they do.
+
+    Args:
+        kernel: `runtime.kernels.decode_triton`, which imports triton.
+    """
+    unfit = misfit(given, kernel.DTYPES)
+    if unfit is not None:
+        return unfit
+    q, k, mask = given["q"], given["k"], given["mask"]
+    (rows, kv_heads, _, key_dim), value_dim = k.shape, given["v"].shape[3]
+    if "key_bits" in given and (key_dim % 2 or value_dim % 2):
+        return f"head sizes {key_dim} and {value_dim}, of which one has no halves"
     group = q.shape[1] // kv_heads
-    if kernel.query_bytes(group, key_dim, v_cache.shape[3], k_cache.dtype) > kernel.MOST_QUERY_BYTES:
-        return f"{group} queries a KV head of head sizes {key_dim} and {v_cache.shape[3]} are too many at once"
+    if kernel.query_bytes(group, key_dim, value_dim, q.dtype) > kernel.MOST_QUERY_BYTES:
+        return f"{group} queries a KV head of head sizes {key_dim} and {value_dim} are too many at once"
     if mask.shape[0] != rows or mask.shape[1] not in (1, kv_heads, q.shape[1]):
         return f"a mask of shape {list(mask.shape)}"
-    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+    if not all(given[name].is_contiguous() for name in BUFFERS if name in given):
         return "a cache that is not contiguous"
     return None
 
