@@ -20,6 +20,11 @@ from xkv_fx.runtime.form import AttentionForm
 BLOCK = 256
 
 
+def empty_output(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+    """What ops of attention return to fake tensors: `[rows, query_heads, S, value_dim]`."""
+    return q.new_empty((*q.shape[:3], v.shape[-1]))
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> tuple[Tensor, Tensor]:
     """Causal attention of S queries over their own S keys.
 

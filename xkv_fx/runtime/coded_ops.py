@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xkv_fx.runtime.attention import apply_sink_logits
+from xkv_fx.runtime.attention import apply_sink_logits, empty_output
 from xkv_fx.runtime.coded import Stored, attend, extend
 from xkv_fx.runtime.form import AttentionForm
 
@@ -201,12 +201,8 @@ def _attended(
     return out.to(q.dtype), paid.view(rows, kv_heads, -1, keys.slots).mean(2)
 
 
-def _fake_output(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
-    return q.new_empty((*q.shape[:3], v.shape[-1]))
-
-
 for _op in (extend_coded, decode_coded, decode_coded_scored):
-    _op.register_fake(_fake_output)
+    _op.register_fake(empty_output)
 
 CODED_DECOMPOSITIONS: dict[Any, Callable[..., Tensor | None]] = {
     torch.ops.xkv.keep_coded.default: _keep,

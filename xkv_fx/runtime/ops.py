@@ -20,6 +20,7 @@ from torch import Tensor
 from xkv_fx.runtime.attention import (
     apply_sink_logits,
     causal_attention,
+    empty_output,
     group_logits,
     merge_attention,
     slot_attention,
@@ -253,12 +254,8 @@ decode_scored = torch.library.custom_op(
 )
 
 
-def _fake_output(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
-    return q.new_empty((*q.shape[:3], v.shape[-1]))
-
-
 for _op in (attention, extend_attention, decode_attention, decode_scored):
-    _op.register_fake(_fake_output)
+    _op.register_fake(empty_output)
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Tensor | None]] = {

@@ -8,8 +8,8 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from xkv_fx.runtime.attention import empty_output
 from xkv_fx.runtime.kernels.build_cpu import TAGS, build_kernel, library
 from xkv_fx.runtime.quantize import Coding
 
@@ -72,9 +72,5 @@ def build(
     )
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-    return q.new_empty((*q.shape[:3], v.shape[-1]))
-
-
 for _name in ("decode_coded_cpu", "decode_coded_scored_cpu"):
-    torch.library.register_fake(f"xkv::{_name}", _fake, lib=library)
+    torch.library.register_fake(f"xkv::{_name}", empty_output, lib=library)

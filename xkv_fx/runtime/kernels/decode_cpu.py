@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
 
+from xkv_fx.runtime.attention import empty_output
 from xkv_fx.runtime.kernels.build_cpu import TAGS, build_kernel, library
 
 library.define(
@@ -37,8 +37,4 @@ def build(dtype: torch.dtype, group: int, key_dim: int, value_dim: int) -> None:
     build_kernel("decode_cpu.cpp", "xkv_decode", dtype, group, key_dim, value_dim)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-    return q.new_empty((*q.shape[:3], v.shape[-1]))
-
-
-torch.library.register_fake("xkv::decode_attention_cpu", _fake, lib=library)
+torch.library.register_fake("xkv::decode_attention_cpu", empty_output, lib=library)

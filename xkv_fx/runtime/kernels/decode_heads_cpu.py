@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
+from xkv_fx.runtime.attention import empty_output
 from xkv_fx.runtime.kernels.build_cpu import TAGS, library
 
 library.define(
@@ -24,8 +24,4 @@ library.define(
 """
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-    return q.new_empty((*q.shape[:3], v.shape[-1]))
-
-
-torch.library.register_fake("xkv::decode_heads_cpu", _fake, lib=library)
+torch.library.register_fake("xkv::decode_heads_cpu", empty_output, lib=library)
