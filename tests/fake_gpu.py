@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -48,6 +50,33 @@ def targets(module: GraphModule) -> list[Any]:
 
 def triton_nodes(module: GraphModule) -> list[Node]:
     return [node for node in module.graph.nodes if "triton" in str(node.target)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """What Inductor and AOTInductor see of an op.
+
+    Attributes:
+        targets: of all calls.
+        launches: how many of Triton kernels there are among them.
+        changed: numbers of the inputs that are changed in place.
+        written: names of the kernels' arguments that are written to, besides outputs and their parts.
+    """
+
+    targets: list[Any]
+    launches: int
+    changed: set[int]
+    written: set[str]
+
+
+def traced(attend: Callable[..., Any], given: Sequence[torch.Tensor]) -> Traced:
+    """An op as Inductor and AOTInductor trace it, on fake tensors on CPU: this torch may know of no GPU at all."""
+    values = [torch.empty_like(value, device="cpu") for value in given]
+    module, signature = aot_export_module(graph(attend, *values), values, trace_joint=False)
+    nodes = [node for node in module.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    changed = {int(name.split("_")[0].removeprefix("arg")) for name in signature.user_inputs_to_mutate.values()}
+    written = {name for node in nodes for name in node.kwargs["tensors_to_clone"]}
+    return Traced(targets(module), len(nodes), changed, written - {"out", "parts", "lse", "logits", "whole_lse"})
 
 
 class Hopper:

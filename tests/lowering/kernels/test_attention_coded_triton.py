@@ -15,9 +15,9 @@ from fake_gpu import (  # noqa: F401  (some are fixtures)
     needs_triton,
     on_gpu,
     targets,
+    traced,
     triton_nodes,
 )
-from torch._functorch.aot_autograd import aot_export_module
 
 from xkv_fx.lowering.kernels.attention_triton import obstacle
 from xkv_fx.runtime import coded_ops  # noqa: F401  (registers the ops)
@@ -123,12 +123,9 @@ def test_inductor_is_given_the_kernel_itself(eviction: str) -> None:
     attend, values = decode, [*layer(4096), slot, mask]
     if eviction == "scored":
         attend, values = scored, [*layer(4096), *state(4096), on_gpu(2, 8, dtype=torch.int64), mask, seen]
-    values = [torch.empty_like(value, device="cpu") for value in values]
-    traced, signature = aot_export_module(graph(attend, *values), values, trace_joint=False)
-    nodes = [node for node in traced.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
-    assert len(nodes) == (3 if eviction == "scored" else 2)
-    changed = {int(name.split("_")[0].removeprefix("arg")) for name in signature.user_inputs_to_mutate.values()}
-    assert changed == ({3, 4, 5, 6, 7, 8} if eviction == "scored" else {3, 4, 5, 6})
-    written = {name for node in nodes for name in node.kwargs["tensors_to_clone"]}
+    found = traced(attend, values)
+    assert found.launches == (3 if eviction == "scored" else 2)
+    assert not any("decode" in str(target) for target in found.targets)
+    assert found.changed == ({3, 4, 5, 6, 7, 8} if eviction == "scored" else {3, 4, 5, 6})
     kept = {"k_cache", "k_scales", "v_cache", "v_scales"} | ({"positions", "scores"} if eviction == "scored" else set())
-    assert written - {"out", "parts", "lse", "logits", "whole_lse"} == kept
+    assert found.written == kept

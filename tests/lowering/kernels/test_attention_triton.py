@@ -19,9 +19,9 @@ from fake_gpu import (  # noqa: F401  (some are fixtures)
     needs_triton,
     on_gpu,
     targets,
+    traced,
     triton_nodes,
 )
-from torch._functorch.aot_autograd import aot_export_module
 
 from xkv_fx.errors import BackendError
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
@@ -120,17 +120,12 @@ def scored_by_kernel(*values: torch.Tensor) -> tuple[torch.Tensor]:
 @pytest.mark.parametrize("eviction", ["ring", "scored"])
 def test_inductor_is_given_the_kernels_themselves(eviction: str) -> None:
     """Traced as Inductor and AOTInductor do it, the op is not opaque: its launches are nodes, and what they change in
-    place are a session's buffers and nothing else. Fake tensors on CPU, since this torch may know of no GPU at all."""
+    place are a session's buffers and nothing else."""
     scores = eviction == "scored"
     attend, buffers, launches = (scored_by_kernel, {3, 4, 5, 6}, 3) if scores else (decode_by_kernel, {3, 4}, 2)
     given = scored_layer(4096) if scores else [*layer(slots=4096), *masked(4096)]
-    values = [torch.empty_like(value, device="cpu") for value in given]
-    traced, signature = aot_export_module(graph(attend, *values), values, trace_joint=False)
-    nodes = [node for node in traced.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
-    assert len(nodes) == launches
-    assert not any("decode" in str(target) for target in targets(traced))
-    changed = {int(name.split("_")[0].removeprefix("arg")) for name in signature.user_inputs_to_mutate.values()}
-    assert changed == buffers
-    written = {name for node in nodes for name in node.kwargs["tensors_to_clone"]}
-    kept = {"k_cache", "v_cache", "positions", "scores"} if scores else {"k_cache", "v_cache"}
-    assert written - {"out", "parts", "lse", "logits", "whole_lse"} == kept
+    seen = traced(attend, given)
+    assert seen.launches == launches
+    assert not any("decode" in str(target) for target in seen.targets)
+    assert seen.changed == buffers
+    assert seen.written == ({"k_cache", "v_cache", "positions", "scores"} if scores else {"k_cache", "v_cache"})
