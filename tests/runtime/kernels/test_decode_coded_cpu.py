@@ -189,15 +189,11 @@ def scored_inputs(args: list[Any]) -> tuple[list[Any], Tensor]:
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 1.5, "sink_logits": torch.arange(6.0) - 3}], ids=list)
-@pytest.mark.parametrize("threads", [1, 2])
-def test_eviction_by_score_adds_the_attention_of_each_slot(options: dict[str, Any], threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for slots in (1, 70, 513):
-            assert_scored(inputs((6, 2), (80, 64), slots, (8, 4)), options)
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.usefixtures("threads")
+def test_eviction_by_score_adds_the_attention_of_each_slot(options: dict[str, Any]) -> None:
+    for slots in (1, 70, 513):
+        assert_scored(inputs((6, 2), (80, 64), slots, (8, 4)), options)
 
 
 def assert_scored(plain: list[Any], options: dict[str, Any]) -> None:
