@@ -91,15 +91,11 @@ def assert_same(args: list[Any], caches: Sequence[Cache], **options: Any) -> Non
         assert torch.equal(after, should)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("threads", [1, 2, 7], indirect=True)
 @pytest.mark.parametrize("caches", [RAGGED, MIXED], ids=["codes", "codes and the dtype"])
-def test_each_head_attends_to_its_own_cache(caches: list[Cache], threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert_same(inputs(caches), caches)
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.usefixtures("threads")
+def test_each_head_attends_to_its_own_cache(caches: list[Cache]) -> None:
+    assert_same(inputs(caches), caches)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +140,14 @@ def test_heads_without_a_cache_and_caches_without_tensors_are_refused() -> None:
         attend([*args[:7], args[7][:-2], *args[8:]])
     with pytest.raises(RuntimeError, match="too few tensors"):
         attend([*args[:3], args[3][:-1], *args[4:]])
+
+
+def test_sink_logits_and_mean_keys_of_another_dtype_are_refused() -> None:
+    args = inputs(RAGGED, means=True)
+    with pytest.raises(RuntimeError, match="sink logits must be float32"):
+        attend(args, sink_logits=torch.zeros(HEADS * WIDTH, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="mean keys must be float32"):
+        attend([*args[:-1], [mean.half() for mean in args[-1]]])
 
 
 def test_registration_is_sound() -> None:

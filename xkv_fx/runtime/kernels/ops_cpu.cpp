@@ -142,8 +142,9 @@ class Heads {
     asked.mask = shown.data();
     asked.mask_row = shown.strides()[0], asked.mask_head = mask.sizes()[1] == 1 ? 0 : shown.strides()[1];
   }
-  const float* floats(const std::optional<Lent>& x) {
-    return x.has_value() ? static_cast<const float*>(dense(*x)) : nullptr;
+  void mean_keys(Lent x) {
+    STD_TORCH_CHECK(x.dtype() == aoti_torch_dtype_float32(), "mean keys must be float32");
+    asked.key_mean = static_cast<const float*>(dense(x));
   }
   void scored(Lent positions, Lent scores, Lent seen) {
     STD_TORCH_CHECK(positions.is_contiguous() && positions.dtype() == aoti_torch_dtype_int32(),
@@ -194,7 +195,9 @@ class Layer {
       : q(q, as_rows(q)), k(k, as_rows(k)), v(v, as_rows(v)), scale(static_cast<float>(scale)),
         softcap(static_cast<float>(softcap.value_or(0.0))),
         out(q.dtype(), std::array{q.sizes()[0], q.sizes()[1], q.sizes()[2], v.sizes()[3]}) {
-    if (of_sinks.has_value()) sinks.emplace(*of_sinks);
+    if (!of_sinks.has_value()) return;
+    STD_TORCH_CHECK(of_sinks->dtype() == aoti_torch_dtype_float32(), "sink logits must be float32");
+    sinks.emplace(*of_sinks);
   }
 
   // A cache of some of the layer's KV heads, which stand at these places among them; all of them without.
@@ -258,7 +261,7 @@ Made decode_coded(Lent q, Lent k, Lent v, Lent k_cache, Lent k_scales, Lent v_ca
   Heads& heads = layer.cache(key_bits, value_bits, nullptr);
   heads.caches(k_cache, &k_scales, v_cache, &v_scales);
   heads.at(slot, mask);
-  heads.asked.key_mean = heads.floats(key_mean);
+  if (key_mean.has_value()) heads.mean_keys(*key_mean);
   if (scored.has_value()) heads.scored(scored->positions, scored->scores, scored->seen);
   return layer.attended();
 }
@@ -299,7 +302,7 @@ Made decode_heads(Lent q, Lent k, Lent v, List<Each> buffers, List<Each> slots, 
       cached[places[at]] = true;
     }
     heads.at(slots.next(), masks.next());
-    if (coded && means.size > 0) heads.asked.key_mean = heads.floats(means.next());
+    if (coded && means.size > 0) heads.mean_keys(means.next());
   }
   STD_TORCH_CHECK(taken == k.sizes()[1], "each KV head of the layer must have one cache");
   return layer.attended();
