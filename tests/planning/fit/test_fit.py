@@ -77,6 +77,15 @@ def test_a_limit_holds_for_all_that_is_allocated() -> None:
         xkv_fx.transform(model(), found.budgets, batch_size=3, max_new_tokens=10, backend="eager")
 
 
+def test_where_new_tokens_would_take_all_bytes_they_take_the_place_of_others() -> None:
+    found = fit(fraction="50%", max_new_tokens=40, formats=("model",))
+    assert found.budgets.policy.eviction == "ring"
+    assert "capacities by layer, ring" in {candidate.name for candidate in found.candidates}
+    (reason,) = found.report.left_out
+    assert reason.startswith("capacities by layer, append were left out: kv_bytes of")
+    assert "with the room for max_new_tokens" in reason
+
+
 def test_a_bound_on_the_divergence() -> None:
     found = fit(kl=0.3)
     within = [one for one in found.candidates if one.mean_kl <= 0.3]

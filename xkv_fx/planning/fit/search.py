@@ -322,11 +322,16 @@ class _Search:
             else:
                 self.tried.add({name: plan}, self.compared_on)
             return
-        tried = [one for one in settings.policies if one == calibration.policy or one.scorer in scorers[:2]]
-        self.tried.add(
-            {self._named(name, one): self._solved(calibration, settings.kv_bytes or 0, one) for one in tried},
-            self.compared_on,
-        )
+        plans: dict[str, Plan] = {}
+        for policy in settings.policies:
+            if policy != calibration.policy and policy.scorer not in scorers[:2]:
+                continue
+            try:
+                plans[self._named(name, policy)] = self._solved(calibration, settings.kv_bytes or 0, policy)
+            except BudgetError as error:  # the room for new tokens takes all bytes; without it there may be a plan
+                self.left_out.append(f"{self._named(name, policy)} were left out: {error}")
+        if plans:
+            self.tried.add(plans, self.compared_on)
 
     def _solved(self, calibration: Calibration, kv_bytes: int, policy: Policy) -> Plan:
         """The plan of at most so many bytes, served by a policy that may not be the one that was measured."""
