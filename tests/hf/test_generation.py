@@ -628,11 +628,44 @@ FORWARD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown": ({"foo": 3}, PromptError, "unknown arguments: foo"),
     "some logits": ({"logits_to_keep": 3}, PromptError, "logits_to_keep must be 0"),
     "no tokens": ({"input_ids": random_ids(1, 0)}, PromptError, "the prompt is empty"),
-    "int32": ({"input_ids": random_ids(1, 5).int()}, PromptError, "ids must be int64"),
-    "one dimension": ({"input_ids": random_ids(1, 5)[0]}, PromptError, "ids must be int64 of shape"),
+    "floats": ({"input_ids": random_ids(1, 5).float()}, PromptError, "whole numbers, int64.*got torch.float32"),
+    "one dimension": ({"input_ids": random_ids(1, 5)[0]}, PromptError, r"int64 \[rows, S\]; got the shape \[5\]"),
     "positions": ({"position_ids": random_ids(1, 4)}, PromptError, "position_ids must be int64"),
     "two decoded": ({"decoding": True}, PromptError, "decode takes one token a row, not 5"),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_ids_of_other_whole_numbers_are_the_same_tokens(dtype: torch.dtype) -> None:
+    ids = random_ids(1, 5)
+    assert torch.equal(full()(ids.to(dtype)).logits, full()(ids).logits)
+    expected = full().generate(ids, **GREEDY)
+    for given in ({"inputs": ids.to(dtype)}, {"input_ids": ids.to(dtype)}):
+        assert torch.equal(full().generate(**given, **GREEDY), expected)
+    session = full().new_session()
+    first = full().generate(ids.to(dtype), past_key_values=session, **GREEDY)
+    full().generate(torch.cat((first, ids), 1).int(), past_key_values=session, **GREEDY)
+    assert session.tokens_seen.tolist() == [first.shape[1] + 5 + 19]
+
+
+NO_IDS: dict[str, tuple[Any, str]] = {
+    "text": ("a text", "got a str. From text they come by"),
+    "texts": (["a text"], "got a list"),
+    "lists": ([[1, 2, 3]], "got a list"),
+    "what a tokenizer returns": ({"input_ids": random_ids(1, 5)}, r"got a dict.*\*\*tokenizer"),
+    "one dimension": (random_ids(1, 5)[0], r"got the shape \[5\]"),
+    "three": (random_ids(1, 5)[None], r"got the shape \[1, 1, 5\]"),
+    "floats": (random_ids(1, 5).float(), "got torch.float32"),
+    "truth values": (random_ids(1, 5).bool(), "got torch.bool"),
+}
+
+
+@pytest.mark.parametrize("case", NO_IDS)
+def test_what_is_no_ids_is_refused(case: str) -> None:
+    given, message = NO_IDS[case]
+    for call in (lambda: full().generate(given), lambda: full().generate(inputs=given), lambda: full()(given)):
+        with pytest.raises(PromptError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("case", list(FORWARD))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -38,9 +39,39 @@ def refuse_options(args: Sequence[Any], options: Mapping[str, Any], own: Generat
         raise PromptError("leave position_ids out: the session counts the valid tokens of each row")
     if options.get("inputs_embeds") is not None:
         raise PromptError("inputs_embeds is not supported by a transformed model; give input_ids")
-    ids, mask = options.get("input_ids", args[0] if args else None), options.get("attention_mask")
+    given = (*args[:1], options.get("inputs"), options.get("input_ids"))
+    ids, mask = next((value for value in given if value is not None), None), options.get("attention_mask")
     if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.shape[-1] < ids.shape[-1]:
         raise PromptError(f"the attention mask has {mask.shape[-1]} columns for {ids.shape[-1]} tokens a row")
+
+
+def with_token_ids(args: Sequence[Any], options: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of `generate` with the token ids that they hold, under any name, as int64.
+
+    Raises:
+        PromptError: something else than token ids `[rows, S]`.
+    """
+    named = {name: token_ids(options[name]) for name in ("inputs", "input_ids") if options.get(name) is not None}
+    first = tuple(value if value is None else token_ids(value) for value in args[:1])
+    return (*first, *args[1:]), {**options, **named}
+
+
+def token_ids(given: Any) -> Tensor:
+    """Token ids as int64 `[rows, S]`.
+
+    Raises:
+        PromptError: they are something else.
+    """
+    if not isinstance(given, Tensor):
+        raise PromptError(
+            f"a transformed model takes token ids, a tensor int64 [rows, S]; got a {type(given).__name__}. From text "
+            "they come by llm.generate(**tokenizer(text, return_tensors='pt'))"
+        )
+    if given.dim() != 2:
+        raise PromptError(f"token ids are int64 [rows, S]; got the shape {list(given.shape)}")
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise PromptError(f"token ids are whole numbers, int64 [rows, S]; got {given.dtype}")
+    return given.long()
 
 
 def refuse_no_cache(use_cache: bool | None) -> None:

@@ -25,7 +25,9 @@ from xkv_fx.hf.call_checks import (
     refuse_options,
     refuse_rows_without_last_token,
     refuse_tokens_fed_before,
+    token_ids,
     valid_tokens,
+    with_token_ids,
 )
 from xkv_fx.hf.many import Asked, check_counts
 from xkv_fx.lowering.budgeted import Budgeted
@@ -122,7 +124,7 @@ class BudgetedLM(Budgeted, GenerationMixin):
             raise PromptError("return_dict=False is not supported by a transformed model; it returns an output object")
         if logits_to_keep not in (0, 1):
             raise PromptError(f"logits_to_keep must be 0 (all) or 1 (the last); got {logits_to_keep!r}")
-        input_ids = input_ids.to(self.device)
+        input_ids = token_ids(input_ids).to(self.device)
         valid = (
             None if attention_mask is None else valid_tokens(session, attention_mask.to(self.device) != 0, input_ids)
         )
@@ -162,6 +164,7 @@ class BudgetedLM(Budgeted, GenerationMixin):
                 room for.
             SessionError: see `forward`; and for a conversation that does not begin with what its session was fed.
         """
+        args, kwargs = with_token_ids(args, kwargs)
         refuse_options(args, kwargs, self.generation_config)
         session = self._session(kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
