@@ -5,6 +5,7 @@ It prints `step N` whenever something has been finished, and `done` at the end.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,11 @@ from xkv_fx import Budgets, Policy
 
 PROMPTS = [random_ids(1, 60 + seed, seed) for seed in range(4)]
 VOCABULARY = 500
+REQUESTS = [
+    {"prompt": " ".join(f"w{2 + (7 * word + request) % 290}" for word in range(20 + 9 * request)),
+     "max_new_tokens": 4 + request, "do_sample": request % 2 == 1}
+    for request in range(6)
+]  # fmt: skip
 
 
 def step(done: int, total: int) -> None:
@@ -54,6 +60,40 @@ def evaluate(folder: Path) -> None:
     write_json(folder / "result.json", found.to_dict())
 
 
+def fit(folder: Path) -> None:
+    options: Any = {"fraction": "25%", "continuation": 8, "multiple": 1, "scorers": ("snapkv", "key_diff")}
+    (folder / "parts").mkdir(exist_ok=True)
+    found = xkv_fx.fit(
+        llama(), PROMPTS, max_new_tokens=8, resume=folder / "parts",
+        found=lambda plan, how: step(0, 0), progress=lambda what, done, total: step(done, total), **options,
+    )  # fmt: skip
+    found.budgets.save(folder / "plan.json")
+
+
+def answers(folder: Path) -> None:
+    from saved_models import save_model
+
+    from xkv_fx.cli import answering, app
+    from xkv_fx.cli.answers_file import AnswersFile
+
+    class Told(AnswersFile):
+        def add(self, index: int, record: Any) -> None:
+            super().add(index, record)
+            step(len(self.done), len(REQUESTS))
+
+    inputs = folder / "inputs"
+    if not inputs.exists():
+        save_model(inputs / "model")
+        Budgets((12, 16)).save(inputs / "plan.json")
+        (inputs / "asked.jsonl").write_text("".join(f"{json.dumps(request)}\n" for request in REQUESTS))
+    answering.AnswersFile = Told  # type: ignore[misc]
+    app(
+        ["generate", str(inputs / "plan.json"), "--model", str(inputs / "model"), "--backend", "eager",
+         "--batch-size", "2", "--prompts", str(inputs / "asked.jsonl"), "--out", str(folder / "answers.jsonl")],
+        standalone_mode=False,
+    )  # fmt: skip
+
+
 def memory(folder: Path) -> None:
     """A plan of more bytes than the process may have."""
     import resource
@@ -68,8 +108,8 @@ def memory(folder: Path) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    job = {"profile": profile, "calibrate": calibrate, "export": export, "evaluate": evaluate, "memory": memory}
-    job[sys.argv[1]](Path(sys.argv[2]))
+    jobs = {each.__name__: each for each in (profile, calibrate, export, evaluate, fit, answers, memory)}
+    jobs[sys.argv[1]](Path(sys.argv[2]))
     print("done", flush=True)
 
 

@@ -141,6 +141,21 @@ def test_a_stopped_job_leaves_nothing_half_and_ends_as_if_it_had_not_been(
 
 
 @exhaustive
+@pytest.mark.parametrize(
+    ("job", "result", "stops"), [("fit", "plan.json", (0, 1, 2)), ("answers", "answers.jsonl", (1, 2, 5))]
+)
+def test_a_job_that_is_killed_again_and_again_ends_with_the_same_file(
+    job: str, result: str, stops: tuple[int, ...], tmp_path: Path, undisturbed: Path
+) -> None:
+    run_through(job, undisturbed)
+    for steps in stops:
+        stop_after(job, tmp_path, steps, signal.SIGKILL)
+        assert not (tmp_path / result).exists()
+    assert run_through(job, tmp_path)[-1] == "done"
+    assert (tmp_path / result).read_bytes() == (undisturbed / result).read_bytes()
+
+
+@exhaustive
 def test_too_little_memory_says_how_many_bytes_the_plan_wanted(tmp_path: Path) -> None:
     wanted = (2_000_000_000 + 16) * 2 * (8 + 8) * 4
     said = "\n".join(run_through("memory", tmp_path))
