@@ -16,6 +16,8 @@ from xkv_fx.runtime.coded import Stored, extend
 from xkv_fx.runtime.coded_ops import CODED_DECOMPOSITIONS
 from xkv_fx.runtime.form import AttentionForm
 from xkv_fx.runtime.quantize import Coding
+from xkv_fx.runtime.scorers.base import make_scorer, scorer_names
+from xkv_fx.runtime.scorers.prompt import PromptView
 
 KV_HEADS, SLOTS, DIM, TOKENS = 2, 2000, 16, 3
 WHOLE = KV_HEADS * SLOTS * DIM
@@ -34,8 +36,8 @@ class LargestFloats(TorchDispatchMode):
         return out
 
 
-def buffers(name: str) -> list[Tensor]:
-    coding = Coding.of(name, DIM)
+def buffers(name: str, dim: int = DIM) -> list[Tensor]:
+    coding = Coding.of(name, dim)
     codes = torch.zeros(1, KV_HEADS, SLOTS, coding.code_bytes, dtype=torch.uint8)
     return [codes, torch.zeros(1, KV_HEADS, SLOTS, coding.groups, coding.numbers, dtype=torch.float16)]
 
@@ -77,3 +79,19 @@ def test_no_copy_of_a_cache_in_floats(does: Callable[[list[Tensor], int], None],
     with LargestFloats() as largest:
         does(held, Coding.of(name, DIM).bits)
     assert 0 < largest.numel <= WHOLE // 2
+
+
+@pytest.mark.parametrize("scorer", scorer_names())
+def test_scorers_widen_some_slots_at_a_time(scorer: str) -> None:
+    """Also before they choose among what slots hold and what is new."""
+    dim = 4 * DIM  # of which the weights of a few queries are a small part
+    bits = Coding.of("int4", dim).bits
+    keys, values = Stored.pair([*buffers("int4", dim), *buffers("int4", dim)], (bits, bits), (dim, dim))
+    q, k, v = random_qkv((4, KV_HEADS), TOKENS, (dim, dim), 1)
+    ordinals = torch.arange(SLOTS).expand(1, KV_HEADS, -1)
+    length, seen = torch.tensor([TOKENS]), torch.tensor([SLOTS])
+    prompt = PromptView(q, k, v, length, AttentionForm(0.3), seen, keys, values, ordinals, q, old_scores=None)
+    with LargestFloats() as largest:
+        scores = make_scorer(scorer, {})(prompt)
+    assert scores.shape == (1, KV_HEADS, SLOTS + TOKENS)
+    assert largest.numel <= 4 * WHOLE // 2

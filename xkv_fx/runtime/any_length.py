@@ -25,7 +25,7 @@ from xkv_fx.runtime.attention import (
     wide_dtype,
     without_slots,
 )
-from xkv_fx.runtime.coded import Stored, extend_block
+from xkv_fx.runtime.coded import Stored, extend_block, held_keys
 from xkv_fx.runtime.form import AttentionForm
 from xkv_fx.runtime.scorers import accumulated  # noqa: F401  (registers its op)
 from xkv_fx.runtime.scorers.prompt import PromptView
@@ -83,10 +83,14 @@ def accumulated_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
+    old_scales: Tensor | None = None,
+    old_mean: Tensor | None = None,
+    old_bits: int = 0,
 ) -> Tensor:
     """`xkv::accumulated_attention`; each block of queries looks at all keys."""
     form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes)
-    prompt = PromptView(q, k, None, length, form, seen, old_k, None, old_ordinals)
+    held = held_keys(old_k, old_scales, old_bits, k.shape[3], old_mean)
+    prompt = PromptView(q, k, None, length, form, seen, held, None, old_ordinals)
     queries = q.shape[2]
     offset = torch.arange(BLOCK, device=q.device)
 

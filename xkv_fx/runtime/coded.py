@@ -71,6 +71,11 @@ class Stored:
         return self.cache.shape[2]
 
     @property
+    def bits(self) -> int:
+        """Of an element, as ops take them; 0 for the model's dtype."""
+        return 0 if self.coding is None else self.coding.bits
+
+    @property
     def dim(self) -> int:
         """Elements of a vector."""
         return self.cache.shape[3] if self.coding is None else self.coding.dim
@@ -101,11 +106,18 @@ class Stored:
         for buffer, part in zip((self.cache, self.scales), parts, strict=False):  # no scales without codes
             buffer.index_put_(at, part[:, :, 0])
 
-    def vectors(self) -> Tensor:
-        """All vectors at once, rotated back and with the mean, float32: for callers that need whole keys or values."""
-        whole = torch.cat([tile for _, tile in self.tiles()], 2)
-        whole = whole if self.coding is None else rotate_back(whole)
-        return whole if self.mean is None else whole + self.mean[:, None]
+    def vectors(self) -> Iterator[tuple[slice, Tensor]]:
+        """The vectors themselves, `TILE` slots at a time, float32 `[rows, kv_heads, TILE, dim]`."""
+        for part, tile in self.tiles():
+            whole = tile if self.coding is None else rotate_back(tile)
+            yield part, whole if self.mean is None else whole + self.mean[:, None]
+
+
+def held_keys(
+    cache: Tensor | None, scales: Tensor | None, bits: int, dim: int, mean: Tensor | None
+) -> Tensor | Stored | None:
+    """Keys as an op takes them: None, those of a cache in the model's dtype, or `Stored` where there are scales."""
+    return cache if cache is None or scales is None else Stored.of(cache, scales, bits, dim, mean)
 
 
 def logits_of(q: Tensor, keys: Stored, scale: float, softcap: float | None = None) -> Tensor:

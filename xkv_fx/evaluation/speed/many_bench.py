@@ -164,6 +164,7 @@ def run_many_bench(
             of_ours = answers
         same = None if of_ours is None else sum(map(operator.eq, answers, of_ours))
         runs.append(ManyRun(name, contestant.rows, contestant.kv_bytes, ready, seconds, wanted / seconds, same))
+        say(f"{name}: {seconds:.1f} s, {wanted / seconds:.1f} tokens/s")
     described = {
         "requests": settings.requests, "prompt": settings.prompt, "answer": settings.answer, "rows": settings.rows,
         "capacities": settings.budgets.capacities, "answer_tokens": wanted,

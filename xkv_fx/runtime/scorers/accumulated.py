@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xkv_fx.runtime.attention import BLOCK
+from xkv_fx.runtime.coded import Stored, held_keys
 from xkv_fx.runtime.form import AttentionForm
 from xkv_fx.runtime.scorers.base import register_scorer
 from xkv_fx.runtime.scorers.prompt import PromptView
@@ -32,18 +33,20 @@ class H2O:
     independent_heads: ClassVar[bool] = True
 
     def __call__(self, prompt: PromptView) -> Tensor:
+        held = prompt.old_k
         mass: Tensor = accumulated_attention(
             prompt.q,
             prompt.k,
             prompt.length,
             prompt.scale,
             prompt.seen,
-            None if prompt.old_k is None else prompt.keys[:, :, : prompt.old_k.shape[2]],
+            held.cache if isinstance(held, Stored) else held,
             prompt.old_ordinals,
             prompt.sliding_window,
             prompt.softcap,
             prompt.sink_logits,
             prompt.slopes,
+            *((held.scales, held.mean, held.bits) if isinstance(held, Stored) else ()),
         )
         return mass
 
@@ -62,9 +65,12 @@ def accumulated_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
+    old_scales: Tensor | None = None,
+    old_mean: Tensor | None = None,
+    old_bits: int = 0,
 ) -> Tensor:
     """Attention that each candidate is paid by all valid new queries; the arguments are those of `PromptView`, the form
-    flattened.
+    flattened, and `old_k` as a cache, scales, mean and bits where it is stored in fewer of them.
 
     The queries are taken `BLOCK` at a time, so that no more than `[rows, query_heads, BLOCK, N]` weights exist at once.
 
@@ -72,7 +78,8 @@ def accumulated_attention(
         float32 `[rows, kv_heads, N]`, summed over queries, mean over the query group.
     """
     form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes)
-    prompt = PromptView(q, k, None, length, form, seen, old_k, None, old_ordinals)
+    held = held_keys(old_k, old_scales, old_bits, k.shape[3], old_mean)
+    prompt = PromptView(q, k, None, length, form, seen, held, None, old_ordinals)
     mass = torch.zeros(prompt.ordinals.shape, dtype=torch.float32, device=q.device)
     for start in range(0, q.shape[2], BLOCK):
         paid = prompt.attention_of_block(start, min(start + BLOCK, q.shape[2]))
@@ -93,6 +100,9 @@ def _(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
+    old_scales: Tensor | None = None,
+    old_mean: Tensor | None = None,
+    old_bits: int = 0,
 ) -> Tensor:
     slots = 0 if old_k is None else old_k.shape[2]
     return k.new_empty((k.shape[0], k.shape[1], slots + k.shape[2]), dtype=torch.float32)

@@ -76,31 +76,26 @@ class ExpectedAttention:
         if prompt.slopes is not None:
             logits = logits + distance_bias(prompt.slopes, (following - ordinals)[:, :, None]).view_as(logits)
         paid = prompt.weights_of(logits, reach[:, :, None]).squeeze(3).mean(2)
-        norm = torch.linalg.vector_norm(prompt.values.float(), dim=-1)
+        norm = prompt.of_values(lambda values, there: torch.linalg.vector_norm(values, dim=-1))
         scores = ((paid + self.epsilon) * norm).masked_fill(~reach, 0.0)
         above_all = scores.amax(2, keepdim=True).clamp(min=1.0) * 2 * (self.sinks - ordinals)
         return torch.where(first, above_all, scores)
 
     def _expected_logits(self, prompt: PromptView) -> Tensor:
         """The exponent of the formula, float32 `[rows, kv_heads, group, 1, N]`."""
-        kv_heads = prompt.k.shape[1]
-        group = prompt.q.shape[1] // kv_heads
         asked = self._asked(prompt)[:, None, :, None]
-        logits = []
-        for head in range(kv_heads):  # one at a time, so that no copy of all queries and keys exists
-            queries = prompt.unrotated_queries[:, head * group : (head + 1) * group]
-            mean, covariance = _statistics(queries, asked)
-            if prompt.rotation is not None:
-                rotation = prompt.rotation.to(mean.dtype)
-                of_each = rotation.dim() == 4  # every query head has its own
-                rotation = rotation[:, head * group : (head + 1) * group] if of_each else rotation[:, None]
-                mean = torch.matmul(mean, rotation)
-                covariance = torch.matmul(torch.matmul(rotation.transpose(2, 3), covariance), rotation)
-            keys = prompt.keys[:, head].masked_fill(~prompt.there[:, head, :, None], 0.0).float()
-            of_head = torch.matmul(mean[:, :, 0], keys.transpose(1, 2)) * prompt.scale
-            spread = [(torch.matmul(keys, covariance[:, member]) * keys).sum(-1) for member in range(group)]
-            logits.append(of_head + torch.stack(spread, 1) * (prompt.scale**2 / 2))
-        return torch.stack(logits, 1)[:, :, :, None]
+        expected = [_next_queries(prompt, head, asked) for head in range(prompt.k.shape[1])]
+
+        def exponents(keys: Tensor, there: Tensor) -> Tensor:
+            keys, logits = keys.masked_fill(~there[..., None], 0.0), []
+            for head, (mean, covariance) in enumerate(expected):
+                key = keys[:, head]
+                of_head = torch.matmul(mean[:, :, 0], key.transpose(1, 2)) * prompt.scale
+                spread = [(torch.matmul(key, each) * key).sum(-1) for each in covariance.unbind(1)]
+                logits.append(of_head + torch.stack(spread, 1) * (prompt.scale**2 / 2))
+            return torch.stack(logits, 1)
+
+        return prompt.of_keys(exponents)[:, :, :, None]
 
     def _asked(self, prompt: PromptView) -> Tensor:
         """Which new tokens' queries the statistics are taken of, bool `[rows, S]`."""
@@ -108,6 +103,19 @@ class ExpectedAttention:
         valid = new < prompt.length[:, None]
         later = valid & (prompt.seen[:, None] + new >= self.sinks)
         return torch.where(later.any(1, keepdim=True), later, valid)
+
+
+def _next_queries(prompt: PromptView, head: int, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean float32 `[rows, group, 1, key_dim]` and covariance `[rows, group, key_dim, key_dim]` of a KV head's next
+    queries, rotated; one head at a time, so that no copy of all queries exists."""
+    group = prompt.q.shape[1] // prompt.k.shape[1]
+    members = slice(head * group, (head + 1) * group)
+    mean, covariance = _statistics(prompt.unrotated_queries[:, members], asked)
+    if prompt.rotation is None:
+        return mean, covariance
+    rotation = prompt.rotation.to(mean.dtype)
+    rotation = rotation[:, members] if rotation.dim() == 4 else rotation[:, None]  # every query head may have its own
+    return torch.matmul(mean, rotation), torch.matmul(torch.matmul(rotation.transpose(2, 3), covariance), rotation)
 
 
 def _statistics(queries: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:

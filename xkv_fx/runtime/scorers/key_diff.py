@@ -28,6 +28,12 @@ class KeyDiff:
     independent_heads: ClassVar[bool] = True
 
     def __call__(self, prompt: PromptView) -> Tensor:
-        keys = torch.nn.functional.normalize(prompt.keys.float(), dim=-1).masked_fill(~prompt.there[..., None], 0.0)
-        mean_direction = torch.nn.functional.normalize(keys.sum(2), dim=-1)  # the sum points where the mean does
-        return -torch.matmul(keys, mean_direction[..., None])[..., 0]
+        # The sum of the directions points where their mean does; a sum needs no more than one column of each piece.
+        sums = prompt.of_keys(lambda keys, there: _directions(keys, there).sum(2)[..., None])
+        mean_direction = torch.nn.functional.normalize(sums.sum(-1), dim=-1)[..., None]
+        return -prompt.of_keys(lambda keys, there: torch.matmul(_directions(keys, there), mean_direction)[..., 0])
+
+
+def _directions(keys: Tensor, there: Tensor) -> Tensor:
+    """Keys of length 1, and of length 0 where no candidate is there."""
+    return torch.nn.functional.normalize(keys, dim=-1).masked_fill(~there[..., None], 0.0)

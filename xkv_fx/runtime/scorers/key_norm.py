@@ -28,5 +28,5 @@ class KeyNorm:
     independent_heads: ClassVar[bool] = True
 
     def __call__(self, prompt: PromptView) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(prompt.keys.float(), dim=-1)
+        norm = prompt.of_keys(lambda keys, there: torch.linalg.vector_norm(keys, dim=-1))
         return -norm.masked_fill(~prompt.there, 0.0)

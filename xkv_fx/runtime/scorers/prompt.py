@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -95,19 +96,55 @@ class PromptView:
 
     @functools.cached_property
     def keys(self) -> Tensor:
-        """`[rows, kv_heads, N, key_dim]`; where no candidate is there, anything."""
-        return self.k if self.old_k is None else torch.cat((_vectors(self.old_k, self.k), self.k), 2)
+        """`[rows, kv_heads, N, key_dim]`; where no candidate is there, anything. What slots hold in fewer bits is
+        widened as a whole: `of_keys` does without."""
+        pieces = [piece for _, piece in _pieces(self.old_k, self.k)]
+        return pieces[0] if len(pieces) == 1 else torch.cat([piece.to(self.k.dtype) for piece in pieces], 2)
 
     @functools.cached_property
     def values(self) -> Tensor:
-        """`[rows, kv_heads, N, value_dim]`; where no candidate is there, anything.
+        """`[rows, kv_heads, N, value_dim]`, as `keys`; `of_values` does without.
 
         Raises:
             BudgetError: the scorer's class does not say that it reads values.
         """
+        new = self._new_values
+        pieces = [piece for _, piece in _pieces(self.old_v, new)]
+        return pieces[0] if len(pieces) == 1 else torch.cat([piece.to(new.dtype) for piece in pieces], 2)
+
+    def of_keys(self, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """A number for each candidate by its key, where slots of fewer bits are widened some at a time.
+
+        Args:
+            measure: takes some candidates' keys float32 `[rows, kv_heads, M, key_dim]`, and bool `[rows, kv_heads, M]`,
+                False where no candidate is there; returns `[..., M]`.
+
+        Returns:
+            what `measure` does, `[..., N]`.
+        """
+        return self._of(measure, self.old_k, self.k)
+
+    def of_values(self, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """As `of_keys`, by the values.
+
+        Raises:
+            BudgetError: the scorer's class does not say that it reads values.
+        """
+        return self._of(measure, self.old_v, self._new_values)
+
+    def _of(self, measure: Callable[[Tensor, Tensor], Tensor], held: Tensor | Stored | None, new: Tensor) -> Tensor:
+        slots = self.there.shape[2] - new.shape[2]
+        parts = [
+            measure(piece.float(), self.there[:, :, slots:] if part is None else self.there[:, :, part])
+            for part, piece in _pieces(held, new)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    @property
+    def _new_values(self) -> Tensor:
         if self.v is None:
             raise BudgetError("this scorer was not given the values; set reads_values = True on its class")
-        return self.v if self.old_v is None else torch.cat((_vectors(self.old_v, self.v), self.v), 2)
+        return self.v
 
     @property
     def unrotated_queries(self) -> Tensor:
@@ -231,5 +268,11 @@ class PromptView:
         return torch.argsort(torch.where(self.ordinals == EMPTY, last, self.ordinals), dim=2, stable=True)
 
 
-def _vectors(held: Tensor | Stored, like: Tensor) -> Tensor:
-    return held.vectors().to(like.dtype) if isinstance(held, Stored) else held
+def _pieces(held: Tensor | Stored | None, new: Tensor) -> Iterator[tuple[slice | None, Tensor]]:
+    """What slots hold, some of them at a time where it is stored in fewer bits; then what is new, with None for its
+    place."""
+    if isinstance(held, Stored):
+        yield from held.vectors()
+    elif held is not None:
+        yield slice(0, held.shape[2]), held
+    yield None, new

@@ -63,7 +63,7 @@ class Reconstruction:
     def __call__(self, prompt: PromptView) -> Tensor:
         columns = (prompt.k.shape[2] - self.reading.gap) // 2
         first = prompt.length[:, None] + self.reading.gap
-        largest = prompt.keys.new_zeros(prompt.keys.shape[:3], dtype=torch.float32)
+        largest = prompt.k.new_zeros(prompt.ordinals.shape, dtype=torch.float32)
         for start in range(0, columns, _BLOCK):
             place = torch.arange(start, min(start + _BLOCK, columns), device=prompt.k.device)
             exists = place < prompt.length[:, None]

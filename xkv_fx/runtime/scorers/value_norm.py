@@ -69,5 +69,5 @@ class ValueNorm:
         object.__setattr__(self, "independent_heads", getattr(scorer, "independent_heads", False))
 
     def __call__(self, prompt: PromptView) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(prompt.values.float(), self.norm, dim=-1)
+        norm = prompt.of_values(lambda values, there: torch.linalg.vector_norm(values, self.norm, dim=-1))
         return make_scorer(self.base, {})(prompt) * norm.masked_fill(~prompt.there, 0.0)
