@@ -40,6 +40,7 @@ from xkv_fx.evaluation.timing import medians_in_turns, process_seconds
 from xkv_fx.planning.solve.fill import fill_by_gain
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
 from xkv_fx.runtime.kernels import decode_cpu
+from xkv_fx.runtime.scorers.base import scorer_names
 
 app = typer.Typer(add_completion=False, help="What the runtime promises, measured.")
 LAYERS = 30
@@ -105,27 +106,37 @@ def prefill_memory(prompt: Prompt = 8000, capacity: Capacity = 3072) -> None:
 
 
 @app.command()
-def first_token(prompt: Prompt = 3500, capacity: Capacity = 1344, rounds: int = 7) -> None:
-    """Time to the first token against transformers' own prefill with `logits_to_keep=1`, in turns."""
-    model, ids = smollm2_shape(prompt + 64), random_prompt(prompt)
-    llm = xkv_fx.transform(model, xkv_fx.Budgets.uniform(LAYERS, capacity), backend="eager")
-    session = llm.new_session()
+def first_token(
+    prompt: Prompt = 3500,
+    capacity: Capacity = 1344,
+    rounds: int = 7,
+    scorers: Annotated[str, typer.Option(help="Names between commas, or all.")] = "snapkv",
+) -> None:
+    """Time to the first token against transformers' own prefill with `logits_to_keep=1`, in turns, by each scorer."""
+    model, ids = smollm2_shape(2 * prompt + 64), random_prompt(prompt)  # some scorers read a prompt twice
+    names = scorer_names() if scorers == "all" else scorers.split(",")
+    plan = xkv_fx.Budgets.uniform(LAYERS, capacity)
+    llm = xkv_fx.transform(model, plan, backend="eager", check=False)
 
     def transformers_prefill() -> None:
         with torch.no_grad():
             model(ids, use_cache=True, logits_to_keep=1)
 
-    def budgeted() -> None:
-        session.reset()
-        llm(ids, past_key_values=session, logits_to_keep=1)
+    def budgeted(scorer: str) -> Callable[[], None]:
+        ranked = llm.with_budgets(dataclasses.replace(plan, policy=xkv_fx.Policy(scorer=scorer)))
+        session = ranked.new_session()
 
-    medians = medians_in_turns({"transformers_prefill": transformers_prefill, "budgeted": budgeted}, rounds)
-    _report(
-        prompt=prompt,
-        capacity=capacity,
-        median_ms=medians,
-        ratio=medians["budgeted"] / medians["transformers_prefill"],
-    )
+        def run() -> None:
+            session.reset()
+            ranked(ids, past_key_values=session, logits_to_keep=1)
+
+        return run
+
+    runs = {"transformers_prefill": transformers_prefill, **{name: budgeted(name) for name in names}}
+    medians = medians_in_turns(runs, rounds)
+    plain = medians["transformers_prefill"]
+    ratios = {name: medians[name] / plain for name in names}
+    _report(prompt=prompt, capacity=capacity, median_ms=medians, ratios=ratios)
 
 
 _START = """

@@ -179,35 +179,45 @@ class PromptView:
         which = torch.arange(start, stop, device=self.q.device).expand(self.q.shape[0], -1)
         return self._attention(self.q[:, :, start:stop], which, stop)
 
-    def attention_from(self, columns: Tensor, exists: Tensor) -> Tensor:
-        """Attention probabilities of queries that come behind the new tokens, over the slots and all columns up to
-        each; sliding windows are left out of account.
+    def largest_attention_from(self, columns: Tensor, exists: Tensor, reach: int) -> Tensor:
+        """The largest attention probability that queries behind the new tokens give to each candidate, over the slots
+        and all columns up to each query; sliding windows are left out of account.
+
+        The largest logit behind its log-sum-exp is looked for, so that only one number a candidate meets the
+        exponential once more.
 
         Args:
             columns: int64 `[rows, count]`, where each row's queries stand.
             exists: bool `[rows, count]`, False for one that is padding.
+            reach: no query stands at this column or behind it.
 
         Returns:
-            float32 `[rows, kv_heads, group, count, N]`; 0 for queries that do not exist, and for all columns that are
-            no new tokens, which have their share of a query's attention, though.
+            float32 `[rows, kv_heads, N]`; 0 where no query exists, and for all columns that are no new tokens, which
+            have their share of a query's attention, though.
         """
-        last = self.q.shape[2] - 1
+        last, kv_heads = self.q.shape[2] - 1, self.k.shape[1]
         index = columns.clamp(max=last)[:, None, :, None].expand(-1, self.q.shape[1], -1, self.q.shape[3])
         queries = self.q.gather(2, index)
-        logits = group_logits(queries, self.k, self.scale, self.softcap)
-        column = torch.arange(last + 1, device=self.q.device)
-        key = (self.seen[:, None] + column)[:, None].expand(-1, self.k.shape[1], -1)
-        reach = (column <= columns[:, :, None])[:, None].expand(-1, self.k.shape[1], -1, -1)
+        logits = group_logits(queries, self.k[:, :, :reach], self.scale, self.softcap)
+        column = torch.arange(reach, device=self.q.device)
+        key = (self.seen[:, None] + column)[:, None].expand(-1, kv_heads, -1)
+        reached = (column <= columns[:, :, None])[:, None].expand(-1, kv_heads, -1, -1)
         if self.old_k is not None and self.old_ordinals is not None:
             logits = torch.cat((self._logits_of_slots(queries, self.old_k), logits), -1)
             key = torch.cat((self.old_ordinals, key), 2)
             held = (self.old_ordinals != EMPTY)[:, :, None].expand(-1, -1, columns.shape[1], -1)
-            reach = torch.cat((held, reach), 3)
+            reached = torch.cat((held, reached), 3)
         if self.slopes is not None:
             query = (self.seen[:, None] + columns)[:, None, :, None]
             logits = logits + distance_bias(self.slopes, query - key[:, :, None]).view(*logits.shape)
-        weights = self.weights_of(logits, reach & exists[:, None, :, None])
-        return weights * self.there[:, :, None, None]
+        logits = logits.masked_fill(~reached[:, :, None], float("-inf"))
+        lse = torch.logsumexp(logits, -1)
+        if self.sink_logits is not None:
+            lse = torch.logaddexp(lse, self.sink_logits.to(lse.dtype).view(kv_heads, -1, 1))
+        lse = lse.masked_fill(~exists[:, None, None], float("inf"))
+        largest = torch.exp((logits - lse[..., None]).amax((2, 3))).float()
+        beyond = self.ordinals.shape[2] - largest.shape[2]
+        return torch.nn.functional.pad(largest, (0, beyond)) * self.there
 
     def with_kept_scores(self, scores: Tensor) -> Tensor:
         """The larger one of each slot's score and the one that it was kept by."""

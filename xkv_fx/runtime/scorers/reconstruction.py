@@ -61,12 +61,14 @@ class Reconstruction:
         return Reading(tuple(map(int, self.instruction.split())), self.chunk)
 
     def __call__(self, prompt: PromptView) -> Tensor:
-        columns = (prompt.k.shape[2] - self.reading.gap) // 2
-        first = prompt.length[:, None] + self.reading.gap
+        both, gap = prompt.k.shape[2], self.reading.gap
+        columns = (both - gap) // 2
         largest = prompt.k.new_zeros(prompt.ordinals.shape, dtype=torch.float32)
         for start in range(0, columns, _BLOCK):
-            place = torch.arange(start, min(start + _BLOCK, columns), device=prompt.k.device)
+            stop = min(start + _BLOCK, columns)
+            place = torch.arange(start, stop, device=prompt.k.device)
+            asked = prompt.length[:, None] + gap + place  # a row of fewer tokens is read again sooner
             exists = place < prompt.length[:, None]
-            paid = prompt.attention_from(first + place, exists)
-            largest = torch.maximum(largest, paid.amax((2, 3)))
+            paid = prompt.largest_attention_from(asked, exists, min(columns + gap + stop, both))
+            largest = torch.maximum(largest, paid)
         return prompt.with_kept_scores(largest)
