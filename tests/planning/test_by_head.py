@@ -27,7 +27,7 @@ from xkv_fx.planning.data.by_head import one_head_specs, whole_layers
 from xkv_fx.planning.data.curves import retention_curve
 from xkv_fx.planning.data.profile_data import MASS
 from xkv_fx.planning.measure.continuation import cut_model, layer_plans, run_full
-from xkv_fx.planning.measure.points import points_to_measure
+from xkv_fx.planning.measure.points import cost_by_head, points_to_measure
 from xkv_fx.runtime.scorers import SnapKV, scorer_of
 
 PROMPTS = [random_ids(1, length, seed=length)[0] for length in (40, 31)]
@@ -179,6 +179,8 @@ def test_more_heads_are_measured_at_fewer_points() -> None:
     assert [of(count) for count in (1, 2, 3, 4)] == [by_layer, 12, 12, 12]
     pairs = (None, ("int8", "int8"), ("int8", "int4"), ("int4", "int4"))
     assert of(3, pairs) <= 1.5 * len(points_to_measure(pairs, None, [GQA]))
+    assert cost_by_head((None,), (WIDE, WIDE)) == 1.5
+    assert cost_by_head(pairs, (GQA, WIDE)) == 1.25, "five heads at half of the points of two layers"
 
 
 @pytest.mark.parametrize("call", [xkv_fx.calibrate, xkv_fx.profile])

@@ -16,6 +16,7 @@ import xkv_fx
 from xkv_fx import BudgetError, Budgets, Fit, PromptError
 from xkv_fx.planning.fit.clock import Clock
 from xkv_fx.planning.measure.held_out import HeldOut
+from xkv_fx.planning.measure.points import cost_by_head
 from xkv_fx.planning.measure.verify import divergence_of_plans
 
 NEW = 8
@@ -221,7 +222,8 @@ def test_a_run_that_goes_on_counts_the_time_of_the_first(tmp_path: Path, monkeyp
     monkeypatch.setattr(Clock, "times_until", noted)
     fit(**options)
     decided = json.loads((tmp_path / "decisions.json").read_text())["made"]
-    assert asked == [pytest.approx(2.2 * decided["milliseconds of a prompt"] / 1000)]
+    cost = cost_by_head((None, ("int8", "int8"), ("int8", "int4"), ("int4", "int4")), captured("llama", 2, 1).layers)
+    assert asked == [pytest.approx(cost * decided["milliseconds of a prompt"] / 1000)]
 
 
 def test_each_found_plan_is_better(quarter: Fit) -> None:

@@ -35,6 +35,7 @@ from xkv_fx.planning.measure.continuation import cut_model
 from xkv_fx.planning.measure.held_out import HeldOut, Row, remove_held_out
 from xkv_fx.planning.measure.mean_keys import gathered, means_of, sums_of_keys
 from xkv_fx.planning.measure.partial_results import remove_parts
+from xkv_fx.planning.measure.points import cost_by_head
 from xkv_fx.planning.solve.plan import solve_plan
 from xkv_fx.policy import Policy
 from xkv_fx.runtime.scorers import check_scores_parts
@@ -45,7 +46,6 @@ Progress = Callable[[str, int, int], None]
 # Shares of the time: until then, the first plan stands; capacities by layer are measured; those by head are.
 _FIRST, _LAYERS, _HEADS = 0.1, 0.5, 0.85
 _HELD_OUT = 0.05  # that plans may take on the held-out prompts each time they are measured there
-_COST_BY_HEAD = 2.2  # of a prompt, over that by layer, as measured with three KV heads
 _SCORER_PROMPTS = 4  # that scorers are compared on
 _LADDER = (0.25, 0.5, 2.0, 4.0)  # times the limit, for what other limits would cost
 
@@ -291,9 +291,8 @@ class _Search:
             return self.decisions.decide(
                 "prompts by layer", lambda: min(whole, 1 + self.clock.times_until(_LAYERS, seconds, whole))
             )
-        return self.decisions.decide(
-            "prompts by head", lambda: self.clock.times_until(_HEADS, _COST_BY_HEAD * seconds, whole)
-        )
+        cost = cost_by_head(self.pairs, self.captured.layers)
+        return self.decisions.decide("prompts by head", lambda: self.clock.times_until(_HEADS, cost * seconds, whole))
 
     def _measure(self, policy: Policy, by: str, count: int) -> Calibration:
         return measure_calibration(

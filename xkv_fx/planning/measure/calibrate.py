@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xkv_fx.budgets import Plan
 from xkv_fx.capture.captured import CapturedModel
 from xkv_fx.errors import BudgetError, PromptError, UnsupportedModelError
 from xkv_fx.files import is_int
@@ -22,18 +21,15 @@ from xkv_fx.passes.measure.cut_at_attention import CutModel
 from xkv_fx.planning.data.by_head import check_by, one_head_means, one_head_specs
 from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.grid import check_grid
+from xkv_fx.planning.measure.alone import Alone, all_alone
 from xkv_fx.planning.measure.continuation import (
     FULL,
     FullRun,
-    HeadPlans,
-    LayerPlan,
-    LayerPlans,
     cut_model,
     run_full,
     storing_as,
 )
 from xkv_fx.planning.measure.divergence import kl_divergence
-from xkv_fx.planning.measure.held import Storing
 from xkv_fx.planning.measure.mean_keys import gathered, means_of, name_of, sums_of_keys
 from xkv_fx.planning.measure.partial_results import PartialResults
 from xkv_fx.planning.measure.points import GRID, Points, pairs_to_measure, points_to_measure
@@ -41,7 +37,6 @@ from xkv_fx.planning.measure.prompts import check_tokens
 from xkv_fx.planning.measure.team import ALONE, Arrays, Progress, Team
 from xkv_fx.policy import Policy
 from xkv_fx.runtime.scorers import Scorer, check_scores_parts, scorer_of
-from xkv_fx.runtime.slots import slot_plans
 
 CALIBRATE_CONTINUATION = 16
 # KL of a continuation that was run again under full budgets; more means that tokens meet outside attention too.
@@ -87,30 +82,16 @@ def measure_calibration(
     check_measurable(policy, continuation, grid, by)
     pairs = pairs_to_measure(formats, captured.layers)
     points = points_to_measure(pairs, grid, captured.layers, by)
-    alone: list[tuple[int, int | None]] = [(layer, None) for layer in range(len(captured.layers))]
-    if by == "head":
-        alone = [(layer, head) for layer, spec in enumerate(captured.layers) for head in range(spec.kv_heads)]
+    alone = all_alone(captured.layers, by)
 
     def prepare() -> tuple[list[Tensor], Scorer, PartialResults]:
-        team.check_whole(captured)
-        if resume is not None and captured.shard.size > 1:
-            raise BudgetError(
-                "what processes measured that share a model cannot be resumed: one might find a result that another "
-                "lacks; leave resume out"
-            )
-        if by == "head" and captured.shard.size > 1:
-            raise BudgetError(
-                "by='head' is not taken for a model whose heads processes share: each would cut another head at the "
-                "same time; calibrate by layer, or the whole model in one process"
-            )
+        _check_processes(captured, team, resume is not None, by)
         rows = [check_prompt(index, prompt, captured, continuation) for index, prompt in enumerate(prompts)]
         scorer = captured.scorer_of(policy)
         if by == "head":
             check_scores_parts(scorer)
-        settings: list[Any] = [policy.to_dict(), list(points.shares), int(continuation)]
-        settings += [] if points.formats is None else [points.formats]
-        settings += [by] if by == "head" else []
         shape = (len(alone), len(points))
+        settings = _settings(policy, points, continuation, by)
         return rows, scorer, PartialResults(resume, captured, settings, {"kl": (shape, np.dtype(np.float32))})
 
     rows, scorer, done = team.together(prepare)
@@ -131,12 +112,12 @@ def measure_calibration(
 
     def measure(prompt: int) -> Arrays:
         ids = rows[prompt]
-        return done.results(
-            ids,
-            lambda: {
-                "kl": _measure(model(ids), scorer, captured.layers, policy, points, ids, continuation, means, alone)
-            },
-        )
+
+        def found() -> Arrays:
+            full = run_full(model(ids), scorer, ids, continuation)
+            return {"kl": _measure(full, captured.layers, policy, points, means, alone)}
+
+        return done.results(ids, found)
 
     kl = np.stack([result["kl"] for result in team.measure(len(rows), measure, progress)])
     lengths = tuple(ids.shape[1] - continuation for ids in rows)
@@ -147,17 +128,37 @@ def measure_calibration(
         if measured_means is not None:
             measured_means = one_head_means(measured_means, captured.layers)
     return Calibration(
-        kl,
-        points.shares,
-        lengths,
-        continuation,
-        policy,
-        layers,
-        captured.fingerprint,
-        points.formats,
-        measured_means,
+        kl, points.shares, lengths, continuation, policy, layers, captured.fingerprint, points.formats, measured_means,
         heads,
-    )
+    )  # fmt: skip
+
+
+def _check_processes(captured: CapturedModel, team: Team, resumed: bool, by: str) -> None:
+    """Refuse what cannot be measured by several processes.
+
+    Raises:
+        BudgetError: as said.
+    """
+    team.check_whole(captured)
+    if captured.shard.size == 1:
+        return
+    if resumed:
+        raise BudgetError(
+            "what processes measured that share a model cannot be resumed: one might find a result that another lacks; "
+            "leave resume out"
+        )
+    if by == "head":
+        raise BudgetError(
+            "by='head' is not taken for a model whose heads processes share: each would cut another head at the same "
+            "time; calibrate by layer, or the whole model in one process"
+        )
+
+
+def _settings(policy: Policy, points: Points, continuation: int, by: str) -> list[Any]:
+    """What else a result depends on; as it was written before there were formats and heads, where there are none."""
+    settings: list[Any] = [policy.to_dict(), list(points.shares), int(continuation)]
+    settings += [] if points.formats is None else [points.formats]
+    return settings + ([by] if by == "head" else [])
 
 
 def _mean_keys(
@@ -235,57 +236,25 @@ def cut_checked(captured: CapturedModel, scorer: Scorer, ids: Tensor, continuati
     return model
 
 
-def single_layer_plan(
-    layers: Sequence[LayerSpec],
-    layer: int,
-    share: float,
-    storing: Storing | None,
-    policy: Policy,
-    tokens: int,
-    continuation: int,
-    head: int | None = None,
-) -> LayerPlans:
-    """The plan under which `layer`, or one KV head of it, holds a share of the `tokens` of a prompt, stored so, and all
-    others everything."""
-    slots = None
-    if share < 1:
-        capacity = max(1, round(share * layers[layer].effective_capacity(tokens)))
-        (slots,) = slot_plans(Plan((capacity,), policy), (layers[layer],), continuation)
-    plans: list[LayerPlan | HeadPlans] = [FULL] * len(layers)
-    plans[layer] = (slots, storing)
-    if head is not None and layers[layer].kv_heads > 1:
-        plans[layer] = HeadPlans(
-            tuple((slots, storing) if place == head else FULL for place in range(layers[layer].kv_heads))
-        )
-    return plans
-
-
 def _measure(
-    model: CutModel,
-    scorer: Scorer,
+    full: FullRun,
     layers: Sequence[LayerSpec],
     policy: Policy,
     points: Points,
-    ids: Tensor,
-    continuation: int,
     means: MeanKeys | None,
-    alone: Sequence[tuple[int, int | None]],
+    alone: Sequence[Alone],
 ) -> NDArray[np.float32]:
-    """KL of one prompt, float32 `[layers or heads, points]`.
+    """KL of one prompt, float32 `[alone, points]`.
 
     Args:
-        alone: what is measured alone, one after another: a layer, and which of its KV heads or None for all of them.
+        alone: what is measured alone, one after another.
     """
-    full: FullRun = run_full(model, scorer, ids, continuation)
     mean_of = means or (None,) * len(layers)
-    plans = [
-        single_layer_plan(
-            layers, layer, share, storing_as(layers[layer], formats, mean_of[layer]), policy, full.prompt_tokens,
-            continuation, head,
-        )
-        for layer, head in alone
-        for share, formats in points
-    ]  # fmt: skip
+    plans = []
+    for one in alone:
+        for share, formats in points:
+            storing = storing_as(layers[one.layer], formats, mean_of[one.layer])
+            plans.append(one.plans(layers, share, storing, policy, full.prompt_tokens, full.tokens))
     measured = full.divergence(plans).mean(1).numpy()
     kl: NDArray[np.float32] = measured.reshape(len(alone), len(points)).astype(np.float32)
     if not np.isfinite(kl).all():

@@ -107,3 +107,9 @@ def points_to_measure(
         shares += measured
         formats += [pair] * len(measured)
     return Points(tuple(shares), tuple(formats))
+
+
+def cost_by_head(pairs: Sequence[LayerFormats | None], layers: Sequence[LayerSpec]) -> float:
+    """How often the continuation of a prompt is run again to measure heads, over how often it is to measure layers."""
+    of_head, of_layer = (len(points_to_measure(pairs, None, layers, by)) for by in ("head", "layer"))
+    return of_head * sum(spec.kv_heads for spec in layers) / (of_layer * len(layers))
