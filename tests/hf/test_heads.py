@@ -6,6 +6,8 @@ import functools
 from pathlib import Path
 from typing import Any, ClassVar
 
+import hybrid_models
+import numpy as np
 import plain_models
 import pytest
 import ready_models
@@ -25,6 +27,7 @@ from xkv_fx.evaluation.coverage.tiny import Registered, tiny_model
 from xkv_fx.hf.capture import capture
 from xkv_fx.hf.generation import BudgetedLM
 from xkv_fx.lowering.program import compile_program
+from xkv_fx.mean_keys import MeanKey
 from xkv_fx.passes.tools.graph import calls
 from xkv_fx.runtime.session import Session
 
@@ -85,13 +88,15 @@ def assert_heads_are_those_of_layers(source: CapturedModel, capacities: Any, pol
         ("scored", "snapkv", "llama", (None, CODED)),
         ("ring", "snapkv", "gemma2", (None, None)),
         ("append", "snapkv", "gpt_oss", (None, None)),
+        ("scored", "snapkv", "lfm2", (None, CODED)),  # a hybrid
     ],
 )
 def test_each_head_holds_what_a_plan_by_layer_holds_of_it(
     eviction: Any, scorer: str, family: str, formats: Any
 ) -> None:
     capacities = (6, 30) if family in ("gemma2", "mistral", "gpt_oss") else (12, 9)  # of a window of 8 slots
-    assert_heads_are_those_of_layers(captured(family, 1, 2), capacities, Policy(scorer, eviction=eviction), formats)
+    source = hybrid_models.captured(family, 2) if family == "lfm2" else captured(family, 1, 2)
+    assert_heads_are_those_of_layers(source, capacities, Policy(scorer, eviction=eviction), formats)
 
 
 @functools.cache
@@ -257,9 +262,13 @@ def test_a_compiled_model_runs_by_head() -> None:
 
 @exhaustive
 @pytest.mark.parametrize("target", ["pt2", "aoti"])
-@pytest.mark.parametrize(("scorer", "formats"), [("random", None), ("snapkv", ((CODED, None), None))])
+@pytest.mark.parametrize(
+    ("scorer", "formats"), [("random", None), ("snapkv", ((CODED, ("int4", "int8")), (None, CODED)))]
+)
 def test_engines_run_by_head(target: str, scorer: str, formats: Any, tmp_path: Path) -> None:
-    budgets = Budgets(((9, 20), OTHER), Policy(scorer, eviction="append"), formats=formats)
+    policy = Policy(scorer, eviction="append")
+    means = formats and tuple(MeanKey(np.random.default_rng(layer).normal(size=(2, 8))) for layer in range(2))
+    budgets = Budgets(((9, 20), OTHER), policy, formats=formats, mean_keys=means)
     llm = ready_models.transformed(budgets, max_new_tokens=ROOM)
     with torch._inductor.config.patch({"aot_inductor.debug_compile": True}):  # compiles faster, runs slower
         xkv_fx.export(llm, tmp_path / "engine", target=target)
@@ -268,6 +277,7 @@ def test_engines_run_by_head(target: str, scorer: str, formats: Any, tmp_path: P
     expected = llm.generate(ids, max_new_tokens=10, do_sample=False)
     assert torch.equal(engine.generate(ids, 10), expected)
     assert engine.kv_bytes == llm.kv_bytes
+    assert engine.budgets == budgets
 
 
 @exhaustive

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import ready_models
 import torch
@@ -17,17 +19,19 @@ aten = torch.ops.aten
 
 
 @pytest.mark.parametrize(
-    "family",
+    ("family", "capacities"),
     [
-        "llama",
-        pytest.param("gemma2", marks=exhaustive),  # a soft cap, a sliding window
+        ("llama", (12, 16)),
+        ("llama", ((12, 9), 16)),  # by KV head
+        pytest.param("gemma2", (12, 16), marks=exhaustive),  # a soft cap, a sliding window
     ],
+    ids=str,
 )
-def test_it_decodes_as_the_transformed_model_does(family: str) -> None:
-    llm = ready_models.transformed(Budgets((12, 16)), family=family)
+def test_it_decodes_as_the_transformed_model_does(family: str, capacities: Any) -> None:
+    llm = ready_models.transformed(Budgets(capacities), family=family)
     program = trace_for_tensorrt(llm.decode, llm.program.plan)
     targets = [node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    assert targets.count(aten.index_copy_.default) == 4
+    assert targets.count(aten.index_copy_.default) == 2 * len(llm.program.plan.caches)
     assert aten.add_.Tensor not in targets  # nothing but K/V is changed in place
 
     ours, theirs = (llm.new_session().session for _ in range(2))
