@@ -41,12 +41,12 @@ def run(out: Path) -> dict[str, Any]:
 def test_one_table_of_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run(tmp_path)
     rows = {row["name"]: row for row in found["rows"]}
-    assert list(rows)[:3] == ["full", "joint", "calibrated"]
-    single = list(rows)[3]
+    assert list(rows)[:4] == ["full", "joint by head", "joint", "calibrated"]
+    single = list(rows)[4]
     assert single.startswith("all ")
-    assert list(rows)[4:] == ["uniform"]
+    assert list(rows)[5:] == ["uniform"]
     assert (rows["full"]["share"], rows["full"]["bits"], rows["full"]["mean_kl"]) == (1.0, 16, 0.0)
-    for name in ("joint", "calibrated", single, "uniform"):
+    for name in ("joint by head", "joint", "calibrated", single, "uniform"):
         assert 0.37 < rows[name]["share"] <= 0.384
         assert len(rows[name]["kl"]) == 2, "one prompt of each kind"
         assert set(rows[name]["needles"]) == {"needle_single", "needle_multi_key", "needle_multi_value"}
@@ -59,8 +59,8 @@ def test_one_table_of_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     text = (tmp_path / "paper.md").read_text()
     assert text.startswith("61.6% less memory than a full bfloat16 cache, eviction='append'")
     assert f"| joint | {rows['joint']['share']:.1%} | {rows['joint']['bits']:.2f} |" in text
-    ratio = np.mean(rows["joint"]["kl"]) / np.mean(rows["uniform"]["kl"])
-    assert f"against uniform, with its paired 95 % interval: {ratio - 1:+.0%} [" in text
+    ratio = np.mean(rows["joint by head"]["kl"]) / np.mean(rows["uniform"]["kl"])
+    assert f"mean KL of joint by head against uniform, with its paired 95 % interval: {ratio - 1:+.0%} [" in text
 
     for module, name in ((calibrate, "_measure"), (held_out, "run_full"), (evaluate, "_measure")):
         monkeypatch.setattr(module, name, None)

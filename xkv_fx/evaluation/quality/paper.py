@@ -2,10 +2,10 @@
 
     python -m xkv_fx.evaluation.quality.paper --out out/paper
 
-At one share of a full cache's bytes: capacities and formats planned together, capacities alone, the best single format
-and uniform capacities, each beside the full cache. Measured are KL and top-1 agreement behind held-out prompts of two
-kinds, and needles, with the question inside the prompt and in a second turn. Writes `paper.json` and `paper.md`; an
-interrupted run goes on where it was.
+At one share of a full cache's bytes: capacities and formats planned together by KV head and by layer, capacities alone,
+the best single format and uniform capacities, each beside the full cache. Measured are KL and top-1 agreement behind
+held-out prompts of two kinds, and needles, with the question inside the prompt and in a second turn. Writes `paper.json`
+and `paper.md`; an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from xkv_fx.evaluation.quality.candidates import (
     JOINT,
     UNIFORM,
     Candidate,
+    by_head,
     candidates_of_fractions,
     formats_of,
     is_of_one_format,
@@ -41,7 +42,9 @@ from xkv_fx.files import write_json
 from xkv_fx.hf.capture import capture
 from xkv_fx.hf.models import load_model
 from xkv_fx.layers import with_itemsize
+from xkv_fx.planning.data.calibration_data import Calibration
 from xkv_fx.planning.data.load_measured import load_measured
+from xkv_fx.planning.data.profile_data import Profile
 from xkv_fx.planning.measure.bootstrap import ratio_of_means
 from xkv_fx.planning.measure.verify import VERIFY_CONTINUATION, summary
 
@@ -80,15 +83,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, tokenizer = load_model(options.model)
     tokens = options.context + VERIFY_CONTINUATION
     calibration_prompts, held_out = split_prompts(tokenizer, options.calibrate_on, options.prompts, tokens)
-    given = tuple(load_measured(path) for path in options.measured)
-    wanted = Wanted((CALIBRATED, JOINT), tuple(options.formats), options.context, given, options.out)
+    given = [load_measured(path) for path in options.measured]
+    allocators = {"layer": (CALIBRATED, JOINT), "head": (JOINT,)}
+    sources: list[Profile | Calibration] = []
+    seconds: dict[str, float] = {}
     with Progress(console=console) as bars:
         captured = capture(model, decode=False)
-        sources, seconds = sources_for(captured, options.eviction, calibration_prompts, wanted, bars)
+        for by in options.by:
+            of_kind = tuple(source for source in given if (source.heads is None) == (by == "layer"))
+            wanted = Wanted(allocators[by], tuple(options.formats), options.context, of_kind, options.out, (by,))
+            found, taken = sources_for(captured, options.eviction, calibration_prompts, wanted, bars)
+            sources += found
+            seconds |= taken
 
         def plans(context: int) -> tuple[Candidate, ...]:
             return candidates_of_fractions(
-                captured.layers, context, [options.fraction], sources, wanted.allocators,
+                captured.layers, context, [options.fraction], sources, (CALIBRATED, JOINT),
                 formats=formats_of(sources), dtype=dtype,
             )  # fmt: skip
 
@@ -142,6 +152,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--fraction", type=float, default=0.384, help="share of a full cache's bytes")
     parser.add_argument("--eviction", default="append", help="append, ring or scored")
+    parser.add_argument(
+        "--by", nargs="+", default=["head", "layer"], choices=["layer", "head"], help="what gets a capacity and formats"
+    )
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), help="what is calibrated")
     parser.add_argument("--measured", nargs="*", type=Path, default=[], help="calibrations, instead of measuring them")
     parser.add_argument("--bytes-of", default="bfloat16", help="the dtype that bytes are counted in")
@@ -156,11 +169,12 @@ def _shown(lines: Sequence[Line]) -> tuple[str, ...]:
     """The names of the plans that the table has: of single formats the best one, by its KL."""
     single = [line for line in lines if is_of_one_format(line.name)]
     best = min(single, key=lambda line: float(np.mean(line.kl)))
-    return (JOINT, CALIBRATED, best.name, UNIFORM)
+    solved = [name for name in (by_head(JOINT), JOINT, CALIBRATED) if any(line.name == name for line in lines)]
+    return (*solved, best.name, UNIFORM)
 
 
 def rows_of(lines: Sequence[Line], asked: Evaluation) -> tuple[Row, ...]:
-    """The full cache's row, and one for each of these plans."""
+    """The full cache's row, and one for each of these plans, in their order."""
     prompts = len(lines[0].kl)
     full = Row(FULL, 1.0, 8.0 * dtype_of(asked.dtype).itemsize, (0.0,) * prompts, 1.0, _needles(asked, FULL))
     plans = [
@@ -180,7 +194,7 @@ def _summary(row: Row) -> dict[str, float]:
 
 
 def as_table(rows: Sequence[Row], options: argparse.Namespace) -> str:
-    """Markdown: a row for each plan, and how the joint plan compares with the others."""
+    """Markdown: a row for each plan, and how the first one compares with the others."""
     prompts, bytes_of = len(rows[0].kl), options.bytes_of
     names = [task.removeprefix("needle_").replace("_", " ") for task in NEEDLES]
     lines = [
@@ -197,13 +211,12 @@ def as_table(rows: Sequence[Row], options: argparse.Namespace) -> str:
         found = [f"{inside:.0%} / {after:.0%}" for inside, after in row.needles.values()]
         cells = [row.name, f"{row.share:.1%}", f"{row.bits:.2f}", *kl, f"{row.agreement:.1%}", *found]
         lines.append(f"| {' | '.join(cells)} |")
-    joint = next(row for row in rows if row.name == JOINT)
+    _, first, *others = rows
     lines.append("")
-    for row in rows:
-        if row.name not in (FULL, JOINT):
-            ratio = ratio_of_means(np.array(joint.kl), np.array(row.kl))
-            change = f"{ratio.value - 1:+.0%} [{ratio.low - 1:+.0%}, {ratio.high - 1:+.0%}]"
-            lines.append(f"- mean KL of {JOINT} against {row.name}, with its paired 95 % interval: {change}")
+    for row in others:
+        ratio = ratio_of_means(np.array(first.kl), np.array(row.kl))
+        change = f"{ratio.value - 1:+.0%} [{ratio.low - 1:+.0%}, {ratio.high - 1:+.0%}]"
+        lines.append(f"- mean KL of {first.name} against {row.name}, with its paired 95 % interval: {change}")
     return "\n".join(lines) + "\n"
 
 
