@@ -158,18 +158,21 @@ def test_divergence_is_what_verify_measures(ready: Ready, found: Evaluation) -> 
 
 
 @pytest.mark.parametrize(
-    "policy",
+    ("capacities", "policy"),
     [
-        Policy(),
-        Policy("h2o", sinks=2),
-        Policy(eviction="append"),
-        Policy("tova", eviction="scored"),
-        Policy(eviction="none"),
+        ((20, 9), Policy()),
+        ((20, 9), Policy("h2o", sinks=2)),
+        ((20, 9), Policy(eviction="append")),
+        ((20, 9), Policy("tova", eviction="scored")),
+        ((60, 60), Policy(eviction="none")),
+        (((20, 7), 9), Policy()),
+        ((9, (30, 12)), Policy(eviction="scored")),
     ],
-    ids=lambda policy: f"{policy.scorer}-{policy.eviction}",
+    ids=lambda value: f"{value.scorer}-{value.eviction}" if isinstance(value, Policy) else str(value),
 )
-def test_a_recorded_prompt_leaves_what_reading_it_leaves(ready: Ready, policy: Policy) -> None:
-    capacities = (60, 60) if policy.eviction == "none" else (20, 9)
+def test_a_recorded_prompt_leaves_what_reading_it_leaves(
+    ready: Ready, capacities: tuple[Any, ...], policy: Policy
+) -> None:
     llm = ready.llm.with_budgets(Budgets(capacities, policy), max_new_tokens=4)
     ids = random_ids(1, 50)
     itself, filled = BudgetedReader(llm), BudgetedReader(llm)

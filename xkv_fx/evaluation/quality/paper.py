@@ -4,8 +4,8 @@
 
 At one share of a full cache's bytes: capacities and formats planned together by KV head and by layer, capacities alone,
 the best single format and uniform capacities, each beside the full cache. Measured are KL and top-1 agreement behind
-held-out prompts of two kinds, and needles, with the question inside the prompt and in a second turn. Writes `paper.json`
-and `paper.md`; an interrupted run goes on where it was.
+held-out prompts of two kinds, and needles, with the question inside the prompt and in a second turn. Writes
+`paper.json` and `paper.md`; an interrupted run goes on where it was.
 """
 
 from __future__ import annotations

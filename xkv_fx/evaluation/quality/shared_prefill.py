@@ -41,12 +41,14 @@ class Recorded:
         state, plan = session.state, session.program.plan
         counted = torch.full((1,), self.tokens, dtype=torch.int64, device=plan.device)
         zero = torch.zeros_like(counted)
-        for cache, (k, v, scores) in zip(plan.caches, self.layers, strict=True):
-            held = state.of(cache)
-            buffers = (held["k"], held["v"], held["positions"])
-            kept = write_survivors(k, v, scores, counted, zero, zero, *buffers, cache.slots, fresh=True)
-            if "scores" in held:
-                held["scores"].copy_(kept)
+        for layer, recorded in enumerate(self.layers):
+            for cache in plan.caches_of(layer):  # several where the layer is planned by KV head
+                held = state.of(cache)
+                k, v, scores = (part[:, list(cache.heads)] for part in recorded)
+                buffers = (held["k"], held["v"], held["positions"])
+                kept = write_survivors(k, v, scores, counted, zero, zero, *buffers, cache.slots, fresh=True)
+                if "scores" in held:
+                    held["scores"].copy_(kept)
         for count in session.counts.values():
             count.copy_(counted)
         session.restore(state, self.tokens)
