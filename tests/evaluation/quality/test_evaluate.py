@@ -186,11 +186,25 @@ def test_a_recorded_prompt_leaves_what_reading_it_leaves(
     assert torch.equal(filled.step(ids[:, :1]), itself.step(ids[:, :1]))
 
 
+def test_a_prompt_that_a_scorer_reads_again_is_recorded_too(ready: Ready) -> None:
+    policy = Policy("reconstruction", {"instruction": "3 4"}, eviction="append", recent=2)
+    llm = ready.llm.with_budgets(Budgets(((20, 7), (9, 30)), policy), max_new_tokens=4)
+    ids = random_ids(1, 50)
+    itself, filled = BudgetedReader(llm), BudgetedReader(llm)
+    expected = itself.read(ids)
+    torch.testing.assert_close(Recorder(ready.llm, policy, 60).read(ids).into(filled), expected)
+    for ours, theirs in zip(filled.session.session.state.tensors, itself.session.session.state.tensors, strict=True):
+        torch.testing.assert_close(ours, theirs)  # positions are whole numbers, and so the same
+    torch.testing.assert_close(filled.step(ids[:, :1]), itself.step(ids[:, :1]))
+
+
 def test_what_cannot_be_recorded_is_read_by_each_plan(ready: Ready) -> None:
-    assert can_record(ready.llm, Policy())
-    assert not can_record(ready.llm, Policy("key_norm")), "its scores are no sums of attention"
+    assert can_record(ready.llm, Policy(), 60)
+    assert not can_record(ready.llm, Policy("key_norm"), 60), "its scores are no sums of attention"
+    assert can_record(ready.llm, Policy("reconstruction", {"chunk": 60}), 60)
+    assert not can_record(ready.llm, Policy("reconstruction", {"chunk": 59}), 60), "survivors are chosen twice"
     sliding = SimpleNamespace(layers=(dataclasses.replace(ready.llm.layers[0], sliding_window=8),))
-    assert not can_record(sliding, Policy()), "it forgets what left its window"
+    assert not can_record(sliding, Policy(), 60), "it forgets what left its window"
     plans = [Candidate("uniform", "25%", Budgets.uniform(2, 40, Policy("key_norm")))]
     evaluation = ready.evaluate(plans, dataclasses.replace(SETTINGS, tasks=("needle_single",), count=1))
     assert len(evaluation.rows) == 4

@@ -221,7 +221,7 @@ class _Asked:
             return None
         policy = entry.budgets.policy
         ranked = Policy(policy.scorer, policy.scorer_options)
-        return ranked if can_record(self.llm, ranked) else None
+        return ranked if can_record(self.llm, ranked, self.longest) else None
 
 
 def _ask_kvpress(

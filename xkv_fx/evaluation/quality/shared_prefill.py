@@ -8,6 +8,8 @@ the very function that does so there.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +17,11 @@ from torch import Tensor
 
 from xkv_fx.errors import BudgetError
 from xkv_fx.evaluation.quality.answering import BudgetedReader
+from xkv_fx.planning.measure.continuation import cut_model
+from xkv_fx.planning.measure.second_reading import scores_of_second_reading
 from xkv_fx.policy import Policy
 from xkv_fx.public_budgets import Budgets
-from xkv_fx.runtime.scorers import scorer_of
+from xkv_fx.runtime.scorers import reading_of, scorer_of
 from xkv_fx.runtime.selection import write_survivors
 
 
@@ -58,7 +62,8 @@ class Recorded:
 class Recorder:
     """Reads prompts for all plans that rank tokens by one scorer.
 
-    It is a plan of its own: room for everything, evicting by score, since that is what keeps the scores.
+    It is a plan of its own: room for everything, evicting by score, since that is what keeps the scores. Those of a
+    scorer that reads prompts again are taken from the captured graph instead.
 
     Args:
         llm: any transformed model for one row.
@@ -67,7 +72,14 @@ class Recorder:
     """
 
     def __init__(self, llm: Any, policy: Policy, tokens: int) -> None:
+        captured = llm.program.graphs.captured
+        scorer = captured.scorer_of(Policy(policy.scorer, policy.scorer_options))
+        reading = reading_of(scorer)
+        self.read_again: Callable[[Tensor], dict[int, Tensor]] | None = None
         recording = Policy(policy.scorer, policy.scorer_options, eviction="scored")
+        if reading is not None:
+            recording = Policy(eviction="scored")
+            self.read_again = functools.partial(scores_of_second_reading, cut_model(captured, scorer), scorer, reading)
         self.reader = BudgetedReader(llm.with_budgets(Budgets.uniform(len(llm.layers), tokens, recording)))
 
     def read(self, ids: Tensor) -> Recorded:
@@ -76,16 +88,23 @@ class Recorder:
         logits = self.reader.read(ids)
         tokens = ids.shape[1]
         session = self.reader.session.session
-        layers = (session.state.of(cache) for cache in session.program.plan.caches)
-        kept = (tuple(held[field][:, :, :tokens].clone() for field in ("k", "v", "scores")) for held in layers)
-        return Recorded(logits.clone(), tuple(kept), tokens)
+        layers = [session.state.of(cache) for cache in session.program.plan.caches]
+        kept = [[held[field][:, :, :tokens].clone() for field in ("k", "v", "scores")] for held in layers]
+        if self.read_again is not None:
+            scores = self.read_again(ids)
+            kept = [[k, v, scores[index]] for index, (k, v, _) in enumerate(kept)]
+        return Recorded(logits.clone(), tuple((k, v, of_layer) for k, v, of_layer in kept), tokens)
 
 
-def can_record(llm: Any, policy: Policy) -> bool:
-    """Whether a recorder can hold every token with its score: not where a layer forgets what has left its sliding
-    window, and not for a scorer whose scores are no sums of attention."""
+def can_record(llm: Any, policy: Policy, tokens: int) -> bool:
+    """Whether a recorder can hold every one of so many tokens with its score: not where a layer forgets what has left
+    its sliding window; not for a scorer whose scores are no sums of attention; and not for one that reads prompts
+    again, a piece at a time, where they are longer than a piece, since plans choose survivors behind each."""
     if any(spec.sliding_window is not None for spec in llm.layers):
         return False
+    reading = reading_of(scorer_of(Policy(policy.scorer, policy.scorer_options)))
+    if reading is not None:
+        return tokens <= reading.chunk
     try:
         scorer_of(Policy(policy.scorer, policy.scorer_options, eviction="scored"))
     except BudgetError:
