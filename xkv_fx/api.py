@@ -176,6 +176,7 @@ def solve(
     batch_size: int = 1,
     dtype: HasItemSize | None = None,
     max_new_tokens: int = 0,
+    formats: LayerFormats | None = None,
 ) -> Budgets:
     """Solve how many KV slots each layer gets, under exactly one constraint.
 
@@ -207,6 +208,9 @@ def solve(
         max_new_tokens: for `kv_bytes`, the room for generated tokens that is set aside inside the limit, in each
             layer's own formats; give `transform` the same number, or a smaller one. Counts under `eviction="append"`
             only.
+        formats: for a profile, which says nothing about them: the pair of formats of keys and of values that every
+            layer is to be stored in, such as `("int8", "int4")`; the model's dtype by default. Their bytes count for
+            `kv_bytes` and `fraction`.
 
     Returns:
         the plan; its provenance says how it was made, and which retention (of a profile) or KL (of a calibration) is
@@ -232,6 +236,7 @@ def solve(
         batch_size=batch_size,
         dtype=dtype,
         max_new_tokens=max_new_tokens,
+        formats=formats,
     )
     unused = unused_limit(plan, profile.model_layers, dtype) if context is None else None
     if unused is not None:

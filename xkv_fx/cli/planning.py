@@ -28,7 +28,7 @@ from xkv_fx.cli.common import (
 from xkv_fx.cli.model_options import THE_MODEL, ModelOptions, with_model
 from xkv_fx.cli.showing import show_plan, summary_of
 from xkv_fx.errors import BudgetError
-from xkv_fx.formats import pair_name
+from xkv_fx.formats import pair_name, pair_of_name
 from xkv_fx.planning.data.load_measured import load_measured
 from xkv_fx.sizes import number_or_word
 
@@ -170,6 +170,9 @@ def solve(
     ] = None,
     multiple: Annotated[int, typer.Option(help="Round capacities to multiples of this.", min=1)] = 16,
     floor: Annotated[int, typer.Option(help="Fewest slots of a layer.", min=1)] = 1,
+    formats: Annotated[
+        str | None, typer.Option(help="Of a profile: what all layers store in, as int8 or int8/int4.", metavar="PAIR")
+    ] = None,
     holdout: Annotated[
         list[Path] | None, text_file("Text files to measure the plan on, against others at equal bytes.")
     ] = None,
@@ -203,6 +206,7 @@ def solve(
             multiple=multiple,
             floor=floor,
             max_new_tokens=max_new_tokens,
+            formats=formats and pair_of_name(formats),
         )
     if holdout:
         report = _verify(budgets, holdout, model, length, continuation)

@@ -317,3 +317,25 @@ def test_a_fraction_is_of_the_bytes_that_a_full_cache_holds(profile: Profile, fr
 def test_a_fraction_in_per_cent_without_the_sign_says_what_was_meant() -> None:
     with pytest.raises(BudgetError, match=r'got 38.4; did you mean 0.384, that is "38.4%"\?'):
         solve_plan(PROFILE, fraction=38.4)
+
+
+# One format for all layers
+
+
+def test_a_profile_is_solved_for_slots_of_other_formats() -> None:
+    heads = Profile(PROFILE.curves, POLICY, (dataclasses.replace(FULL, kv_heads=1),) * 5, "fingerprint", {}, (2, 2, 1))
+    pair = ("int8", "int4")
+    for profile in (PROFILE, heads):
+        slot = profile.layers[0].slot_bytes(formats=pair)
+        most = sum(spec.slot_bytes() for spec in profile.layers) * 160
+        plan = solve_plan(profile, fraction=0.125, formats=pair)
+        capacities = np.hstack([np.atleast_1d(of_layer) for of_layer in plan.capacities])
+        assert plan.formats == (pair,) * len(profile.model_layers)
+        assert most / 8 - slot < plan.kv_bytes(profile.model_layers) <= most / 8
+        assert plan.provenance.kv_bytes == plan.kv_bytes(profile.model_layers)
+        same = solve_plan(profile, total_tokens=capacities.sum()) if profile is PROFILE else None
+        assert same is None or same.capacities == plan.capacities, "shared like as many tokens of any size"
+    assert solve_plan(PROFILE, fraction=1.0, formats=pair).capacities == (160,) * 5
+    assert solve_plan(PROFILE, fraction=0.5, formats=("model", "model")) == solve_plan(PROFILE, fraction=0.5)
+    with pytest.raises(BudgetError, match="unknown format 'int3' of the values of all layers"):
+        solve_plan(PROFILE, fraction=0.5, formats=("int8", "int3"))  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from xkv_fx.budgets import Plan
 from xkv_fx.errors import BudgetError
-from xkv_fx.formats import LayerFormats
+from xkv_fx.formats import LayerFormats, checked_pair
 from xkv_fx.layers import HasItemSize, LayerSpec
 from xkv_fx.planning.data.by_head import planned_by_layer, tokens_of_heads
 from xkv_fx.planning.data.calibration_data import Calibration
@@ -20,6 +20,7 @@ from xkv_fx.planning.solve import allocators, peer_allocators  # noqa: F401  (re
 from xkv_fx.planning.solve.allocators import Allocator
 from xkv_fx.planning.solve.constraints import (
     bytes_held,
+    bytes_of_fraction,
     full_bytes,
     only_constraint,
     refuse_room,
@@ -55,10 +56,12 @@ def solve_plan(
     batch_size: int = 1,
     dtype: HasItemSize | None = None,
     max_new_tokens: int = 0,
+    formats: LayerFormats | None = None,
 ) -> Plan:
     """See `xkv_fx.solve`."""
     if not isinstance(profile, Profile | Calibration):
         raise BudgetError(f"solve takes an xkv_fx.Profile or Calibration; got {type(profile).__name__}")
+    pair = _checked_formats(formats, profile)
     name, value = only_constraint(fraction=fraction, total_tokens=total_tokens, retention=retention, kv_bytes=kv_bytes)
     context = profile.context_default if context is None else check_context(context)
     layers = profile.layers
@@ -83,11 +86,14 @@ def solve_plan(
     if name == "total_tokens" and profile.heads is not None:
         value = tokens_of_heads(value, profile.heads)
     if name == "fraction":
-        name, value = what_fraction_is(value, layers, context)
+        if pair is None:
+            name, value = what_fraction_is(value, layers, context)
+        else:
+            name, value = "kv_bytes", bytes_of_fraction(value, layers, context)
         batch_size, dtype = 1, None
 
     if name == "kv_bytes":
-        slot_bytes = slot_bytes_of(layers, batch_size, dtype)
+        slot_bytes = slot_bytes_of(layers, batch_size, dtype, pair)
         if name in constraint:
             constraint |= what_bytes_are_of(batch_size, dtype, room.tokens)
         curves = _objective(profile, share, context)
@@ -112,11 +118,26 @@ def solve_plan(
             source=profile.digest(),
             expected_retention=None if calibrated else mean_retention(curves, capacities),
             expected_kl=profile.expected_kl(capacities.tolist(), context) if isinstance(profile, Calibration) else None,
-            kv_bytes=bytes_held(layers, capacities.tolist()),
+            kv_bytes=bytes_held(layers, capacities.tolist(), (pair,) * len(layers)),
             full_kv_bytes=full_bytes(layers, context),
             sliding_windows=tuple(spec.sliding_window for spec in profile.model_layers),
         ),
+        formats=None if pair is None else (pair,) * len(profile.model_layers),
     )
+
+
+def _checked_formats(formats: LayerFormats | None, profile: Profile | Calibration) -> LayerFormats | None:
+    """The formats that all layers are to be stored in, None for the model's dtype.
+
+    Raises:
+        BudgetError: no pair of formats, or one for a calibration, whose divergences are of formats of its own.
+    """
+    if formats is not None and isinstance(profile, Calibration):
+        raise BudgetError(
+            "formats are given for a profile, which says nothing about them; a calibration measured KL in its own "
+            "formats, so calibrate with formats=... instead"
+        )
+    return checked_pair(formats, "all layers")
 
 
 def _objective(profile: Profile | Calibration, share: Allocator, context: int) -> Curves:
