@@ -206,7 +206,7 @@ def solve(
             multiple=multiple,
             floor=floor,
             max_new_tokens=max_new_tokens,
-            formats=formats and pair_of_name(formats),
+            formats=None if formats is None else pair_of_name(formats),
         )
     if holdout:
         report = _verify(budgets, holdout, model, length, continuation)

@@ -265,6 +265,17 @@ def test_layers_with_different_numbers_of_heads_are_planned_by_head() -> None:
     check_equal_bytes(plans, layers, 64)
 
 
+def test_a_profile_is_solved_in_every_format_that_is_asked_for() -> None:
+    spec = LayerSpec(query_heads=4, kv_heads=2, key_dim=8, value_dim=8, itemsize=4)
+    curves = np.stack([np.linspace(0, 1, 65, dtype=np.float32) ** power for power in (0.2, 0.5, 0.9, 1.0)])
+    measured = xkv_fx.Profile((curves,), Policy(), one_head_specs((spec, spec)), "model", heads=(2, 2))
+    plans = candidates_of_fractions((spec, spec), 64, (0.2,), (measured,), formats=(INT4,))
+    assert [plan.name for plan in plans] == ["xkv by head", "xkv by head, all int4", "uniform", "all int4"]
+    assert plans[1].budgets.by_head
+    assert plans[1].budgets.formats == plans[3].budgets.formats == (INT4, INT4)
+    check_equal_bytes(plans, (spec, spec), 64)
+
+
 INT8, INT4 = ("int8", "int8"), ("int4", "int4")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 
 import xkv_fx
 from xkv_fx.budgets import Plan
 from xkv_fx.errors import BudgetError
-from xkv_fx.formats import LayerFormats, pair_name
+from xkv_fx.formats import LayerFormats, codes_keys, pair_name
 from xkv_fx.heads import planned_slot_bytes
 from xkv_fx.layers import HasItemSize, LayerSpec, with_itemsize
 from xkv_fx.mean_keys import MeanKeys
@@ -77,8 +78,9 @@ def candidates_of_fractions(
     formats: Sequence[LayerFormats] = (),
     dtype: HasItemSize | None = None,
 ) -> tuple[Candidate, ...]:
-    """For each share of the bytes of a full cache: what the allocators make of each profile or calibration, and for
-    each policy of theirs and each further scorer a uniform plan and one for each of `formats` in all layers.
+    """For each share of the bytes of a full cache: what the allocators make of each profile or calibration, of a
+    profile also in each of `formats`, and for each policy of theirs and each further scorer a uniform plan and one for
+    each of `formats` in all layers.
 
     Args:
         allocators: names; each is used for those that can be solved by it, `"joint"` for calibrations of formats. By
@@ -127,11 +129,16 @@ def _of_bytes(
             allocator = None if name == JOINT else name
             budgets = xkv_fx.solve(source, kv_bytes=kv_bytes, context=context, allocator=allocator, dtype=dtype)
             found.append(Candidate(by_head(name, source) if name else own_name(source), size, budgets))
+        for pair, source in itertools.product(formats, _profiles(measured, allocators)):
+            if _slot_each(source.layers, dtype, pair) <= kv_bytes:
+                budgets = xkv_fx.solve(source, kv_bytes=kv_bytes, context=context, dtype=dtype, formats=pair)
+                budgets = dataclasses.replace(budgets, mean_keys=_mean_keys(measured) if codes_keys(pair) else None)
+                found.append(Candidate(f"{own_name(source)}, {name_of_format(pair)}", size, budgets))
         for policy in _policies(measured, scorers):
             found.append(Candidate(UNIFORM, size, _alike(policy, counted, context, kv_bytes)))
             for pair in formats:
-                if sum(spec.slot_bytes(formats=pair) for spec in counted) <= kv_bytes:  # else not a slot each
-                    alike = _alike(policy, counted, context, kv_bytes, pair, _mean_keys(measured, policy))
+                if _slot_each(layers, dtype, pair) <= kv_bytes:
+                    alike = _alike(policy, counted, context, kv_bytes, pair, _mean_keys(measured))
                     found.append(Candidate(name_of_format(pair), size, alike))
     return tuple(found)
 
@@ -166,10 +173,22 @@ def _alike(
     return Budgets(capacities, policy, provenance, formats=(pair,) * len(layers), mean_keys=mean_keys)
 
 
-def _mean_keys(measured: Iterable[Profile | Calibration], policy: Policy) -> MeanKeys | None:
-    """Those that a calibration of this policy found, which cost a plan of one format nothing either."""
-    of_policy = (source for source in measured if isinstance(source, Calibration) and source.policy == policy)
-    return next((source.layer_mean_keys for source in of_policy if source.mean_keys is not None), None)
+def _slot_each(layers: Sequence[LayerSpec], dtype: HasItemSize | None, pair: LayerFormats) -> int:
+    """The bytes of the smallest plan in these formats, a slot of each layer."""
+    return sum(spec.slot_bytes(formats=pair) for spec in _counted(layers, dtype))
+
+
+def _profiles(measured: Iterable[Profile | Calibration], allocators: Sequence[str] | None) -> list[Profile]:
+    """Those whose plans are asked for by their own allocator."""
+    asked = allocators is None or "xkv" in allocators
+    return [source for source in measured if asked and isinstance(source, Profile)]
+
+
+def _mean_keys(measured: Iterable[Profile | Calibration]) -> MeanKeys | None:
+    """Those that a calibration found, which cost a plan of one format nothing either: they are the model's, whatever
+    its tokens are ranked by."""
+    calibrations = (source for source in measured if isinstance(source, Calibration))
+    return next((source.layer_mean_keys for source in calibrations if source.mean_keys is not None), None)
 
 
 def _counted(layers: Sequence[LayerSpec], dtype: HasItemSize | None) -> tuple[LayerSpec, ...]:
