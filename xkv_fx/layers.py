@@ -32,6 +32,8 @@ class LayerSpec:
             stored once (multi-head latent attention: the latent, and its rotary key).
         itemsize: bytes of one cached element in the model's own dtype.
         sliding_window: the number of newest tokens that the layer attends to, or None for all of them.
+        index_dim: size of the key by which an indexer picks what a query attends to, kept beside the keys of each KV
+            head; 0 for a layer that attends to all that it keeps.
     """
 
     query_heads: int
@@ -40,6 +42,7 @@ class LayerSpec:
     value_dim: int
     itemsize: int
     sliding_window: int | None = None
+    index_dim: int = dataclasses.field(default=0, repr=False)  # keys of saved sessions are made of what is printed
 
     def slot_bytes(self, dtype: HasItemSize | None = None, formats: LayerFormats | None = None) -> int:
         """Bytes that one slot takes over all KV heads, keys and values together, for one row.
@@ -53,7 +56,8 @@ class LayerSpec:
         """
         itemsize = self.itemsize if dtype is None else dtype.itemsize
         if formats is None:
-            return self.kv_heads * (self.key_dim + self.value_dim) * itemsize
+            return self.kv_heads * (self.key_dim + self.value_dim + self.index_dim) * itemsize
+        self.check_formats()
         keys, values = formats
         if self.value_dim == 0:
             check_latent(formats)
@@ -61,6 +65,14 @@ class LayerSpec:
         return self.kv_heads * (
             vector_bytes(keys, self.key_dim, itemsize) + vector_bytes(values, self.value_dim, itemsize)
         )
+
+    def check_formats(self) -> None:
+        """Raise BudgetError unless slots may be stored in fewer bits."""
+        if self.index_dim:
+            raise BudgetError(
+                "it keeps the keys of an indexer, and layers that do are stored in the model's dtype alone; leave out "
+                "their formats"
+            )
 
     def effective_capacity(self, capacity: int) -> int:
         """`capacity`, clamped to the sliding window: older tokens are never attended to."""
@@ -90,16 +102,28 @@ _FIELDS: Fields = {
     "value_dim": whole(0),
     "itemsize": whole(1),
     "sliding_window": or_null(whole(1)),
+    "index_dim": whole(1),
 }
+_OPTIONAL = ("index_dim",)
+"""Left out where it is 0, so that older versions read what they know of."""
 
 
 def layer_specs(layers: list[Any]) -> tuple[LayerSpec, ...]:
     """LayerSpecs from JSON objects, every number whole and at least 1, `value_dim` at least 0.
 
+    An `index_dim` may be left out.
+
     Raises:
         FileFormatError: they are not; the message does not name the file.
     """
-    return tuple(LayerSpec(**check_fields(fields, _FIELDS, f"layer {layer}")) for layer, fields in enumerate(layers))
+    each = enumerate(layers)
+    return tuple(LayerSpec(**check_fields(fields, _FIELDS, f"layer {layer}", _OPTIONAL)) for layer, fields in each)
+
+
+def layer_fields(layers: Sequence[LayerSpec]) -> list[dict[str, Any]]:
+    """The JSON objects that `layer_specs` reads."""
+    each = (dataclasses.asdict(spec) for spec in layers)
+    return [{name: value for name, value in fields.items() if value or name not in _OPTIONAL} for fields in each]
 
 
 def layers_of(model: Layers) -> tuple[LayerSpec, ...]:

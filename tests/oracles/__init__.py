@@ -9,6 +9,7 @@ from oracles.attention_loops import (
     decode_attention,
     decode_scored,
     extend_attention,
+    picked,
 )
 from oracles.scores import snapkv_scores_reference
 from oracles.selection import keep
@@ -21,6 +22,7 @@ __all__ = [
     "decode_scored",
     "extend_attention",
     "keep",
+    "picked",
     "reference_ordinals",
     "reference_slot",
     "snapkv_scores_reference",

@@ -83,15 +83,41 @@ def attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
+    index_queries: Tensor | None = None,
+    index_keys: Tensor | None = None,
+    index_weights: Tensor | None = None,
+    top_k: int | None = None,
 ) -> Tensor:
-    """`xkv::attention`: query i reads the keys up to i, of a sliding window the newest ones only."""
+    """`xkv::attention`: query i reads the keys up to i, of a sliding window the newest ones only, and of those what an
+    indexer picks."""
 
     def reach(row: int, kv_head: int, query: int) -> list[int]:
-        return _causal(query, sliding_window)
+        keys = _causal(query, sliding_window)
+        if index_queries is None or index_keys is None or index_weights is None or top_k is None:
+            return keys
+        return picked(index_queries[row, :, query], index_keys[row, 0], index_weights[row, query], keys, top_k)
 
     bias = _by_distance(slopes, lambda row, kv_head, query, key: query - key, q.shape[1] // k.shape[1])
     out, _ = attend(q, k, v, reach, scale, softcap, sink_logits, bias)
     return out.to(q.dtype)
+
+
+def picked(queries: Tensor, keys: Tensor, weights: Tensor, reachable: list[int], top_k: int) -> list[int]:
+    """The `top_k` of the reachable keys that one token's indexer wants most, and those that tie with the last.
+
+    Args:
+        queries: `[index_heads, index_dim]`.
+        keys: `[N, index_dim]`.
+        weights: `[index_heads]`.
+    """
+    wanted = {}
+    for key in reachable:
+        products = (queries.double() @ keys[key].double()).tolist()
+        wanted[key] = sum(
+            weight * max(0.0, product) for weight, product in zip(weights.tolist(), products, strict=True)
+        )
+    least = sorted(wanted.values(), reverse=True)[:top_k][-1]
+    return [key for key, value in wanted.items() if value >= least]
 
 
 def extend_attention(

@@ -20,6 +20,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 5e-2, tor
 """Difference of logits, relative to their size, that is allowed between a model and its captured graph."""
 LENGTH = 17
 PIECES = (9, 14)
+INDEX_AT = 6
+"""Where the arguments of an indexer begin among those that `xkv::attention` takes behind keys and values."""
 
 
 def check_capture(
@@ -86,7 +88,7 @@ def _continuation_error(
         pieces += [(token, place, place + 1) for place in range(start, stop)]
     if len(pieces) == 1:  # too short
         return 0.0
-    history: dict[int, tuple[Tensor, Tensor]] = {}
+    history: dict[int, tuple[Tensor, ...]] = {}
     states: dict[int, tuple[Tensor, ...]] = {}
     with torch.no_grad():
         logits = [
@@ -124,7 +126,7 @@ class _Continuing(Interpreter):
     def __init__(
         self,
         module: GraphModule,
-        history: dict[int, tuple[Tensor, Tensor]],
+        history: dict[int, tuple[Tensor, ...]],
         states: dict[int, tuple[Tensor, ...]],
     ) -> None:
         super().__init__(module)
@@ -138,13 +140,16 @@ class _Continuing(Interpreter):
         if target is not torch.ops.xkv.attention.default:
             return super().call_function(target, args, kwargs)
         q, k, v, *rest = args
+        index = rest[INDEX_AT:] or None
+        new: tuple[Tensor, ...] = (k, v) if index is None else (k, v, index[1])
         if self.calls in self.history:
-            before = self.history[self.calls]
-            k, v = (torch.cat(parts, 2) for parts in zip(before, (k, v), strict=True))
-        self.history[self.calls] = (k, v)
+            new = tuple(torch.cat(parts, 2) for parts in zip(self.history[self.calls], new, strict=True))
+        self.history[self.calls] = new
         self.calls += 1
-        earlier = q.new_zeros(*q.shape[:2], k.shape[2] - q.shape[2], q.shape[3])
-        attended = super().call_function(target, (torch.cat((earlier, q), 2), k, v, *rest), kwargs)
+        earlier = new[0].shape[2] - q.shape[2]
+        if index is not None:
+            rest[INDEX_AT:] = [_after(index[0], earlier, 2), new[2], _after(index[2], earlier, 1), index[3]]
+        attended = super().call_function(target, (_after(q, earlier, 2), *new[:2], *rest), kwargs)
         return attended[:, :, -q.shape[2] :].contiguous()
 
     def _go_on(self, layer: Recurrence, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -157,3 +162,9 @@ class _Continuing(Interpreter):
         else:
             out, self.states[layer.index] = layer.go_on(inputs, held)
         return out
+
+
+def _after(values: Tensor, earlier: int, dim: int) -> Tensor:
+    """Values of tokens, behind so many zeros for earlier ones."""
+    shape = [earlier if axis == dim else size for axis, size in enumerate(values.shape)]
+    return torch.cat((values.new_zeros(shape), values), dim)

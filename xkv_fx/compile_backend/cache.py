@@ -82,6 +82,10 @@ class Cache(SessionCache):
                 f"{facts.name} has recurrent layers, whose states the backend 'xkv' does not carry along; use "
                 "xkv_fx.transform"
             )
+        if facts.picked is not None:
+            raise UnsupportedModelError(
+                f"{facts.name} has indexers, whose keys the backend 'xkv' does not keep; use xkv_fx.transform"
+            )
         if facts.shard != UNSHARDED:
             raise UnsupportedModelError(
                 f"{facts.name} is split among processes, which the backend 'xkv' does not take; use xkv_fx.transform"

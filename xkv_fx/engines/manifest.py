@@ -28,7 +28,7 @@ from xkv_fx.engines.targets import TARGETS
 from xkv_fx.errors import EngineError, FileFormatError, XkvError
 from xkv_fx.fields import DOCUMENT, LIST, OBJECT, TEXT, Field, check_fields, list_of, or_null, whole
 from xkv_fx.files import read_sealed_json, write_sealed_json
-from xkv_fx.layers import LayerSpec, layer_specs
+from xkv_fx.layers import LayerSpec, layer_fields, layer_specs
 from xkv_fx.runtime.recurrence import StatePart
 from xkv_fx.runtime.state import GRAPH_KINDS, CachePlan, GraphKind
 
@@ -111,7 +111,7 @@ class Manifest:
             "model": self.model,
             "capacities": self.budgets.capacities,
             "policy": self.budgets.policy.to_dict(),
-            "layers": [dataclasses.asdict(spec) for spec in self.layers],
+            "layers": layer_fields(self.layers),
             "room": self.room,
             "batch_size": self.batch_size,
             "dtype": self.dtype,
@@ -272,7 +272,7 @@ def _stored(read_plan: Callable[[Any], Plan] = Plan.from_dict) -> dict[str, _Sto
         "model": text,
         "program": text,
         "budgets": _Stored(OBJECT, Plan.to_dict, read_plan),
-        "layers": _Stored(LIST, _write_layers, layer_specs),
+        "layers": _Stored(LIST, layer_fields, layer_specs),
         "room": _Stored(whole()),  # the plan says what it may be
         "batch_size": count,
         "dtype": text,
@@ -289,10 +289,6 @@ def _stored(read_plan: Callable[[Any], Plan] = Plan.from_dict) -> dict[str, _Sto
         "tensorrt": _Stored(or_null(OBJECT), _write_build, _read_build),
         "recurrent": _Stored(LIST, write_states, read_states),
     }
-
-
-def _write_layers(layers: Sequence[LayerSpec]) -> list[Any]:
-    return [dataclasses.asdict(spec) for spec in layers]
 
 
 def _write_weights(weights: Sequence[TensorSpec]) -> list[Any]:

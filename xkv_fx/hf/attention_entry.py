@@ -15,16 +15,19 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from xkv_fx.errors import SessionError, UnsupportedModelError, XkvError
-from xkv_fx.hf.masks import padding_mask
+from xkv_fx.hf.masks import padding_mask, picking_mask
 from xkv_fx.hf.recompile_limit import RAISE_LIMIT
 from xkv_fx.passes.prepare.compact_padding import places
-from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
+from xkv_fx.runtime import capture_marks, ops  # noqa: F401  (register the marks and the ops)
 from xkv_fx.runtime.tracing_marks import FOREIGN_CACHE
 
 NAME = "xkv"
 CAPTURED_NAME = "xkv_captured"
 """The name of the same attention while a model is exported, after its masks were checked. It has no registered mask
 function, so transformers makes no masks; under `NAME` they would be traced and then thrown away."""
+PICKING_NAME = "xkv_picking"
+"""The name of the same attention while a model with indexers is looked at and exported. These pick keys below a mask,
+so there is one, and attention is told what they have picked."""
 # Arguments that say nothing about the mathematics of attention once the mask is causal.
 _HARMLESS = {
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal",
@@ -101,6 +104,31 @@ def captured_attention(
     return attention(module, query, key, value, attention_mask, **options)
 
 
+def picking_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    indices: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """As `attention`, for models with indexers; the queries are marked with their mask and the keys that they reach.
+
+    Args:
+        attention_mask: what `picking_mask` returned.
+        indices: the places of the keys that each query reaches, `[rows, S, any]`; None for all.
+
+    Raises:
+        UnsupportedModelError: as `attention`; or keys are picked without a mask.
+    """
+    if attention_mask is not None:
+        query = torch.ops.xkv.masked_queries(query, attention_mask, indices)
+    elif indices is not None:
+        raise UnsupportedModelError(f"{type(module).__name__} has its keys picked without a mask")
+    return attention(module, query, key, value, None, **options)
+
+
 def refusal(reason: int, where: str, arguments: str = "arguments of its own") -> XkvError:
     """The error for a given reason; a graph may hold that reason as the argument of `xkv::refused`."""
     if reason == _MASK:
@@ -163,4 +191,6 @@ def _attention_with_padding(
 
 AttentionInterface.register(NAME, attention)
 AttentionInterface.register(CAPTURED_NAME, captured_attention)
+AttentionInterface.register(PICKING_NAME, picking_attention)
 AttentionMaskInterface.register(NAME, padding_mask)
+AttentionMaskInterface.register(PICKING_NAME, picking_mask)

@@ -26,7 +26,8 @@ from xkv_fx.capture.facts import UNSHARDED
 from xkv_fx.capture.plain_module import PROBE_LENGTH
 from xkv_fx.capture.shared_weights import SharedWeights
 from xkv_fx.errors import UnsupportedModelError
-from xkv_fx.hf.attention_entry import CAPTURED_NAME, NAME
+from xkv_fx.hf.attention_entry import CAPTURED_NAME, NAME, PICKING_NAME
+from xkv_fx.hf.indexers import MORE_THAN_ANY, pick
 from xkv_fx.hf.inspect import TransformersFacts, nothing_to_budget, read_model
 from xkv_fx.hf.probe import logits_of, probe
 from xkv_fx.hf.recurrences import attends, keeps_states, replace_recurrences, with_step
@@ -38,6 +39,7 @@ from xkv_fx.passes.prepare.absorb_latents import AbsorbLatents
 from xkv_fx.passes.prepare.bind_recurrences import BindRecurrences
 from xkv_fx.passes.prepare.find_positions import FindPositions, position_limit
 from xkv_fx.passes.prepare.match_attention import MatchAttention
+from xkv_fx.passes.prepare.match_indexers import MatchIndexers
 from xkv_fx.passes.prepare.specialize import one_token_graph
 from xkv_fx.passes.tools.graph import output_node
 from xkv_fx.runtime.recurrence import Recurrence
@@ -109,6 +111,8 @@ class _Twin:
 
 
 def _twin_of(source: PreTrainedModel, facts: TransformersFacts) -> _Twin:
+    if facts.picked is not None:
+        return _indexed_twin(source, facts)
     if keeps_states(source):
         return _hybrid_twin(source, facts)
     try:
@@ -143,6 +147,23 @@ def _hybrid_twin(source: PreTrainedModel, facts: TransformersFacts) -> _Twin:
     _check_layer_count(facts, attentions.count, recurrences.attentions)
     twin.set_attn_implementation(CAPTURED_NAME)
     return _Twin(twin, attentions.layers, recurrences.found)
+
+
+def _indexed_twin(source: PreTrainedModel, facts: TransformersFacts) -> _Twin:
+    """A shadow of a model some of whose attentions reach only the keys that an indexer picks."""
+    for holds, what in ((facts.shard != UNSHARDED, "is split among processes"), (keeps_states(source), "is a hybrid")):
+        if holds:
+            raise UnsupportedModelError(f"{facts.name} has indexers and {what}; both together are not supported")
+    twin = shadow(source, facts, PICKING_NAME)
+    pick(twin, 1)  # as it shows whether that number is all that decides how many
+    attentions = probe(twin, facts)
+    if not attentions.picked or set(attentions.picked) != {1}:
+        raise UnsupportedModelError(
+            f"{facts.name} cannot be captured: its indexers do not give its attention the keys that they pick"
+        )
+    _check_layer_count(facts, attentions.count, facts.hidden_layers)
+    pick(twin, MORE_THAN_ANY)
+    return _Twin(twin, attentions.layers)
 
 
 def _unreplaced(source: PreTrainedModel, facts: TransformersFacts) -> _Twin:
@@ -198,8 +219,10 @@ def _capture_twin(
     layers = cached_layers(sites)
     if not recurrences:
         _check_layer_count(facts, len(sites), facts.hidden_layers)
-    for found in (twin.layers or layers, layers if token is None else cached_layers(attention_sites(token))):
-        if found != layers:
+    seen = tuple(dataclasses.replace(spec, index_dim=0) for spec in layers)
+    of_token = layers if token is None else cached_layers(attention_sites(token))
+    for found, expected in ((twin.layers or seen, seen), (of_token, layers)):
+        if found != expected:
             raise UnsupportedModelError(
                 f"{facts.name}: export kept {len(layers)} attentions of the {len(found)} that ran"
             )
@@ -227,6 +250,8 @@ def _prompt_graph(
     """The prompt graph, the length up to which it matches the model, and whether it differs from what export gives."""
     prompt, longest = export_graph(entry, inputs, longest, alone=facts.shard == UNSHARDED)
     BindRecurrences(recurrences)(prompt)
+    if facts.picked is not None:
+        MatchIndexers(facts.picked)(prompt)
     return prompt, longest, _rewrite(prompt, inputs[0].shape[0], longest, written)
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from xkv_fx.capture.facts import ModelFacts
 from xkv_fx.errors import UnsupportedModelError
+from xkv_fx.hf.indexers import picked_by_indexers
 from xkv_fx.hf.rotary import ChangingRotary, changing_rotary, fixed_up_to
 from xkv_fx.hf.tensor_parallel import shard_of
 from xkv_fx.runtime.autocast import refuse_autocast
@@ -33,7 +34,7 @@ _VOLATILE = {
     "pad_token_id",
 }
 
-_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "attention"}
 _BOTH_KINDS = {"hybrid", "hybrid_sliding"}
 """Layers that attend and keep another state besides."""
 
@@ -45,10 +46,12 @@ class TransformersFacts(ModelFacts):
     Attributes:
         hidden_layers: how many layers its configuration says that it has; None if it does not say so.
         rotary: the rotary angles that change with the length.
+        picked: how many keys its indexers let each query reach; None for a model without indexers.
     """
 
     hidden_layers: int | None
     rotary: tuple[ChangingRotary, ...]
+    picked: int | None
 
 
 def read_model(model: Any) -> tuple[PreTrainedModel, TransformersFacts]:
@@ -69,10 +72,11 @@ def read_model(model: Any) -> tuple[PreTrainedModel, TransformersFacts]:
         device=source.device,
         max_positions=longest,
         ends_early=why,
-        has_latents=isinstance(getattr(config, "kv_lora_rank", None), int),
+        has_latents=_has_latents(config),
         shard=shard_of(source),
         hidden_layers=getattr(config, "num_hidden_layers", None),
         rotary=rotary,
+        picked=picked_by_indexers(source),
     )
     return source, facts
 
@@ -125,14 +129,10 @@ def _adapted_model(model: nn.Module) -> nn.Module:
 
 
 def _check_state(model: PreTrainedModel) -> None:
-    """Nothing is kept of earlier tokens but keys and values, or the states of layers beside those that attend."""
+    """Nothing is kept of earlier tokens but keys and values, those of indexers, or the states of layers beside those
+    that attend."""
     name = type(model).__name__
-    for path, module in model.named_modules():
-        if "indexer" in type(module).__name__.lower():
-            raise UnsupportedModelError(
-                f"{name} cannot be captured: {path} ({type(module).__name__}) picks the keys of each query by what the "
-                "tokens are, from keys of its own that it keeps for all of them"
-            )
+    picked_by_indexers(model)
     kinds = layer_kinds(model)
     attending = [kind for kind in kinds if kind in _ATTENTION_KINDS or kind in _BOTH_KINDS]
     if getattr(model, "_is_stateful", False) and not attending:
@@ -196,6 +196,12 @@ def _reach(config: PreTrainedConfig, rotary: Sequence[ChangingRotary]) -> tuple[
     limits = [limit for limit in (*(end for end, _ in ends), has) if limit is not None]
     longest = min(limits, default=None)
     return longest, "; ".join(why for end, why in ends if end == longest != has)
+
+
+def _has_latents(config: PreTrainedConfig) -> bool:
+    """Whether any layer makes its keys and values from a latent; some models have a configuration for each layer."""
+    layers = getattr(config, "per_layer_config", None) or (config,)
+    return any(isinstance(getattr(layer, "kv_lora_rank", None), int) for layer in layers)
 
 
 def _positions(config: PreTrainedConfig) -> int | None:

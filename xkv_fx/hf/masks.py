@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xkv_fx.errors import UnsupportedModelError
+from xkv_fx.runtime import capture_marks  # noqa: F401  (registers the marks)
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 FARTHEST = 300_000
@@ -56,6 +57,24 @@ def padding_mask(
         return None
     valid = attention_mask[:, -q_length:]
     return valid if torch.compiler.is_dynamo_compiling() or not bool(valid.all()) else None
+
+
+def picking_mask(
+    *args: Any, batch_size: int, q_length: int, device: torch.device, mask_function: MaskFunction, **kwargs: Any
+) -> Tensor:
+    """The mask that models with indexers pick below, while they are captured: the op that marks it. Whether it is the
+    causal one is found out before, from the mask functions.
+
+    Raises:
+        UnsupportedModelError: a model is run, and not captured.
+    """
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.append(mask_function)
+    elif not torch.compiler.is_exporting():
+        raise UnsupportedModelError("attention over picked keys is for capture alone; choose another implementation")
+    mask: Tensor = torch.ops.xkv.causal_pairs(batch_size, q_length, device)
+    return mask
 
 
 @contextmanager

@@ -23,11 +23,14 @@ class Attentions:
 
     Attributes:
         count: how many there were.
-        layers: what each of them caches; one that attends to the K/V of an earlier one, nothing.
+        layers: what each of them caches; one that attends to the K/V of an earlier one, nothing. Keys of indexers are
+            left out.
+        picked: how many keys were picked for each query of those that have an indexer.
     """
 
     count: int
     layers: tuple[LayerSpec, ...]
+    picked: tuple[int, ...] = ()
 
 
 def probe(twin: PreTrainedModel, facts: TransformersFacts, length: int = 2) -> Attentions:
@@ -53,7 +56,7 @@ def probe(twin: PreTrainedModel, facts: TransformersFacts, length: int = 2) -> A
     except OutOfSightError:
         enough = min(2 * max((window or 0 for window in windows), default=0) + 64, longest)
         return probe(twin, facts, max(enough, 3))
-    return Attentions(len(windows), tuple(record.layers))
+    return Attentions(len(windows), tuple(record.layers), tuple(record.picked))
 
 
 def logits_of(
@@ -77,6 +80,7 @@ class _RecordAttention(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.layers: list[LayerSpec] = []
         self.windows: list[int | None] = []
+        self.picked: list[int] = []
         self._cached: list[tuple[Tensor, Tensor, int | None]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -88,4 +92,6 @@ class _RecordAttention(TorchDispatchMode):
                 self._cached.append((k, v, window))
                 value_dim = 0 if v is k else v.shape[3]
                 self.layers.append(LayerSpec(q.shape[1], k.shape[1], k.shape[3], value_dim, k.dtype.itemsize, window))
+        elif func is torch.ops.xkv.masked_queries.default and len(args) > 2 and args[2] is not None:
+            self.picked.append(args[2].shape[-1])
         return func(*args, **(kwargs or {}))

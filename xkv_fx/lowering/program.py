@@ -241,5 +241,7 @@ def program_key(fingerprint: str, plan: CachePlan, scorer: Scorer, shard: Shard 
     stored = tuple(part for part in (plan.formats, plan.mean_keys) if part is not None)
     split = () if plan.groups is None else (plan.groups,)
     carried = (plan.recurrent,) if plan.recurrent else ()
-    made_for = (fingerprint, plan.layers, plan.slots, plan.rows, plan.dtype, scorer, *part, *stored, *split, *carried)
+    indexed = tuple(spec.index_dim for spec in plan.layers)
+    others = (*part, *stored, *split, *carried, *((indexed,) if any(indexed) else ()))
+    made_for = (fingerprint, plan.layers, plan.slots, plan.rows, plan.dtype, scorer, *others)
     return hashlib.sha256(repr(made_for).encode()).hexdigest()

@@ -26,7 +26,9 @@ from xkv_fx.runtime.attention import (
     without_slots,
 )
 from xkv_fx.runtime.coded import Stored, extend_block, held_keys
-from xkv_fx.runtime.form import AttentionForm
+from xkv_fx.runtime.form import AttentionForm, Index
+from xkv_fx.runtime.indexed_ops import pick_among
+from xkv_fx.runtime.indexing import INDEX_BLOCK, highest, index_scores
 from xkv_fx.runtime.scorers import accumulated  # noqa: F401  (registers its op)
 from xkv_fx.runtime.scorers.prompt import PromptView
 
@@ -43,9 +45,17 @@ def attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
+    index_queries: Tensor | None = None,
+    index_keys: Tensor | None = None,
+    index_weights: Tensor | None = None,
+    top_k: int | None = None,
 ) -> Tensor:
     """`xkv::attention`."""
-    out, lse = _causal(q, k, v, AttentionForm(scale, sliding_window, softcap, slopes=slopes))
+    form = AttentionForm(scale, sliding_window, softcap, slopes=slopes)
+    if top_k is None:
+        out, lse = _causal(q, k, v, form)
+    else:
+        out, lse = _indexed(q, k, v, form, Index(index_queries, index_keys, index_weights, top_k))
     return apply_sink_logits(out, lse, sink_logits).contiguous()
 
 
@@ -68,6 +78,39 @@ def extend_attention(
     among_new = _causal(q, k, v, form)
     over_slots = _slots(q, k_cache, values_of(k_cache, v_cache), mask, form, ages)
     out, lse = merge_attention(among_new, over_slots)
+    return apply_sink_logits(out, lse, sink_logits).contiguous()
+
+
+def extend_indexed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    mask: Tensor,
+    scale: float,
+    index_queries: Tensor,
+    index_keys: Tensor,
+    index_weights: Tensor,
+    index_cache: Tensor,
+    top_k: int,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """`xkv::extend_indexed`, of a mask that is the same for all new tokens."""
+    form = AttentionForm(scale, softcap=softcap)
+    values = values_of(k_cache, v_cache)
+    length = q.shape[2]
+
+    def over_both(part: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        queries, weights = index_queries.index_select(2, query), index_weights.index_select(1, query)
+        scores = index_scores(queries, index_cache, weights), index_scores(queries, index_keys, weights)
+        slots, among_new = pick_among(scores, mask, query, length, top_k)
+        held = softmax_block(part, k_cache, values, form, slots)
+        new = softmax_block(part, k, v, form, among_new)
+        return merge_attention(without_slots(held, part, k_cache, slots), without_slots(new, part, k, among_new))
+
+    out, lse = _in_blocks(q, v, over_both, INDEX_BLOCK)
     return apply_sink_logits(out, lse, sink_logits).contiguous()
 
 
@@ -136,6 +179,19 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> tuple[Tenso
     return _in_blocks(q, v, over_window)
 
 
+def _indexed(q: Tensor, k: Tensor, v: Tensor, form: AttentionForm, index: Index) -> tuple[Tensor, Tensor]:
+    """As `_causal`, of queries that reach what an indexer picks."""
+    length = q.shape[2]
+
+    def over_picked(part: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        queries, weights = index.queries.index_select(2, query), index.weights.index_select(1, query)
+        causal = (query[:, None] >= torch.arange(length, device=q.device))[None, None]
+        reached = highest(index_scores(queries, index.keys, weights), causal, index.top_k)
+        return softmax_block(part, k, v, form, reached)
+
+    return _in_blocks(q, v, over_picked, INDEX_BLOCK)
+
+
 def _slots(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, form: AttentionForm, ages: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -154,15 +210,15 @@ def _slots(
     return without_slots(_in_blocks(q, v, over_slots), q, k, mask)
 
 
-def _in_blocks(q: Tensor, v: Tensor, attend: BlockOf) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of attention that is computed for `BLOCK` queries at a time.
+def _in_blocks(q: Tensor, v: Tensor, attend: BlockOf, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of attention that is computed for `block` queries at a time.
 
     Args:
-        attend: gives both for `queries [rows, query_heads, BLOCK, key_dim]` and their places int64 `[BLOCK]`. The last
+        attend: gives both for `queries [rows, query_heads, block, key_dim]` and their places int64 `[block]`. The last
             block is filled up with copies of the last query.
     """
     length = q.shape[2]
-    offset = torch.arange(BLOCK, device=q.device)
+    offset = torch.arange(block, device=q.device)
 
     def unfinished(start: Tensor, out: Tensor, lse: Tensor) -> Tensor:
         return start < length
@@ -170,7 +226,7 @@ def _in_blocks(q: Tensor, v: Tensor, attend: BlockOf) -> tuple[Tensor, Tensor]:
     def add_block(start: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query = (start + offset).clamp(max=length - 1)
         part_out, part_lse = attend(q.index_select(2, query), query)
-        return start + BLOCK, out.index_copy(2, query, part_out), lse.index_copy(2, query, part_lse)
+        return start + block, out.index_copy(2, query, part_out), lse.index_copy(2, query, part_lse)
 
     start = torch.zeros((), dtype=torch.int64, device=q.device)
     out = q.new_zeros((*q.shape[:3], v.shape[-1]))
@@ -215,6 +271,7 @@ ANY_LENGTH: dict[Any, Callable[..., Tensor]] = {
     torch.ops.xkv.attention.default: attention,
     torch.ops.xkv.extend_attention.default: extend_attention,
     torch.ops.xkv.extend_coded.default: extend_coded,
+    torch.ops.xkv.extend_indexed.default: extend_indexed,
     torch.ops.xkv.accumulated_attention.default: accumulated_attention,
 }
 """What takes an op's place where the number of tokens is a symbol."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xkv_fx.runtime import attention_cuda
 from xkv_fx.runtime.form import AttentionForm
+from xkv_fx.runtime.indexing import INDEX_BLOCK, reached_by_index
 
 # Queries handled at once where no flash kernel applies; bounds the logits to BLOCK x N per head.
 BLOCK = 256
@@ -62,13 +63,13 @@ def slot_attention(
     elif form.plain and attention_cuda.bias_applies(q, k, v, mask):
         out, lse = attention_cuda.slots_by_bias(q, k, v, mask, form.scale)
     else:
-        blocks = [
+        parts = [
             softmax_block(
                 part, k, v, form, _rows_of(mask, start, start + BLOCK), _slot_bias(form.slopes, ages, start, part)
             )
-            for start, part in _blocks(q)
+            for start, part in blocks(q)
         ]
-        out, lse = (torch.cat(parts, 2) for parts in zip(*blocks, strict=True))
+        out, lse = (torch.cat(part, 2) for part in zip(*parts, strict=True))
     return without_slots((out, lse), q, k, mask)
 
 
@@ -190,7 +191,7 @@ def softmax_block(
 
 def _causal_in_blocks(q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> tuple[Tensor, Tensor]:
     outs, lses, window = [], [], form.sliding_window
-    for start, part in _blocks(q):
+    for start, part in blocks(q, BLOCK if form.index is None else INDEX_BLOCK):
         stop = start + part.shape[2]
         first = 0 if window is None else max(0, start - window + 1)
         query = torch.arange(start, stop, device=q.device)[:, None]
@@ -198,15 +199,19 @@ def _causal_in_blocks(q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> t
         mask = key <= query
         if window is not None:
             mask &= key > query - window
+        reached = mask[None, None]
+        if form.index is not None:
+            reached = reached_by_index(form.index, slice(start, stop), slice(first, stop), reached)
         bias = None if form.slopes is None else distance_bias(form.slopes, (query - key)[None, None])
-        out, lse = softmax_block(part, k[:, :, first:stop], v[:, :, first:stop], form, mask[None, None], bias)
+        out, lse = softmax_block(part, k[:, :, first:stop], v[:, :, first:stop], form, reached, bias)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
-def _blocks(q: Tensor) -> list[tuple[int, Tensor]]:
-    return [(start, q[:, :, start : start + BLOCK]) for start in range(0, q.shape[2], BLOCK)]
+def blocks(q: Tensor, size: int = BLOCK) -> list[tuple[int, Tensor]]:
+    """The queries in blocks, and where each begins."""
+    return [(start, q[:, :, start : start + size]) for start in range(0, q.shape[2], size)]
 
 
 def _rows_of(mask: Tensor, start: int, stop: int) -> Tensor:

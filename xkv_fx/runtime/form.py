@@ -7,6 +7,24 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Index:
+    """What an indexer picks the keys of each query by (DeepSeek-V3.2, arXiv 2512.02556, section 2.1): a query reaches
+    the `top_k` keys of the highest `sum_h weights[h] * relu(queries[h] . keys)`, those that tie with the last included.
+
+    Attributes:
+        queries: `[rows, index_heads, S, index_dim]`.
+        keys: `[rows, 1, S, index_dim]`, the same for all KV heads; what is kept of them belongs to a slot.
+        weights: float32 `[rows, S, index_heads]`, the scale of the products included.
+        top_k: how many keys a query reaches.
+    """
+
+    queries: Any
+    keys: Any
+    weights: Any
+    top_k: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class AttentionForm:
     """How one attention turns the products of queries and keys into its weights.
 
@@ -21,6 +39,7 @@ class AttentionForm:
             to be confused with sink tokens, the first tokens of a row, which a policy may keep.
         slopes: `[query_heads]`, what a logit loses for each token between query and key (ALiBi, arXiv 2108.12409);
             None for nothing.
+        index: which keys a query reaches; None for all.
     """
 
     scale: float
@@ -28,11 +47,18 @@ class AttentionForm:
     softcap: float | None = None
     sink_logits: Any = None
     slopes: Any = None
+    index: Index | None = None
 
     @property
     def plain(self) -> bool:
-        """Whether logits are the scaled products themselves."""
-        return self.softcap is None and self.slopes is None
+        """Whether logits are the scaled products themselves, and every key that is not masked is reached."""
+        return self.softcap is None and self.slopes is None and self.index is None
+
+    @property
+    def index_arguments(self) -> tuple[Any, ...]:
+        """What `xkv::attention` takes behind its other arguments: nothing, or what `Index` has."""
+        index = self.index
+        return () if index is None else (index.queries, index.keys, index.weights, index.top_k)
 
     def within(self, sliding_window: int | None) -> AttentionForm:
         """The same under another sliding window."""

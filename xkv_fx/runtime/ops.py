@@ -26,7 +26,7 @@ from xkv_fx.runtime.attention import (
     slot_attention,
     values_of,
 )
-from xkv_fx.runtime.form import AttentionForm
+from xkv_fx.runtime.form import AttentionForm, Index
 from xkv_fx.runtime.selection import move_survivors
 
 
@@ -41,6 +41,10 @@ def attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     slopes: Tensor | None = None,
+    index_queries: Tensor | None = None,
+    index_keys: Tensor | None = None,
+    index_weights: Tensor | None = None,
+    top_k: int | None = None,
 ) -> Tensor:
     """Causal attention of S tokens over themselves; what a model's attention becomes when it is captured.
 
@@ -51,11 +55,13 @@ def attention(
         softcap: bound on the logits' size.
         sink_logits: `[query_heads]`, one more logit per head in the softmax's denominator.
         slopes: `[query_heads]`, what a logit loses for each token between query and key (ALiBi, arXiv 2108.12409).
+        index_queries, index_keys, index_weights, top_k: as in `Index`, all of them or none.
 
     Returns:
         `[rows, query_heads, S, value_dim]`.
     """
-    form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes)
+    index = None if top_k is None else Index(index_queries, index_keys, index_weights, top_k)
+    form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes, index)
     return causal_attention(q, k, v, form)[0].contiguous()
 
 

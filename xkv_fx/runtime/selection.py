@@ -129,17 +129,21 @@ def move_survivors(
     fresh: bool,
 ) -> None:
     """Bring survivors to their slots, in place; see `xkv::keep`, whose arguments these are."""
-    slots = positions.shape[2]
     for cache, new in ((k_cache, k), (v_cache, v)):
-        if not cache.shape[-1]:  # the values are the keys
-            continue
-        index = (source - slots).clamp_(min=0)[..., None].expand(-1, -1, -1, new.shape[-1])
-        moved = new.gather(2, index)
-        if not fresh:
-            held = cache.gather(2, source.clamp(max=slots - 1)[..., None].expand_as(index))
-            moved = torch.where((source < slots)[..., None], held, moved)
-        cache[:, :, :capacity].copy_(moved)
+        if cache.shape[-1]:  # else the values are the keys
+            move_vectors(new, source, cache, capacity, fresh)
     positions.copy_(placed)
+
+
+def move_vectors(new: Tensor, source: Tensor, cache: Tensor, capacity: int, fresh: bool) -> None:
+    """As `move_survivors`, of one buffer `[rows, kv_heads, slots, dim]`, and of the new tokens' vectors."""
+    slots = cache.shape[2]
+    index = (source - slots).clamp_(min=0)[..., None].expand(-1, -1, -1, new.shape[-1])
+    moved = new.gather(2, index)
+    if not fresh:
+        held = cache.gather(2, source.clamp(max=slots - 1)[..., None].expand_as(index))
+        moved = torch.where((source < slots)[..., None], held, moved)
+    cache[:, :, :capacity].copy_(moved)
 
 
 def write_survivors(

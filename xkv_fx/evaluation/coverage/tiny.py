@@ -53,7 +53,8 @@ _SIZES: dict[str, int] = {
     "hidden_size_per_layer_input": 8,
     "laurel_rank": 8,
     "num_kv_shared_layers": 0,
-    "index_n_heads": 2,
+    "index_n_heads": 16,  # with few, products that are all negative make scores tie
+    "index_topk": 16,
 }
 _EVEN_IF_UNSET = {"num_key_value_heads", "head_dim"}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "sep_token_id": 2}

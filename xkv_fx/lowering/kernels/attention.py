@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from xkv_fx.lowering.kernels.kernel import Op
 from xkv_fx.passes.tools.graph import arguments
-from xkv_fx.runtime import coded_ops, ops  # noqa: F401  (register the ops)
+from xkv_fx.runtime import coded_ops, indexed_ops, ops  # noqa: F401  (register the ops)
 
 DECODE = torch.ops.xkv.decode_attention.default
 DECODE_SCORED = torch.ops.xkv.decode_scored.default
@@ -28,6 +28,14 @@ def _read(node: Node) -> Mapping[str, Any] | None:
 ATTENTION = Op("attention", _read, "{served} layers")
 """Calls of `xkv::decode_attention`, `xkv::decode_scored` and their forms for slots of fewer bits, with
 their arguments."""
+
+
+def _read_index(node: Node) -> Mapping[str, Any] | None:
+    return arguments(node) if node.target is torch.ops.xkv.pick_slots.default else None
+
+
+INDEX = Op("index", _read_index, "the indexers of {served} layers")
+"""Calls of `xkv::pick_slots`, with their arguments."""
 
 
 def misfit(given: Mapping[str, Any], dtypes: Collection[torch.dtype]) -> str | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xkv_fx.lowering.kernels.attention import ATTENTION
+from xkv_fx.lowering.kernels.attention import ATTENTION, INDEX
 from xkv_fx.lowering.kernels.kernel import Call, Kernel
 from xkv_fx.lowering.kernels.linear import INT8_LINEAR, LINEAR
 from xkv_fx.runtime.coded_ops import CODED_DECOMPOSITIONS
+from xkv_fx.runtime.indexed_ops import INDEXED_DECOMPOSITIONS
 from xkv_fx.runtime.ops import DECOMPOSITIONS
 
-_PLAIN = {**DECOMPOSITIONS, **CODED_DECOMPOSITIONS}
+_PLAIN = {**DECOMPOSITIONS, **CODED_DECOMPOSITIONS, **INDEXED_DECOMPOSITIONS}
 
 
 def _accepts(call: Call) -> None:
@@ -28,6 +29,7 @@ def _leave(calls: Sequence[Call]) -> None:
 
 KERNELS = (
     Kernel(ATTENTION, "torch ops", _accepts, _decompose),
+    Kernel(INDEX, "torch ops", _accepts, _decompose),
     Kernel(LINEAR, "torch ops", _accepts, _leave),
     Kernel(INT8_LINEAR, "torch ops", _accepts, _leave),
 )

@@ -13,7 +13,7 @@ from xkv_fx.errors import BudgetError, UnsupportedModelError
 from xkv_fx.layers import LayerSpec
 from xkv_fx.passes.tools.graph import arguments, calls
 from xkv_fx.runtime import ops  # noqa: F401  (registers the ops)
-from xkv_fx.runtime.form import AttentionForm
+from xkv_fx.runtime.form import AttentionForm, Index
 
 _HEADS = "xkv_heads"
 
@@ -110,8 +110,14 @@ def _site(index: int, borrows: bool, node: Node) -> AttentionSite:
         value_dim=0 if named["v"] is named["k"] else int(v.shape[3]),
         itemsize=k.dtype.itemsize,
         sliding_window=named["sliding_window"],
+        index_dim=0 if named["top_k"] is None else int(named["index_keys"].meta["val"].shape[3]),
     )
+    picks = _index(*(named.pop(name) for name in ("index_queries", "index_keys", "index_weights", "top_k")))
     tensors = {name: named.pop(name) for name in ("layer", "q", "k", "v")}
     heads = node.meta.get(_HEADS)
-    form = AttentionForm(**named)
+    form = AttentionForm(**named, index=picks)
     return AttentionSite(index=index, borrows=borrows, node=node, form=form, spec=spec, heads=heads, **tensors)
+
+
+def _index(queries: Any, keys: Any, weights: Any, top_k: int | None) -> Index | None:
+    return None if top_k is None else Index(queries, keys, weights, top_k)

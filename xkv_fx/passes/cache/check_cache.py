@@ -13,14 +13,15 @@ from xkv_fx.passes.analyses.find_recurrence import recurrence_sites
 from xkv_fx.passes.base import GraphPass, PassRecord
 from xkv_fx.passes.tools.graph import arguments, calls, changed_by
 from xkv_fx.passes.tools.roles import nodes_by_role
-from xkv_fx.runtime import coded_ops, ops  # noqa: F401  (register the ops)
+from xkv_fx.runtime import coded_ops, indexed_ops, ops  # noqa: F401  (register the ops)
 from xkv_fx.runtime.recurrence import PromptCall
 from xkv_fx.runtime.state import CACHE_KINDS, CachePlan, GraphKind
 
 xkv = torch.ops.xkv
 DECODE_OPS = tuple(kind.ops[use] for kind in CACHE_KINDS for use in ("decode", "decode_scored"))
 KEEP_OPS = tuple(kind.ops["keep"] for kind in CACHE_KINDS)
-READERS = (*DECODE_OPS, *KEEP_OPS, *(kind.ops["extend"] for kind in CACHE_KINDS))
+BESIDE_OPS = (xkv.pick_slots.default, xkv.keep_index.default)
+READERS = (*DECODE_OPS, *KEEP_OPS, *BESIDE_OPS, *(kind.ops["extend"] for kind in CACHE_KINDS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,9 @@ class CheckCache(GraphPass):
                 named = [name for name in (f"{buffer.field}_cache", buffer.field) if name in given]
                 if named and (buffer.holds == "kv" or len(named) == 1):
                     self._expect(given[named[0]] is held, f"{cache.where} to write its own buffers", [node])
+                elif buffer.holds == "kv":
+                    changing = [] if held is None else [user for user in held.users if held in changed_by(user)]
+                    self._expect(len(changing) == 1, f"one change of {buffer.name}", changing)
                 fits = held is not None and tuple(held.meta["val"].shape) == buffer.shape
                 what = f"{cache.slots.slots} slots in {cache.where}"
                 self._expect(fits, what, [] if held is None else [held])

@@ -80,7 +80,7 @@ def _split(graph: Graph, site: AttentionSite, groups: Sequence[HeadGroup], parts
             sink_logits, slopes = (parts.of(whole, group.heads, width, 0) for whole in (form.sink_logits, form.slopes))
             attended = emit(
                 graph, torch.ops.xkv.attention.default, q, k, v, site.layer, form.scale, form.sliding_window,
-                form.softcap, sink_logits, slopes,
+                form.softcap, sink_logits, slopes, *form.index_arguments,
             )  # fmt: skip
             mark_heads(attended, group.heads)
             outputs |= {head: (attended, place) for place, head in enumerate(group.heads)}

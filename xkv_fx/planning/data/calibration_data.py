@@ -18,7 +18,7 @@ from xkv_fx.errors import BudgetError, FileFormatError
 from xkv_fx.fields import HEADER, LIST, NUMBER, OBJECT, TEXT, Fields, list_of, or_null, read_header, whole
 from xkv_fx.files import check_safetensors_size, is_int, written_whole
 from xkv_fx.formats import LayerFormats, codes_keys, pair_name
-from xkv_fx.layers import LayerSpec, layer_specs
+from xkv_fx.layers import LayerSpec, layer_fields, layer_specs
 from xkv_fx.mean_keys import MeanKeys, arrays_of, check_fits, checked_mean_keys, mean_keys_of
 from xkv_fx.planning.data.as_table import as_table
 from xkv_fx.planning.data.by_head import checked_counts, joined_means, whole_layers
@@ -267,7 +267,7 @@ class Calibration:
         description = {
             "model": self.model,
             "policy": self.policy.to_dict(),
-            "layers": [dataclasses.asdict(spec) for spec in self.layers],
+            "layers": layer_fields(self.layers),
             "grid": list(self.grid),
             "lengths": list(self.lengths),
             "continuation": self.continuation,

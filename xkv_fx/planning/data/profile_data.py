@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from xkv_fx.errors import BudgetError, FileFormatError
 from xkv_fx.fields import HEADER, LIST, OBJECT, TEXT, Fields, list_of, read_header, whole
 from xkv_fx.files import check_safetensors_size, is_int, written_whole
-from xkv_fx.layers import LayerSpec, layer_specs
+from xkv_fx.layers import LayerSpec, layer_fields, layer_specs
 from xkv_fx.planning.data.as_table import as_table
 from xkv_fx.planning.data.by_head import checked_counts, whole_layers
 from xkv_fx.planning.data.curves import mean_retention, rescale
@@ -184,7 +184,7 @@ class Profile:
         description = {
             "model": self.model,
             "policy": self.policy.to_dict(),
-            "layers": [dataclasses.asdict(spec) for spec in self.layers],
+            "layers": layer_fields(self.layers),
             "layer_means": {name: list(values) for name, values in self.layer_means.items()},
             **({} if self.heads is None else {"heads": list(self.heads)}),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -75,7 +75,7 @@ class KVState(LayerState):
 
     @functools.cached_property
     def buffers(self) -> tuple[Buffer, ...]:
-        kept = [*self._stored, self._buffer("positions", self._shape, torch.int32, reset="count")]
+        kept = [*self._stored, *self._beside, self._buffer("positions", self._shape, torch.int32, reset="count")]
         if self.slots.eviction == "scored" or self.keeps_scores:
             kept.append(self._buffer("scores", self._shape, torch.float32))
         return tuple(kept)
@@ -91,6 +91,11 @@ class KVState(LayerState):
             self._buffer("k", (*self._shape, self.spec.key_dim), self.dtype, holds="kv", reset="stale"),
             self._buffer("v", (*self._shape, self.spec.value_dim), self.dtype, holds="kv", reset="stale"),
         ]
+
+    @property
+    def _beside(self) -> list[Buffer]:
+        """What else is kept, evicted and counted with each slot."""
+        return []
 
     @property
     def _numbers(self) -> dict[str, Any]:
@@ -159,12 +164,17 @@ class KVState(LayerState):
             mask = build.once(("extend mask", self.slots), lambda: build.inline(self._open_mask, *given))
         else:
             mask = build.inline(self._window_mask, *given, attention.q)
-        ages = None if form.slopes is None else build.inline(self.slots.extend_ages, *given)
         return build.emit(
             self.ops["extend"], attention.q, attention.k, attention.v, *self._kv(build), mask, form.scale,
-            **self._numbers, sliding_window=form.sliding_window, softcap=form.softcap, sink_logits=form.sink_logits,
-            slopes=form.slopes, ages=ages, **build.constants(self), name=f"attention_{attention.index}",
+            **self._numbers, softcap=form.softcap, sink_logits=form.sink_logits, **self._reach(build, attention, given),
+            **build.constants(self), name=f"attention_{attention.index}",
         )  # fmt: skip
+
+    def _reach(self, build: Build, attention: Attention, given: Sequence[Value]) -> dict[str, Any]:
+        """What else the op of `extend` must know to tell which tokens a query reaches, and how far away they are."""
+        form = attention.form
+        ages = None if form.slopes is None else build.inline(self.slots.extend_ages, *given)
+        return {"sliding_window": form.sliding_window, "slopes": form.slopes, "ages": ages}
 
     def keep(self, build: Build, attention: Attention) -> None:
         """Survivors are chosen again among the slots and the new tokens. A row without new tokens keeps its state."""
@@ -195,11 +205,16 @@ class KVState(LayerState):
             self.ops["keep"], attention.k, attention.v, source, placed, *self._kv(build), held["positions"],
             capacity=self.slots.capacity, **self._numbers, fresh=fresh, **build.constants(self),
         )  # fmt: skip
+        self._keep_beside(build, attention, source, fresh)
         if "scores" not in held:
             return
         if not fresh:
             gained = build.inline(_of_rows_with_tokens, gained, held["scores"], build.length)
         build.emit(aten.copy_.default, held["scores"], gained)
+
+    def _keep_beside(self, build: Build, attention: Attention, source: Value, fresh: bool) -> None:
+        """Bring what is kept beside keys and values to the survivors' slots, as `xkv::keep` does with these."""
+        return None
 
     def decode(self, build: Build, attention: Attention) -> Value:
         """The token takes a slot, and every valid slot is attended to. Layers of equal plans share slot and mask where
@@ -211,17 +226,22 @@ class KVState(LayerState):
         options |= {**self._numbers, **build.constants(self)}
         if self.slots.eviction != "scored":
             slot = build.once(("slot", self.slots), lambda: self._next_slot(build))
-            mask = self._mask(build, form.slopes, given)
+            mask = self._picked(build, attention, slot, self._mask(build, form.slopes, given))
             return build.emit(self.ops["decode"], *token, slot, mask, form.scale, **options)
         slot = build.inline(self.slots.evicted_slot, held["positions"], held["scores"], counts["seen"])
         if self.slots.masks_by_position or form.slopes is not None:
             after = build.inline(self.slots.with_token, held["positions"], slot, counts["seen"])
             given = (after, *given[1:])
-        mask = self._mask(build, form.slopes, given)
+        mask = self._picked(build, attention, slot, self._mask(build, form.slopes, given))
         return build.emit(
             self.ops["decode_scored"], *token, held["positions"], held["scores"], slot, mask, counts["seen"],
             form.scale, **options,
         )  # fmt: skip
+
+    def _picked(self, build: Build, attention: Attention, slot: Value, mask: Value) -> Value:
+        """The mask of those valid slots that the token attends to, given that of all; what is kept beside keys and
+        values is written into the token's slot."""
+        return mask
 
     def _next_slot(self, build: Build) -> Value:
         counts = _counts(build)

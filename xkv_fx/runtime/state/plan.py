@@ -22,12 +22,13 @@ from xkv_fx.runtime.slots import SlotPlan, slot_plans
 from xkv_fx.runtime.state.base import Buffer, Constant, LayerState
 from xkv_fx.runtime.state.coded import CodedState
 from xkv_fx.runtime.state.counters import CountersState
+from xkv_fx.runtime.state.indexed import IndexedState
 from xkv_fx.runtime.state.kv import KVState
 from xkv_fx.runtime.state.latent import CodedLatentState, LatentState
 from xkv_fx.runtime.state.recurrent import RecurrentState
 from xkv_fx.runtime.state.tensors import State
 
-CACHE_KINDS: tuple[type[KVState], ...] = (LatentState, CodedLatentState, CodedState, KVState)
+CACHE_KINDS: tuple[type[KVState], ...] = (IndexedState, LatentState, CodedLatentState, CodedState, KVState)
 """The kinds of states that a layer's cache may be; the first that serves a layer is taken."""
 
 
