@@ -133,8 +133,7 @@ def group_logits(q: Tensor, k: Tensor, scale: float, softcap: float | None = Non
     """Logits `[rows, kv_heads, group, S, N]`, the query group kept beside its KV head."""
     rows, heads, length, dim = q.shape
     grouped = q.reshape(rows, k.shape[1], heads // k.shape[1], length, dim)
-    asking = _wide(grouped) * scale  # there are fewer queries than logits
-    return soft_cap(torch.matmul(asking, _wide(k).transpose(-1, -2)[:, :, None]), softcap)
+    return soft_cap(torch.matmul(_wide(grouped), _wide(k).transpose(-1, -2)[:, :, None]) * scale, softcap)
 
 
 def wide_dtype(values: Tensor) -> torch.dtype:

@@ -106,11 +106,15 @@ class Stored:
         for buffer, part in zip((self.cache, self.scales), parts, strict=False):  # no scales without codes
             buffer.index_put_(at, part[:, :, 0])
 
-    def vectors(self) -> Iterator[tuple[slice, Tensor]]:
+    def vector_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """The vectors themselves, `TILE` slots at a time, float32 `[rows, kv_heads, TILE, dim]`."""
         for part, tile in self.tiles():
             whole = tile if self.coding is None else rotate_back(tile)
             yield part, whole if self.mean is None else whole + self.mean[:, None]
+
+    def vectors(self) -> Tensor:
+        """All vectors at once, float32 `[rows, kv_heads, slots, dim]`: for callers that need whole keys or values."""
+        return torch.cat([tile for _, tile in self.vector_tiles()], 2)
 
 
 def held_keys(

@@ -98,8 +98,7 @@ class PromptView:
     def keys(self) -> Tensor:
         """`[rows, kv_heads, N, key_dim]`; where no candidate is there, anything. What slots hold in fewer bits is
         widened as a whole: `of_keys` does without."""
-        pieces = [piece for _, piece in _pieces(self.old_k, self.k)]
-        return pieces[0] if len(pieces) == 1 else torch.cat([piece.to(self.k.dtype) for piece in pieces], 2)
+        return _whole(self.old_k, self.k)
 
     @functools.cached_property
     def values(self) -> Tensor:
@@ -108,9 +107,7 @@ class PromptView:
         Raises:
             BudgetError: the scorer's class does not say that it reads values.
         """
-        new = self._new_values
-        pieces = [piece for _, piece in _pieces(self.old_v, new)]
-        return pieces[0] if len(pieces) == 1 else torch.cat([piece.to(new.dtype) for piece in pieces], 2)
+        return _whole(self.old_v, self._new_values)
 
     def of_keys(self, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """A number for each candidate by its key, where slots of fewer bits are widened some at a time.
@@ -278,11 +275,18 @@ class PromptView:
         return torch.argsort(torch.where(self.ordinals == EMPTY, last, self.ordinals), dim=2, stable=True)
 
 
+def _whole(held: Tensor | Stored | None, new: Tensor) -> Tensor:
+    """What slots hold and what is new, all at once."""
+    if held is None:
+        return new
+    return torch.cat((held.vectors().to(new.dtype) if isinstance(held, Stored) else held, new), 2)
+
+
 def _pieces(held: Tensor | Stored | None, new: Tensor) -> Iterator[tuple[slice | None, Tensor]]:
     """What slots hold, some of them at a time where it is stored in fewer bits; then what is new, with None for its
     place."""
     if isinstance(held, Stored):
-        yield from held.vectors()
+        yield from held.vector_tiles()
     elif held is not None:
         yield slice(0, held.shape[2]), held
     yield None, new
