@@ -44,9 +44,10 @@ def ready() -> Any:
 # Held-out prompts
 
 
-def test_plans_of_several_evictions_stray_as_verify_says() -> None:
-    found = measure_held_out(ready(), PLANS, PROMPTS, NEW)
-    for at, plan in enumerate(PLANS):
+def test_plans_of_several_evictions_and_scorers_stray_as_verify_says() -> None:
+    plans = (*PLANS, Budgets((20, 6), Policy("reconstruction", eviction="append")))
+    found = measure_held_out(ready(), plans, PROMPTS, NEW)
+    for at, plan in enumerate(plans):
         report = xkv_fx.verify(model(), plan, PROMPTS, continuation=NEW)
         np.testing.assert_allclose(found.kl[:, at], report.kl, rtol=1e-3)
 
@@ -95,8 +96,8 @@ def test_what_was_measured_is_taken_and_other_plans_are_added(tmp_path: Path, mo
 
 
 def test_what_cannot_be_measured_together_is_refused() -> None:
-    for plans, prompts in (((), PROMPTS), (PLANS, []), ((PLANS[0], Budgets((20, 6), Policy("h2o"))), PROMPTS)):
-        with pytest.raises(BudgetError, match="plans of one scorer, and some prompts"):
+    for plans, prompts in (((), PROMPTS), (PLANS, [])):
+        with pytest.raises(BudgetError, match="give plans, and prompts to measure them on"):
             measure_held_out(ready(), plans, prompts, NEW)
 
 
@@ -154,6 +155,18 @@ def test_allocators_of_a_profile_are_compared_too(tmp_path: Path) -> None:
     assert found["full_bytes"] == 2 * 40 * 128
     with pytest.raises(BackendError, match="unknown dtype 'int3'"):
         run(tmp_path, "--bytes-of", "int3")
+
+
+@pytest.mark.usefixtures("_small")
+def test_a_profile_of_another_scorer_stands_beside_calibrations(tmp_path: Path) -> None:
+    policy = Policy("reconstruction", {"chunk": 64}, eviction="append")
+    xkv_fx.profile(model(), PROMPTS, policy=policy, by="head").save(tmp_path / "profile.safetensors")
+    xkv_fx.calibrate(model(), PROMPTS, policy=APPEND, continuation=NEW).save(tmp_path / "calibration.safetensors")
+    given = [str(tmp_path / f"{name}.safetensors") for name in ("profile", "calibration")]
+    options = ("--evictions", "append", "--allocators", "calibrated", "xkv", "--bytes-of", "float32")
+    found = run(tmp_path, "--measured", *given, *options)
+    names = ["calibrated", "xkv by head", "uniform", "uniform, reconstruction"]
+    assert list(dict.fromkeys(row["name"] for row in found["rows"])) == names
 
 
 @pytest.mark.usefixtures("_small")

@@ -171,6 +171,7 @@ def lines_of(
     """What was measured of each plan on each kind of prompt; on all kinds together where they are not kept `apart`."""
     kinds = [kind for kind, of_kind in prompts.items() for _ in of_kind] if apart else [EVERYTHING] * len(measured.kl)
     full = full_bytes(layers, context)
+    names = _distinct_names(plans)
     found = []
     for kind in dict.fromkeys(kinds):
         rows = [row for row, of_row in enumerate(kinds) if of_row == kind]
@@ -180,7 +181,7 @@ def lines_of(
                     plan.policy.eviction,
                     kind,
                     plan.size,
-                    plan.name,
+                    names[at],
                     identity_of(plan.budgets),
                     plan.budgets.kv_bytes(layers) / full,
                     bits_per_element(plan.budgets, layers),
@@ -189,6 +190,17 @@ def lines_of(
                 )
             )
     return tuple(found)
+
+
+def _distinct_names(plans: Sequence[Candidate]) -> list[str]:
+    """The names of plans, with the scorer behind them where another plan of that name, size and eviction was first."""
+    first: dict[tuple[str, str, str], str] = {}
+    names = []
+    for plan in plans:
+        scorer = plan.policy.scorer
+        of_name = first.setdefault((plan.policy.eviction, plan.size, plan.name), scorer)
+        names.append(plan.name if scorer == of_name else f"{plan.name}, {scorer}")
+    return names
 
 
 def as_tables(lines: Sequence[Line], dtype: str) -> str:

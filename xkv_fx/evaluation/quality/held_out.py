@@ -1,4 +1,4 @@
-"""How far plans that rank tokens alike stray on held-out prompts."""
+"""How far plans stray on held-out prompts."""
 
 from __future__ import annotations
 
@@ -22,23 +22,19 @@ def measure_held_out(
     resume: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> HeldOutResult:
-    """Measure every plan on every prompt; one prefill of a prompt serves all plans.
+    """Measure every plan on every prompt; one prefill of a prompt serves all plans of a scorer.
 
     Args:
         captured: a model captured for one row.
-        plans: that rank tokens by one scorer; their evictions may differ.
+        plans: their scorers and evictions may differ.
         prompts: int64 `[1, S + continuation]`, which nothing was measured from before.
         continuation: how many of the last tokens are fed as decode would.
         resume, progress: as `HeldOut` takes them.
 
     Raises:
-        BudgetError: no plans, or plans of several scorers; no prompts.
+        BudgetError: no plans, or no prompts.
         BudgetError, ModelMismatchError, PromptError, UnsupportedModelError: as `xkv_fx.verify`.
     """
-    scorers = {captured.scorer_of(plan.policy) for plan in plans}
-    if len(scorers) != 1 or not prompts:
-        raise BudgetError(
-            f"what is measured together must be plans of one scorer, and some prompts; got {len(plans)} plans of "
-            f"{len(scorers)} scorers, and {len(prompts)} prompts"
-        )
+    if not plans or not prompts:
+        raise BudgetError(f"give plans, and prompts to measure them on; got {len(plans)} and {len(prompts)}")
     return HeldOut(captured, [(ids, continuation) for ids in prompts], resume).measure(plans, progress=progress)

@@ -78,11 +78,15 @@ def sources_for(
         captured: a model captured for one row.
         prompts: int64 `[1, S]` of at least `wanted.context` and the calibration's continuation.
 
+    A profile may be of another scorer than the calibrations beside it; what is measured here is measured for theirs.
+
     Raises:
-        BudgetError: what was given under this eviction is of several policies; or as `xkv_fx.calibrate`.
+        BudgetError: what was given under this eviction is of several policies otherwise; or as `xkv_fx.calibrate`.
     """
     found = [source for source in wanted.given if source.policy.eviction == eviction]
-    policies = {source.policy for source in found} or {Policy(eviction=eviction)}  # type: ignore[arg-type]
+    found.sort(key=lambda source: isinstance(source, Profile))  # so that uniform plans begin with the calibrations' one
+    policies = {source.policy for source in found if isinstance(source, Calibration)}
+    policies = policies or {source.policy for source in found} or {Policy(eviction=eviction)}  # type: ignore[arg-type]
     if len(policies) != 1:
         raise BudgetError(f"what was measured under eviction={eviction!r} is of {len(policies)} policies; give one")
     (policy,) = policies
