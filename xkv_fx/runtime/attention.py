@@ -67,7 +67,7 @@ def slot_attention(
             softmax_block(
                 part, k, v, form, _rows_of(mask, start, start + BLOCK), _slot_bias(form.slopes, ages, start, part)
             )
-            for start, part in blocks(q)
+            for start, part in blocks(q, BLOCK)
         ]
         out, lse = (torch.cat(part, 2) for part in zip(*parts, strict=True))
     return without_slots((out, lse), q, k, mask)
@@ -208,8 +208,8 @@ def _causal_in_blocks(q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> t
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
-def blocks(q: Tensor, size: int = BLOCK) -> list[tuple[int, Tensor]]:
-    """The queries in blocks, and where each begins."""
+def blocks(q: Tensor, size: int) -> list[tuple[int, Tensor]]:
+    """The queries `size` at a time, and where each block begins."""
     return [(start, q[:, :, start : start + size]) for start in range(0, q.shape[2], size)]
 
 

@@ -51,6 +51,10 @@ def test_arguments_gives_every_argument_by_name() -> None:
         "softcap": 2.0,
         "sink_logits": None,
         "slopes": None,
+        "index_queries": None,
+        "index_keys": None,
+        "index_weights": None,
+        "top_k": None,
     }
 
 
