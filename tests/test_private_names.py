@@ -200,6 +200,19 @@ PRIVATE = (
         has_arguments("input", "group_size", "group_name"),
     ),
     Private("torch.ops._c10d_functional.wait_tensor", TORCH, has_arguments("tensor")),
+    Private(
+        "torch.fx.experimental.symbolic_shapes.ShapeEnv.create_symbol",
+        TORCH,
+        takes("self", 32, "source", "dynamic", None),
+    ),
+    Private(
+        "torch.fx.experimental.symbolic_shapes.ShapeEnv.create_symintnode",
+        TORCH,
+        takes("self", "symbol", hint=32, source="source"),
+    ),
+    Private("torch.fx.experimental.symbolic_shapes.ShapeEnv.guards", TORCH, has("guards", of=ShapeEnv)),
+    Private("torch.fx.experimental.symbolic_shapes.DimDynamic.DYNAMIC", TORCH, is_there),
+    Private("torch._dynamo.source.ConstantSource", TORCH, takes("a name")),
     # Inductor and AOTInductor
     Private(
         "torch._inductor.standalone_compile",
@@ -227,6 +240,7 @@ PRIVATE = (
         TORCH,
         lambda name: found(name[:-7])("loader").loader,
     ),
+    Private("torch._inductor.config.cpp.vec_isa_ok", TORCH, is_inductor_setting),
     Private("torch._inductor.codecache.CppCodeCache.load", TORCH, takes("source", extra_flags="flags")),
     Private("torch/csrc/inductor/aoti_torch/c/shim.h", TORCH, declares_what_our_operators_call),
     Private("ctypes.CDLL._name", PYTHON, has("_name", of=lambda: ctypes.CDLL(None))),

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from xkv_fx.lowering.regions import writes_cache
+
 
 class RunInParts:
     """A graph that runs on its inputs as far as `advance` takes it; a part ends where a layer has kept its tokens.
@@ -21,7 +23,7 @@ class RunInParts:
     """
 
     def __init__(self, module: GraphModule, inputs: tuple[Tensor, ...]) -> None:
-        self.parts = 1 + sum(_ends_part(node) for node in module.graph.nodes)
+        self.parts = 1 + sum(writes_cache(node) for node in module.graph.nodes)
         self._run = Interpreter(module)
         self._run.args_iter = iter(inputs)
         self._left: Iterator[Node] = iter(module.graph.nodes)
@@ -44,12 +46,6 @@ class RunInParts:
                 run.env[node] = value
                 for dead in run.user_to_last_uses.get(node, ()):
                     del run.env[dead]
-                if _ends_part(node):
+                if writes_cache(node):
                     return None
         raise RuntimeError("the graph has run to its end")
-
-
-def _ends_part(node: Node) -> bool:
-    """Whether it writes a layer's cache, which happens once a layer."""
-    op = node.target
-    return isinstance(op, torch._ops.OpOverload) and op.namespace == "xkv" and op._schema.is_mutable

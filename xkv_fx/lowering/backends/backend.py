@@ -18,10 +18,14 @@ class Lowered:
     Attributes:
         run: takes the graph's inputs and returns the logits.
         choices: which kernel serves which call of the graph, where kernels were chosen.
+        parts: in how many it runs.
+        made: how many of them are different, and were compiled.
     """
 
     run: Callable[..., Tensor]
     choices: tuple[Choice, ...] = ()
+    parts: int = 1
+    made: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

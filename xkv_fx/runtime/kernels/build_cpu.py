@@ -29,6 +29,11 @@ _SHARED = {
 _WIDEST = 16
 """Numbers of the longest vectors in `lanes.h`."""
 
+VECTORS_AS_TORCH = {"cpp.vec_isa_ok": True}
+"""A setting of Inductor: it uses the vectors that torch itself uses on this processor. Otherwise it compiles several
+programs just to see whether the compiler knows their instructions, which takes longer than our kernels do; every
+compiler that is new enough for torch's headers knows them."""
+
 _building = threading.Lock()
 library = torch.library.Library("xkv", "FRAGMENT")
 TAGS = (torch.Tag.flexible_layout,)
@@ -97,7 +102,8 @@ def _compiled(source: str, defined: tuple[tuple[str, int], ...] = (), undefined:
     macros = [*(f"#undef {name}" for name in undefined), *(f"#define {name} {value}" for name, value in defined)]
     text = "\n".join([*macros, *texts])
     try:
-        compiled: ctypes.CDLL = CppCodeCache.load(text, extra_flags=("-ffp-contract=fast",))
+        with torch._inductor.config.patch(VECTORS_AS_TORCH):
+            compiled: ctypes.CDLL = CppCodeCache.load(text, extra_flags=("-ffp-contract=fast",))
     except Exception as error:
         raise BackendError(
             f"the CPU kernels could not be built ({first_line(error)}); they need a C++ compiler"
