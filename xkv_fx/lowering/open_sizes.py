@@ -19,7 +19,8 @@ class OpenSizes:
 
     def __init__(self) -> None:
         self._mode = FakeTensorMode(shape_env=ShapeEnv())
-        self._symbols: dict[tuple[int, ...], torch.SymInt] = {}
+        self._opened_as: dict[tuple[int, ...], torch.SymInt] = {}
+        self._symbols: dict[Any, tuple[int, ...]] = {}
 
     def opened(self, values: Sequence[Tensor]) -> Tensor:
         """A fake tensor that stands for the same input of all calls, of which `values` has one each."""
@@ -34,16 +35,17 @@ class OpenSizes:
     def _opened(self, sizes: tuple[int, ...]) -> int | torch.SymInt:
         if len(set(sizes)) == 1:
             return sizes[0]
-        if sizes not in self._symbols:
+        if sizes not in self._opened_as:
             env: Any = self._mode.shape_env
             source = ConstantSource(f"size_{len(self._symbols)}")
             symbol = env.create_symbol(sizes[0], source, DimDynamic.DYNAMIC, None)
-            self._symbols[sizes] = env.create_symintnode(symbol, hint=sizes[0], source=source)
-        return self._symbols[sizes]
+            self._symbols[symbol] = sizes
+            self._opened_as[sizes] = env.create_symintnode(symbol, hint=sizes[0], source=source)
+        return self._opened_as[sizes]
 
     def fit(self, call: int) -> bool:
         """Whether all that was decided by these sizes, while code was made from them, is right for a call. It is for
         the first one, by whose sizes it was decided."""
         env: Any = self._mode.shape_env
-        known = {symbol.node.expr: sizes[call] for sizes, symbol in self._symbols.items()}
+        known = {symbol: sizes[call] for symbol, sizes in self._symbols.items()}
         return all(guard.expr.subs(known) == sympy.true for guard in env.guards)

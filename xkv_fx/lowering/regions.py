@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from xkv_fx.lowering.open_sizes import OpenSizes
-from xkv_fx.passes.tools.graph import changed_by, output_node
+from xkv_fx.passes.tools.graph import output_node
 from xkv_fx.runtime.coded_ops import CODED_DECOMPOSITIONS
 from xkv_fx.runtime.ops import DECOMPOSITIONS
 
@@ -27,8 +28,8 @@ TOGETHER = (4, 5, 6)
 """How many layers may make a region."""
 OVERHEAD = 150
 """What a region takes to compile besides its nodes, in nodes."""
-_WRITERS = {plain for op, plain in {**DECOMPOSITIONS, **CODED_DECOMPOSITIONS}.items() if op._schema.is_mutable}
-"""Functions that stand for ops which write a cache."""
+_OPS = {function: op for op, function in {**DECOMPOSITIONS, **CODED_DECOMPOSITIONS}.items()}
+"""Our ops by the functions that stand for them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +141,7 @@ def cut_at_layers(
         return whole(module, make)
     bounds = _between_layers(nodes)
     cuts = [_cut(nodes, bounds, layers) for layers in together]
-    pieces = min((cut for cut in cuts if all(map(_plain, cut))), key=_work, default=[])
+    pieces = min((cut for cut in cuts if all(map(_separate, cut))), key=_work, default=[])
     if not pieces or _work(pieces) >= len(nodes) + OVERHEAD:
         return whole(module, make)
     made: list[Made] = []
@@ -151,7 +152,7 @@ def cut_at_layers(
         region, sizes = _region(alike)
         made_for |= {piece: len(made) for piece in alike}
         made.append(make(region))
-        unfit = [piece for call, piece in enumerate(alike) if not sizes.fit(call)]
+        unfit = [piece for call, piece in enumerate(alike) if call and not sizes.fit(call)]
         if unfit:
             waiting.insert(0, unfit)
     return _in_order(module.graph, pieces, made_for, tuple(made))
@@ -205,10 +206,14 @@ def _alive(nodes: Sequence[Node]) -> list[int]:
 
 def writes_cache(node: Node) -> bool:
     """Whether it writes a layer's cache, which happens once a layer."""
-    op = node.target
-    if isinstance(op, torch._ops.OpOverload):
-        return op.namespace == "xkv" and op._schema.is_mutable
-    return op in _WRITERS
+    op = _op(node)
+    return op is not None and op.namespace == "xkv" and op._schema.is_mutable
+
+
+def _op(node: Node) -> torch._ops.OpOverload | None:
+    """The operator that a node calls, or that the function stands for which it calls."""
+    op: Any = node.target
+    return op if isinstance(op, torch._ops.OpOverload) else _OPS.get(op)
 
 
 def _cut(nodes: Sequence[Node], bounds: Sequence[int], together: int) -> list[_Piece]:
@@ -223,7 +228,7 @@ def _cut(nodes: Sequence[Node], bounds: Sequence[int], together: int) -> list[_P
 
 def _piece(layers: Sequence[tuple[Node, ...]]) -> _Piece:
     inside = {node for layer in layers for node in layer}
-    changed = {node for each in inside for node in _maybe_changed_by(each)}
+    changed = _changed(inside)
     reads: dict[_Read, None] = {}
     for number, layer in enumerate(layers):
         read: list[Node] = []
@@ -234,14 +239,41 @@ def _piece(layers: Sequence[tuple[Node, ...]]) -> _Piece:
     return _Piece(tuple(layers), tuple(reads), results)
 
 
-def _maybe_changed_by(node: Node) -> list[Node]:
-    return changed_by(node) if isinstance(node.target, torch._ops.OpOverload) else node.all_input_nodes
+def _changed(nodes: Iterable[Node]) -> set[Node]:
+    """What nodes change in place, and what that is a view of."""
+    found: set[Node] = set()
+    waiting = [node for each in nodes for node in _written(each)]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            op = None if node.op == "placeholder" else _op(node)
+            waiting += node.all_input_nodes if op is not None and any(map(_aliases, op._schema.returns)) else []
+    return found
 
 
-def _plain(piece: _Piece) -> bool:
-    """Whether it has but tensors for inputs and results, none of them of a class of its own."""
-    return all(
-        isinstance(node.meta.get("val"), FakeTensor) for node in (*(read.node for read in piece.reads), *piece.results)
+def _written(node: Node) -> list[Node]:
+    op = _op(node)
+    if op is None:
+        return []
+    given = dict(zip((argument.name for argument in op._schema.arguments), node.args, strict=False)) | node.kwargs
+    found: list[Node] = []
+    map_arg([given.get(argument.name) for argument in op._schema.arguments if argument.is_write], found.append)
+    return found
+
+
+def _aliases(result: torch.Argument) -> bool:
+    return result.alias_info is not None
+
+
+def _separate(piece: _Piece) -> bool:
+    """Whether it can be called by itself: it has but tensors for inputs and results, none of them of a class of its
+    own, and changes nothing in place but inputs of the whole graph, which are no views of each other."""
+    values = (*(read.node for read in piece.reads), *piece.results)
+    return (
+        all(isinstance(node.meta.get("val"), FakeTensor) for node in values)
+        and all(node.target is operator.getitem or _op(node) is not None for node in piece.nodes)
+        and all(read.node.op == "placeholder" for read in piece.reads if read.layer is None)
     )
 
 
