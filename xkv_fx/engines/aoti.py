@@ -37,10 +37,13 @@ def _trace(graphs: Graphs, kind: GraphKind, longest: int) -> tuple[ExportedProgr
 
 def _compile(program: ExportedProgram, path: Path, key: str, plan: CachePlan) -> None:
     """Compile `program` for this machine's device and write the package to `path`, which ends in `.pt2`."""
+    from xkv_fx.runtime.kernels.build_cpu import VECTORS_AS_TORCH  # not needed to load an engine
+
     wanted = {
         "aot_inductor.metadata": {_METADATA_KEY: key},
         "aot_inductor.enable_line_tables": False,
         "cpp.dynamic_threads": True,  # as many as the process has that runs it; else partial sums are laid out for ours
+        **VECTORS_AS_TORCH,
         "cpp.march": "",  # only instructions of the set named in the manifest
     }
     known = torch._inductor.config.get_config_copy()

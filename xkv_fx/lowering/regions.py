@@ -267,14 +267,17 @@ def _aliases(result: torch.Argument) -> bool:
 
 
 def _separate(piece: _Piece) -> bool:
-    """Whether it can be called by itself: it has but tensors for inputs and results, none of them of a class of its
-    own, and changes nothing in place but inputs of the whole graph, which are no views of each other."""
-    values = (*(read.node for read in piece.reads), *piece.results)
+    """Whether it can be called by itself: it has but tensors of known sizes for inputs and results, none of them of a
+    class of its own, and changes nothing in place but inputs of the whole graph, which are no views of each other."""
     return (
-        all(isinstance(node.meta.get("val"), FakeTensor) for node in values)
+        all(_known(node.meta.get("val")) for node in (*(read.node for read in piece.reads), *piece.results))
         and all(node.target is operator.getitem or _op(node) is not None for node in piece.nodes)
         and all(read.node.op == "placeholder" for read in piece.reads if read.layer is None)
     )
+
+
+def _known(value: Any) -> bool:
+    return isinstance(value, FakeTensor) and all(isinstance(size, int) for size in (*value.shape, *value.stride()))
 
 
 def _kinds(pieces: Sequence[_Piece]) -> dict[Hashable, list[_Piece]]:
