@@ -204,6 +204,11 @@ def test_the_backend_of_torch_compile_does_not_take_them() -> None:
         xkv_fx.Cache(model("deepseek_v32"), Budgets((14, 14)))
 
 
+def test_engines_do_not_have_them(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="what an indexer picks, which engines do not do"):
+        xkv_fx.export(transformed("deepseek_v32"), tmp_path / "engine", target="pt2")
+
+
 def test_attention_over_picked_keys_is_for_capture() -> None:
     source = copy.deepcopy(model("deepseek_v32"))
     source.set_attn_implementation("xkv_picking")

@@ -47,6 +47,11 @@ def export_engine(llm: Budgeted, folder: str | os.PathLike[str], target: str, to
             f"this model has {len(plan.recurrent)} recurrent layers, whose states engines of the target 'tensorrt' do "
             "not carry along; the target 'aoti' does"
         )
+    if any(spec.index_dim for spec in plan.specs):
+        raise UnsupportedModelError(
+            "this model has layers whose queries attend to what an indexer picks, which engines do not do; run it with "
+            "the model's own code"
+        )
     for form in forms.values():
         form.check_tools()
     if plan.device.type not in devices:

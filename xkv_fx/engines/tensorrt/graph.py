@@ -101,13 +101,8 @@ def trace_for_tensorrt(decode: GraphModule, plan: CachePlan) -> ExportedProgram:
     """Trace `tensorrt_form` of a decode graph, its weights the program's parameters, all shapes static.
 
     Raises:
-        BackendError: it cannot be traced, the plan stores slots in fewer bits, or a layer keeps an indexer's keys.
+        BackendError: it cannot be traced, or the plan stores slots in fewer bits.
     """
-    if any(spec.index_dim for spec in plan.specs):
-        raise BackendError(
-            "the target 'tensorrt' has no form for layers whose queries attend to what an indexer picks; choose the "
-            "target 'aoti'"
-        )
     if plan.formats is not None:
         raise BackendError(
             "the target 'tensorrt' stores keys and values in the model's dtype; export a plan without formats, or "
