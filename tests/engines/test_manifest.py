@@ -13,7 +13,7 @@ from sealed_json import sealed
 from xkv_fx.engines.manifest import NAME, Manifest
 from xkv_fx.engines.records import FileRecord, Machine, Package, TensorRTBuild, TensorSpec
 from xkv_fx.errors import FileFormatError
-from xkv_fx.layers import LayerSpec, layer_specs
+from xkv_fx.layers import LayerSpec, layer_fields, layer_specs
 
 FILES = Path(__file__).parents[1] / "files_of_0_1"
 BUILD = TensorRTBuild("tensorrt_rtx", "1.3", "2.11", layers=40, caches_in_place=4, native_attentions=0)
@@ -69,9 +69,12 @@ def test_every_field_of_a_record_is_stored(record: Any) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_every_field_of_a_layer_is_stored(window: int | None) -> None:
-    layer = LayerSpec(8, 2, 16, 0, 2, window)
-    assert layer_specs([json.loads(json.dumps(dataclasses.asdict(layer)))]) == (layer,)
+@pytest.mark.parametrize("index", [0, 8])
+def test_every_field_of_a_layer_is_stored(window: int | None, index: int) -> None:
+    layer = LayerSpec(8, 2, 16, 0, 2, window, index)
+    (stored,) = json.loads(json.dumps(layer_fields([layer])))
+    assert set(stored) | {"index_dim"} == {field.name for field in dataclasses.fields(LayerSpec)}
+    assert layer_specs([stored]) == (layer,)
 
 
 @pytest.mark.parametrize(

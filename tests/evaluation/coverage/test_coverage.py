@@ -46,7 +46,7 @@ SAMPLE = (
 REFUSED = {
     "mamba": "there is nothing to budget",
     "minimax": "uses cache of its own",
-    "deepseek_v32": "picks the keys of each query by what the tokens are",
+    "deepseek_v4": "picks the keys of each query by what the tokens are",
     "xlm": "mixes values that depend on the tokens",
     "doge": "adds a mask of its own",
     "musicgen": "transformers cannot build it here" if OLD_TRANSFORMERS else "MusicgenForCausalLM cannot be captured",

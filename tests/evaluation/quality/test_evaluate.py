@@ -198,6 +198,15 @@ def test_a_prompt_that_a_scorer_reads_again_is_recorded_too(ready: Ready) -> Non
     torch.testing.assert_close(filled.step(ids[:, :1]), itself.step(ids[:, :1]))
 
 
+def test_a_graph_that_cannot_be_cut_is_read_by_each_plan(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: Any) -> Any:
+        raise UnsupportedModelError("tokens meet outside attention")
+
+    monkeypatch.setattr("xkv_fx.evaluation.quality.shared_prefill.cut_model", refused)
+    assert not can_record(ready.llm, Policy("reconstruction", {"chunk": 60}), 60)
+    assert can_record(ready.llm, Policy(), 60)
+
+
 def test_what_cannot_be_recorded_is_read_by_each_plan(ready: Ready) -> None:
     assert can_record(ready.llm, Policy(), 60)
     assert not can_record(ready.llm, Policy("key_norm"), 60), "its scores are no sums of attention"

@@ -190,6 +190,7 @@ class _Asked:
         self.ends = end_tokens(llm)
         self.reader = functools.cache(self._reader)
         self.recorder = functools.cache(self._recorder)
+        self.can_record = functools.cache(functools.partial(can_record, llm, tokens=longest))
 
     def _reader(self, entry: Entry) -> BudgetedReader | TransformersReader:
         if entry.budgets is None:
@@ -221,7 +222,7 @@ class _Asked:
             return None
         policy = entry.budgets.policy
         ranked = Policy(policy.scorer, policy.scorer_options)
-        return ranked if can_record(self.llm, ranked, self.longest) else None
+        return ranked if self.can_record(ranked) else None
 
 
 def _ask_kvpress(

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xkv_fx.errors import BudgetError
+from xkv_fx.capture.captured import CapturedModel
+from xkv_fx.errors import BudgetError, UnsupportedModelError
 from xkv_fx.evaluation.quality.answering import BudgetedReader
 from xkv_fx.planning.measure.continuation import cut_model
 from xkv_fx.planning.measure.second_reading import scores_of_second_reading
 from xkv_fx.policy import Policy
 from xkv_fx.public_budgets import Budgets
-from xkv_fx.runtime.scorers import reading_of, scorer_of
+from xkv_fx.runtime.scorers import Scorer, reading_of, scorer_of
 from xkv_fx.runtime.selection import write_survivors
 
 
@@ -102,11 +103,20 @@ def can_record(llm: Any, policy: Policy, tokens: int) -> bool:
     again, a piece at a time, where they are longer than a piece, since plans choose survivors behind each."""
     if any(spec.sliding_window is not None for spec in llm.layers):
         return False
-    reading = reading_of(scorer_of(Policy(policy.scorer, policy.scorer_options)))
+    scorer = scorer_of(Policy(policy.scorer, policy.scorer_options))
+    reading = reading_of(scorer)
     if reading is not None:
-        return tokens <= reading.chunk
+        return tokens <= reading.chunk and _can_cut(llm.program.graphs.captured, scorer)
     try:
         scorer_of(Policy(policy.scorer, policy.scorer_options, eviction="scored"))
     except BudgetError:
+        return False
+    return True
+
+
+def _can_cut(captured: CapturedModel, scorer: Scorer) -> bool:
+    try:
+        cut_model(captured, scorer)
+    except UnsupportedModelError:
         return False
     return True
