@@ -24,7 +24,7 @@ from xkv_fx.runtime.ops import DECOMPOSITIONS
 
 Made = TypeVar("Made")
 # Each call from Python takes a decode step some 20 microseconds, too long to be made for every layer.
-TOGETHER = (4, 5, 6)
+TOGETHER = (8, 9, 10, 11, 12)
 """How many layers may make a region."""
 OVERHEAD = 150
 """What a region takes to compile besides its nodes, in nodes."""
