@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hybrid_models import transformed as hybrid
 from old_versions import FP8, needs_fp8
 from ready_models import remember_programs
 from tiny_models import llama, random_ids
@@ -198,6 +199,11 @@ def test_a_prompt_that_a_scorer_reads_again_is_recorded_too(ready: Ready) -> Non
     torch.testing.assert_close(filled.step(ids[:, :1]), itself.step(ids[:, :1]))
 
 
+def test_a_hybrid_is_read_by_each_plan() -> None:
+    """A recurrent state is not among what a recorder holds."""
+    assert not can_record(hybrid("lfm2"), Policy(), 60)
+
+
 def test_a_graph_that_cannot_be_cut_is_read_by_each_plan(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*args: Any) -> Any:
         raise UnsupportedModelError("tokens meet outside attention")
@@ -212,8 +218,11 @@ def test_what_cannot_be_recorded_is_read_by_each_plan(ready: Ready) -> None:
     assert not can_record(ready.llm, Policy("key_norm"), 60), "its scores are no sums of attention"
     assert can_record(ready.llm, Policy("reconstruction", {"chunk": 60}), 60)
     assert not can_record(ready.llm, Policy("reconstruction", {"chunk": 59}), 60), "survivors are chosen twice"
-    sliding = SimpleNamespace(layers=(dataclasses.replace(ready.llm.layers[0], sliding_window=8),))
-    assert not can_record(sliding, Policy(), 60), "it forgets what left its window"
+    plan = ready.llm.program.plan
+    for changed in ({"sliding_window": 8}, {"index_dim": 8}):
+        other = dataclasses.replace(plan, layers=(dataclasses.replace(plan.layers[0], **changed), plan.layers[1]))
+        of_other = SimpleNamespace(program=SimpleNamespace(plan=other))
+        assert not can_record(of_other, Policy(), 60), "it forgets what left its window, or keeps more than K/V"
     plans = [Candidate("uniform", "25%", Budgets.uniform(2, 40, Policy("key_norm")))]
     evaluation = ready.evaluate(plans, dataclasses.replace(SETTINGS, tasks=("needle_single",), count=1))
     assert len(evaluation.rows) == 4

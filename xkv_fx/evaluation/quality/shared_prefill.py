@@ -90,18 +90,20 @@ class Recorder:
         tokens = ids.shape[1]
         session = self.reader.session.session
         layers = [session.state.of(cache) for cache in session.program.plan.caches]
-        kept = [[held[field][:, :, :tokens].clone() for field in ("k", "v", "scores")] for held in layers]
+        k, v, scores = ([held[field][:, :, :tokens].clone() for held in layers] for field in ("k", "v", "scores"))
         if self.read_again is not None:
-            scores = self.read_again(ids)
-            kept = [[k, v, scores[index]] for index, (k, v, _) in enumerate(kept)]
-        return Recorded(logits.clone(), tuple((k, v, of_layer) for k, v, of_layer in kept), tokens)
+            again = self.read_again(ids)
+            scores = [again[index] for index in range(len(layers))]
+        return Recorded(logits.clone(), tuple(zip(k, v, scores, strict=True)), tokens)
 
 
 def can_record(llm: Any, policy: Policy, tokens: int) -> bool:
-    """Whether a recorder can hold every one of so many tokens with its score: not where a layer forgets what has left
-    its sliding window; not for a scorer whose scores are no sums of attention; and not for one that reads prompts
-    again, a piece at a time, where they are longer than a piece, since plans choose survivors behind each."""
-    if any(spec.sliding_window is not None for spec in llm.layers):
+    """Whether a recorder can hold every one of so many tokens with its score, and all else that is kept: not where a
+    layer forgets what has left its sliding window, or keeps an indexer's keys or a recurrent state besides; not for a
+    scorer whose scores are no sums of attention; and not for one that reads prompts again where they are longer than
+    its piece, since plans choose survivors behind each, or where the graph cannot be cut."""
+    plan = llm.program.plan
+    if plan.recurrent or any(spec.sliding_window is not None or spec.index_dim for spec in plan.layers):
         return False
     scorer = scorer_of(Policy(policy.scorer, policy.scorer_options))
     reading = reading_of(scorer)
