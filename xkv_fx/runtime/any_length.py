@@ -27,7 +27,7 @@ from xkv_fx.runtime.attention import (
 )
 from xkv_fx.runtime.coded import Stored, extend_block, held_keys
 from xkv_fx.runtime.form import AttentionForm, Index
-from xkv_fx.runtime.indexed_ops import pick_among
+from xkv_fx.runtime.indexed_ops import attend_picked
 from xkv_fx.runtime.indexing import INDEX_BLOCK, highest, index_scores
 from xkv_fx.runtime.scorers import accumulated  # noqa: F401  (registers its op)
 from xkv_fx.runtime.scorers.prompt import PromptView
@@ -52,10 +52,8 @@ def attention(
 ) -> Tensor:
     """`xkv::attention`."""
     form = AttentionForm(scale, sliding_window, softcap, slopes=slopes)
-    if top_k is None:
-        out, lse = _causal(q, k, v, form)
-    else:
-        out, lse = _indexed(q, k, v, form, Index(index_queries, index_keys, index_weights, top_k))
+    index = Index.of(index_queries, index_keys, index_weights, top_k)
+    out, lse = _causal(q, k, v, form) if index is None else _indexed(q, k, v, form, index)
     return apply_sink_logits(out, lse, sink_logits).contiguous()
 
 
@@ -100,15 +98,11 @@ def extend_indexed(
     """`xkv::extend_indexed`, of a mask that is the same for all new tokens."""
     form = AttentionForm(scale, softcap=softcap)
     values = values_of(k_cache, v_cache)
-    length = q.shape[2]
 
     def over_both(part: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         queries, weights = index_queries.index_select(2, query), index_weights.index_select(1, query)
         scores = index_scores(queries, index_cache, weights), index_scores(queries, index_keys, weights)
-        slots, among_new = pick_among(scores, mask, query, length, top_k)
-        held = softmax_block(part, k_cache, values, form, slots)
-        new = softmax_block(part, k, v, form, among_new)
-        return merge_attention(without_slots(held, part, k_cache, slots), without_slots(new, part, k, among_new))
+        return attend_picked(part, query, scores, top_k, (k_cache, values), mask, (k, v), form)
 
     out, lse = _in_blocks(q, v, over_both, INDEX_BLOCK)
     return apply_sink_logits(out, lse, sink_logits).contiguous()

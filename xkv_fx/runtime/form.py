@@ -23,6 +23,11 @@ class Index:
     weights: Any
     top_k: int
 
+    @classmethod
+    def of(cls, queries: Any, keys: Any, weights: Any, top_k: int | None) -> Index | None:
+        """From an op's arguments, all of them or none."""
+        return None if top_k is None else cls(queries, keys, weights, top_k)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionForm:

@@ -68,20 +68,35 @@ def _(
     return mask.new_empty((rows, kv_heads, 1, slots))
 
 
-def pick_among(
-    scores: tuple[Tensor, Tensor], mask: Tensor, which: Tensor, new: int, top_k: int
+def attend_picked(
+    q: Tensor,
+    which: Tensor,
+    scores: tuple[Tensor, Tensor],
+    top_k: int,
+    held: tuple[Tensor, Tensor],
+    mask: Tensor,
+    new: tuple[Tensor, Tensor],
+    form: AttentionForm,
 ) -> tuple[Tensor, Tensor]:
-    """Which slots and which new tokens some of the new tokens reach.
+    """Attention of some of the new tokens to the `top_k` that each picks among the slots and the first N new tokens.
 
     Args:
-        scores: of the slots and of the first `new` new tokens, `[rows, kv_heads or 1, queries, ...]`.
+        q: `[rows, query_heads, queries, key_dim]`.
+        which: int64 `[queries]`, their places among the new tokens.
+        scores: of the slots and of the new tokens, `[rows, kv_heads or 1, queries, slots or N]`.
+        held, new: keys and values of the slots, and of the new tokens.
         mask: bool `[rows, kv_heads or 1, queries or 1, slots]`, slots that a query may attend to.
-        which: int64 `[queries]`, the places of the queries among the new tokens.
+
+    Returns:
+        output and log-sum-exp.
     """
-    causal = which[:, None] >= torch.arange(new, device=mask.device)
+    causal = which[:, None] >= torch.arange(new[0].shape[2], device=mask.device)
     of_slots, of_new = scores[0].masked_fill(~mask, float("-inf")), scores[1].masked_fill(~causal, float("-inf"))
     last = last_picked(torch.cat((of_slots, of_new.expand(*of_slots.shape[:3], -1)), 3), top_k)
-    return mask & (of_slots >= last), causal & (of_new >= last)
+    parts = []
+    for (k, v), reached in ((held, mask & (of_slots >= last)), (new, causal & (of_new >= last))):
+        parts.append(without_slots(softmax_block(q, k, v, form, reached), q, k, reached))
+    return merge_attention(*parts)
 
 
 @torch.library.custom_op("xkv::extend_indexed", mutates_args=())
@@ -107,18 +122,15 @@ def extend_indexed(
     Returns:
         `[rows, query_heads, S, value_dim]`.
     """
-    form = AttentionForm(scale, softcap=softcap)
+    form, held = AttentionForm(scale, softcap=softcap), (k_cache, values_of(k_cache, v_cache))
     parts = []
     for start, part in blocks(q, INDEX_BLOCK):
         stop = start + part.shape[2]
-        of_part = index_queries[:, :, start:stop], index_weights[:, start:stop]
-        scores = tuple(index_scores(of_part[0], keys, of_part[1]) for keys in (index_cache, index_keys[:, :, :stop]))
+        queries, weights = index_queries[:, :, start:stop], index_weights[:, start:stop]
+        scores = index_scores(queries, index_cache, weights), index_scores(queries, index_keys[:, :, :stop], weights)
         which = torch.arange(start, stop, device=q.device)
         rows = mask if mask.shape[2] == 1 else mask[:, :, start:stop]
-        slots, among_new = pick_among((scores[0], scores[1]), rows, which, stop, top_k)
-        held = softmax_block(part, k_cache, values_of(k_cache, v_cache), form, slots)
-        new = softmax_block(part, k[:, :, :stop], v[:, :, :stop], form, among_new)
-        parts.append(merge_attention(without_slots(held, part, k_cache, slots), without_slots(new, part, k, among_new)))
+        parts.append(attend_picked(part, which, scores, top_k, held, rows, (k[:, :, :stop], v[:, :, :stop]), form))
     out, lse = (torch.cat(part, 2) for part in zip(*parts, strict=True))
     return apply_sink_logits(out, lse, sink_logits).contiguous()
 

@@ -60,7 +60,7 @@ def attention(
     Returns:
         `[rows, query_heads, S, value_dim]`.
     """
-    index = None if top_k is None else Index(index_queries, index_keys, index_weights, top_k)
+    index = Index.of(index_queries, index_keys, index_weights, top_k)
     form = AttentionForm(scale, sliding_window, softcap, sink_logits, slopes, index)
     return causal_attention(q, k, v, form)[0].contiguous()
 

@@ -112,12 +112,8 @@ def _site(index: int, borrows: bool, node: Node) -> AttentionSite:
         sliding_window=named["sliding_window"],
         index_dim=0 if named["top_k"] is None else int(named["index_keys"].meta["val"].shape[3]),
     )
-    picks = _index(*(named.pop(name) for name in ("index_queries", "index_keys", "index_weights", "top_k")))
+    picks = Index.of(*(named.pop(name) for name in ("index_queries", "index_keys", "index_weights", "top_k")))
     tensors = {name: named.pop(name) for name in ("layer", "q", "k", "v")}
     heads = node.meta.get(_HEADS)
     form = AttentionForm(**named, index=picks)
     return AttentionSite(index=index, borrows=borrows, node=node, form=form, spec=spec, heads=heads, **tensors)
-
-
-def _index(queries: Any, keys: Any, weights: Any, top_k: int | None) -> Index | None:
-    return None if top_k is None else Index(queries, keys, weights, top_k)
