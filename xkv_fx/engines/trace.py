@@ -17,16 +17,14 @@ from xkv_fx.errors import BackendError, UnsupportedModelError, XkvError, first_l
 from xkv_fx.lowering.lift_weights import lift_weights
 from xkv_fx.passes.tools.graph import placeholders
 from xkv_fx.runtime.any_length import ANY_LENGTH
-from xkv_fx.runtime.coded_ops import CODED_DECOMPOSITIONS
-from xkv_fx.runtime.indexed_ops import INDEXED_DECOMPOSITIONS
-from xkv_fx.runtime.ops import DECOMPOSITIONS
+from xkv_fx.runtime.plain_forms import PLAIN_FORMS
 from xkv_fx.runtime.scorers import Scorer
 
 SHORTEST = 2
 """Fewest columns that a graph of prompts takes, padding among them: torch.export makes a size of 1 a constant."""
 
 _EXAMPLE = 5
-_OURS = {**DECOMPOSITIONS, **CODED_DECOMPOSITIONS, **INDEXED_DECOMPOSITIONS, **ANY_LENGTH}
+_OURS = {**PLAIN_FORMS, **ANY_LENGTH}
 _PLAIN = {"aten", "prims", "higher_order"}
 
 

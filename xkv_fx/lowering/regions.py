@@ -19,8 +19,8 @@ from torch.fx.node import map_arg
 
 from xkv_fx.lowering.open_sizes import OpenSizes
 from xkv_fx.passes.tools.graph import output_node
-from xkv_fx.runtime.coded_ops import CODED_DECOMPOSITIONS
-from xkv_fx.runtime.ops import DECOMPOSITIONS
+from xkv_fx.runtime.indexed_ops import INDEXED_DECOMPOSITIONS
+from xkv_fx.runtime.plain_forms import PLAIN_FORMS
 
 Made = TypeVar("Made")
 # Each call from Python takes a decode step some 20 microseconds, too long to be made for every layer.
@@ -28,7 +28,7 @@ TOGETHER = (8, 9, 10, 11, 12)
 """How many layers may make a region."""
 OVERHEAD = 150
 """What a region takes to compile besides its nodes, in nodes."""
-_OPS = {function: op for op, function in {**DECOMPOSITIONS, **CODED_DECOMPOSITIONS}.items()}
+_OPS = {function: op for op, function in PLAIN_FORMS.items()}
 """Our ops by the functions that stand for them."""
 
 
@@ -205,9 +205,10 @@ def _alive(nodes: Sequence[Node]) -> list[int]:
 
 
 def writes_cache(node: Node) -> bool:
-    """Whether it writes a layer's cache, which happens once a layer."""
+    """Whether it writes a layer's keys and values, which happens once a layer; what is kept beside them is written by
+    ops of its own."""
     op = _op(node)
-    return op is not None and op.namespace == "xkv" and op._schema.is_mutable
+    return op is not None and op.namespace == "xkv" and op._schema.is_mutable and op not in INDEXED_DECOMPOSITIONS
 
 
 def _op(node: Node) -> torch._ops.OpOverload | None:

@@ -7,11 +7,7 @@ from collections.abc import Sequence
 from xkv_fx.lowering.kernels.attention import ATTENTION, INDEX
 from xkv_fx.lowering.kernels.kernel import Call, Kernel
 from xkv_fx.lowering.kernels.linear import INT8_LINEAR, LINEAR
-from xkv_fx.runtime.coded_ops import CODED_DECOMPOSITIONS
-from xkv_fx.runtime.indexed_ops import INDEXED_DECOMPOSITIONS
-from xkv_fx.runtime.ops import DECOMPOSITIONS
-
-_PLAIN = {**DECOMPOSITIONS, **CODED_DECOMPOSITIONS, **INDEXED_DECOMPOSITIONS}
+from xkv_fx.runtime.plain_forms import PLAIN_FORMS
 
 
 def _accepts(call: Call) -> None:
@@ -20,7 +16,7 @@ def _accepts(call: Call) -> None:
 
 def _decompose(calls: Sequence[Call]) -> None:
     for call in calls:
-        call.node.target = _PLAIN[call.node.target]
+        call.node.target = PLAIN_FORMS[call.node.target]
 
 
 def _leave(calls: Sequence[Call]) -> None:
