@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-from ready_models import remember_programs
-from tiny_models import llama
-from word_tokenizer import WordTokenizer
 
 from xkv_fx.evaluation.quality import fitted
-from xkv_fx.hf.capture import capture
 from xkv_fx.planning.measure import calibrate, held_out
-
-VOCABULARY = 500
-MODEL = llama(2, vocab_size=VOCABULARY)
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    captured = capture(MODEL, check=False)
-    for module in ("xkv_fx.hf.capture", "xkv_fx.evaluation.quality.fitted"):
-        monkeypatch.setattr(f"{module}.capture", lambda *args, **options: captured)
-    remember_programs(monkeypatch)
-    monkeypatch.setattr(fitted, "load_model", lambda name, dtype: (MODEL, WordTokenizer(VOCABULARY)))
+def _small(on_table_model: Callable[[ModuleType], None]) -> None:
+    on_table_model(fitted)
 
 
 def run(out: Path) -> Any:

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-from ready_models import remember_programs
-from tiny_models import llama
-from word_tokenizer import WordTokenizer
 
 from xkv_fx.evaluation.quality import evaluate, paper, sources
 from xkv_fx.evaluation.texts import documentation, source_code
-from xkv_fx.hf.capture import capture
 from xkv_fx.planning.measure import calibrate, held_out
-
-VOCABULARY = 500
-MODEL = llama(2, vocab_size=VOCABULARY)
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    captured = capture(MODEL, check=False)
-    for module in ("xkv_fx.hf.capture", "xkv_fx.evaluation.quality.paper"):
-        monkeypatch.setattr(f"{module}.capture", lambda *args, **options: captured)
-    remember_programs(monkeypatch)
-    monkeypatch.setattr(paper, "load_model", lambda name: (MODEL, WordTokenizer(VOCABULARY)))
+def _small(on_table_model: Callable[[ModuleType], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    on_table_model(paper)
     texts = {"documentation": documentation()[:20_000], "source code": source_code()[:20_000]}
     monkeypatch.setattr(sources, "KINDS", {kind: lambda text=text: text for kind, text in texts.items()})
 
