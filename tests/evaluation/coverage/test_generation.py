@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from old_versions import OLD_TRANSFORMERS
 
 from xkv_fx.evaluation.coverage.generation import (
     Answer,
@@ -13,6 +14,9 @@ from xkv_fx.evaluation.coverage.generation import (
     as_text,
     cache_names,
 )
+
+WRONG_IN_OLD = {"max_batch_size": "2 instead of -1", "reset": "instead of"}
+"""What older versions of transformers get wrong themselves: a cache that was reset keeps its length, for one."""
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,9 @@ def test_arguments_of_generate(pair: Pair, name: str) -> None:
 @pytest.mark.parametrize("name", cache_names())
 def test_names_of_cache(pair: Pair, name: str) -> None:
     verdict = pair.judge_name(name)
+    if OLD_TRANSFORMERS and name in WRONG_IN_OLD:
+        assert WRONG_IN_OLD[name] in verdict.reason
+        return
     assert verdict.outcome not in ("failed", "not tried"), verdict.reason
 
 

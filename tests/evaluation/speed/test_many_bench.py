@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from old_versions import OLD_TRANSFORMERS
 from ready_models import model, remember_captures, remember_programs
 from typer.testing import CliRunner
 
@@ -29,7 +30,10 @@ def test_everybody_answers_alike_in_no_more_bytes() -> None:
     assert [run.name for run in found.runs] == list(CONTESTANTS)
     ours = found.runs[0]
     assert ours.kv_bytes == FULL.kv_bytes(model(), 3)
-    for run in found.runs:
+    runs = list(found.runs)
+    if OLD_TRANSFORMERS:
+        assert "does not let its continuous batching have pages" in str(runs.pop().skipped)
+    for run in runs:
         assert run.skipped is None
         assert run.same == 5
         assert run.seconds is not None

@@ -8,12 +8,14 @@ asked for; tokens that a batch generates behind that are not counted.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import transformers
 from rich.table import Table
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
@@ -213,7 +215,18 @@ def _contestant(
     pages = limit // (PAGE * token)
     if pages * PAGE < longest:
         raise BackendError(f"{limit:,} bytes do not hold one request of {longest:,} tokens")
+    _check_pages()
     return _Contestant(None, pages * PAGE * token, lambda asked: _continuous(model, asked, pages))
+
+
+def _check_pages() -> None:
+    """Raise BackendError unless the size of pages can be chosen: without it, equal bytes are not to be had."""
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    if "page_size" not in inspect.signature(ContinuousBatchingConfig).parameters:
+        raise BackendError(
+            f"transformers {transformers.__version__} does not let its continuous batching have pages of a given size"
+        )
 
 
 def _by_us(llm: BudgetedLM, asked: Sequence[xkv_fx.Request]) -> list[Ids]:
